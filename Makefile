@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target to need it makes. PYTHON=/path/to/python chooses the interpreter.
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-all test-gpu lint format
+
+VENV := .venv/.installed
+BIN := .venv/bin
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV) ## make .venv and install this project with its quickstart and dev extras
+
+$(VENV): setup.py
+	@tools/make_venv.sh
+
+quickstart: $(VENV) ## shards, training, resume, export and captions, on this machine's CPU
+	$(BIN)/python examples/quickstart/run.py
+
+test: lint ## the default suite, as continuous integration runs it
+	$(BIN)/python -m pytest -q
+
+test-all: lint ## the default suite and the slow tests
+	$(BIN)/python -m pytest -q -m ""
+
+test-gpu: $(VENV) ## the tests that need a GPU; fails where there is none
+	NAVIL_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m gpu tests/gpu
+
+lint: $(VENV) ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV) ## rewrite the source in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

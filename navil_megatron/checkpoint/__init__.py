@@ -1,0 +1,1 @@
+"""State on disk: megatron-core sharded checkpoints that are whole or not there, restored bit for bit."""

@@ -1,0 +1,107 @@
+"""Whether a checkpoint belongs to the configured run: same model, same optimizer, same weights.
+
+The resolved config lies beside the tensors as ``navil_config.json``; what differs is named field by field.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.schema import NaViLConfig
+
+CONFIG_FILE = "navil_config.json"
+"""The resolved config, inside each checkpoint folder."""
+
+_ONLY_INITIAL = {
+    "model.language.init_std",
+    "model.language.visual_expert_init",
+    "model.language.max_position_embeddings",
+    "model.vision.init_std",
+    "model.vision.layer_scale_init",
+}
+"""Fields that no longer matter once weights exist."""
+
+
+def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = False) -> None:
+    """Compares the model section of a checkpoint with the config.
+
+    Args:
+        folder: The checkpoint.
+        config: The run that wants it.
+        only_function: Ignore the fields that only say how new weights are drawn.
+
+    Raises:
+        UserError: They differ; the message lists the fields.
+    """
+    ignored = _ONLY_INITIAL if only_function else set()
+    different = [
+        text
+        for name, text in _differences("model", _stored(folder).get("model"), asdict(config.model))
+        if name not in ignored
+    ]
+    if different:
+        raise UserError(
+            f"checkpoint {folder} is of another model: {'; '.join(different)}; "
+            "use the config it was made with, or another checkpoint.directory"
+        )
+
+
+def require_same_optimizer(folder: Path, config: NaViLConfig) -> None:
+    """Compares the settings that decide which optimizer state a checkpoint holds.
+
+    Raises:
+        UserError: They differ.
+    """
+    stored = _stored(folder)
+    pairs = {
+        "training.phase": (stored.get("training", {}).get("phase"), config.training.phase),
+        "training.precision": (stored.get("training", {}).get("precision"), config.training.precision),
+        "optimizer.distributed": (stored.get("optimizer", {}).get("distributed"), config.optimizer.distributed),
+    }
+    different = [f"{name} is {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
+    if different:
+        raise UserError(
+            f"checkpoint {folder} cannot be continued: {'; '.join(different)}; start in another checkpoint.directory "
+            "with this one as checkpoint.initial_weights"
+        )
+
+
+def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Compares the weights of a checkpoint with those of the model, by key and whole shape.
+
+    Raises:
+        UserError: Weights are missing, unexpected or of another shape; the message lists them all.
+    """
+    problems = [f"{key} is missing" for key in sorted(wanted.keys() - stored.keys())]
+    problems += [f"{key} is unexpected" for key in sorted(stored.keys() - wanted.keys())]
+    problems += [
+        f"{key} is {list(stored[key])} there, {list(wanted[key])} in the model"
+        for key in sorted(stored.keys() & wanted.keys())
+        if stored[key] != wanted[key]
+    ]
+    if problems:
+        raise UserError(f"checkpoint {folder} does not fit the model: {'; '.join(problems)}; use a matching config")
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {path} ({type(error).__name__}): the checkpoint is damaged; move it away to use an older one"
+        ) from None
+
+
+def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, str]]:
+    """Dotted name and description of every leaf that differs; JSON knows lists where the config has tuples."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            yield from _differences(f"{name}.{key}", there.get(key), here.get(key))
+        return
+    here = list(here) if isinstance(here, tuple) else here
+    if there != here:
+        yield name, f"{name} is {there!r} there, {here!r} here"

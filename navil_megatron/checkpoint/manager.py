@@ -1,0 +1,207 @@
+"""The folder of a run's checkpoints: saved whole or not at all, newest first restored, oldest deleted.
+
+A save goes to ``step_00000100.partial`` and is renamed when every file is on disk; the rename is the commit, so a
+killed save is never read.
+"""
+
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from navil_megatron.checkpoint.compatibility import (
+    CONFIG_FILE,
+    require_keys,
+    require_same_model,
+    require_same_optimizer,
+)
+from navil_megatron.checkpoint.sharded import load_model, load_sharded, save_sharded, stored_shapes, wanted_shapes
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.runtime.session import Session
+
+logger = logging.getLogger(__name__)
+
+_BROKEN_FILE_ERRORS = (
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    CheckpointException,
+    CheckpointingException,
+)
+"""What the readers of torch and megatron-core raise on files that are cut short or missing."""
+_PARTIAL = ".partial"
+_STEP = "step_"
+
+
+class CheckpointManager:
+    """Saves and restores one run. Every rank makes one and calls each method at the same point."""
+
+    def __init__(self, config: NaViLConfig, session: Session) -> None:
+        """Looks at ``checkpoint.directory`` only when asked to save or restore."""
+        self.config = config
+        self.session = session
+        self.directory = Path(config.checkpoint.directory)
+
+    def save(
+        self,
+        step: int,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: ChainedOptimizer,
+        training_state: dict[str, Any],
+    ) -> Path:
+        """Writes the checkpoint of a step and deletes those beyond ``keep_last``.
+
+        A step that is already saved stays as it is.
+        """
+        final = self.directory / f"{_STEP}{step:08d}"
+        if self._agree(final.is_dir):
+            return final
+        partial = final.with_name(final.name + _PARTIAL)
+        if self.session.is_main:
+            self._clear_partial()
+            partial.mkdir(parents=True)
+        self.session.barrier()
+        save_sharded(partial, self.session, chunks, optimizer, training_state)
+        if self.session.is_main:
+            (partial / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            _commit(partial, final)
+            self._delete_old()
+            logger.info("saved %s", final)
+        self.session.barrier()
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, the same one on every rank."""
+        return self._agree(lambda: max(self._complete(), default=None))
+
+    def restore_latest(self, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any] | None:
+        """Restores the newest complete checkpoint and gives its training state; ``None`` where there is none.
+
+        Raises:
+            UserError: The checkpoint belongs to another model or optimizer, or is damaged.
+        """
+        folder = self.latest()
+        if folder is None:
+            return None
+        require_same_model(folder, self.config)
+        require_same_optimizer(folder, self.config)
+        self._require_keys(folder, chunks)
+        state = self._guarded(folder, lambda: load_sharded(folder, self.session, chunks, optimizer))
+        logger.info("restored %s", folder)
+        return state
+
+    def load_weights(self, folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+        """Loads weights, and nothing else, from a checkpoint folder or from the newest one in a run's folder.
+
+        To be called before the optimizer is built, which copies the weights.
+
+        Raises:
+            UserError: There is no checkpoint, it holds another model, or it is damaged.
+        """
+        folder = self._agree(lambda: _resolve(folder))
+        require_same_model(folder, self.config, only_function=True)
+        self._require_keys(folder, chunks)
+        self._guarded(folder, lambda: load_model(folder, chunks))
+        logger.info("loaded weights of %s", folder)
+
+    def _require_keys(self, folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+        """The checkpoint's weights must be those of all ranks together, no more and no fewer."""
+        stored = self._guarded(folder, lambda: stored_shapes(folder))
+        of_ranks: list[dict[str, tuple[int, ...]]] = [{}] * self.session.world_size
+        torch.distributed.all_gather_object(of_ranks, wanted_shapes(chunks))
+        require_keys(folder, stored, {key: shape for rank in of_ranks for key, shape in rank.items()})
+
+    def _agree[T](self, look: Callable[[], T]) -> T:
+        """What rank 0 sees on its file system, on every rank."""
+        found: list[Any] = [None]
+        if self.session.is_main:
+            try:
+                found = [look()]
+            except UserError as error:
+                found = [error]
+        torch.distributed.broadcast_object_list(found, src=0)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    def _guarded[T](self, folder: Path, read: Callable[[], T]) -> T:
+        """What ``read`` gives; if it fails on any rank, every rank says that the checkpoint is damaged."""
+        problem, result = "", None
+        try:
+            result = read()
+        except _BROKEN_FILE_ERRORS as error:
+            logger.debug("reading %s failed", folder, exc_info=True)
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        problems: list[str] = [""] * self.session.world_size
+        torch.distributed.all_gather_object(problems, problem)
+        first = next(filter(None, problems), None)
+        if first:
+            raise UserError(
+                f"cannot read checkpoint {folder}, it is damaged ({first}); move it away to use an older one"
+            )
+        return result  # type: ignore[return-value]
+
+    def _complete(self) -> list[Path]:
+        """Committed checkpoints, in no order."""
+        if not self.directory.is_dir():
+            return []
+        return [path for path in self.directory.iterdir() if _is_complete(path)]
+
+    def _clear_partial(self) -> None:
+        """Removes what killed saves left behind."""
+        for path in self.directory.glob(f"{_STEP}*{_PARTIAL}"):
+            logger.info("removing %s, left behind by a save that did not finish", path)
+            shutil.rmtree(path)
+
+    def _delete_old(self) -> None:
+        for path in sorted(self._complete())[: -self.config.checkpoint.keep_last]:
+            # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
+            doomed = path.rename(path.with_name(path.name + _PARTIAL))
+            shutil.rmtree(doomed)
+
+
+def _is_complete(path: Path) -> bool:
+    return path.is_dir() and path.name.startswith(_STEP) and path.name.removeprefix(_STEP).isdigit()
+
+
+def _resolve(folder: Path) -> Path:
+    """A checkpoint folder itself, or the newest checkpoint in a run's folder."""
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    newest = max((path for path in folder.iterdir() if _is_complete(path)), default=None) if folder.is_dir() else None
+    if newest is None:
+        raise UserError(
+            f"no checkpoint in {folder}: expected {CONFIG_FILE} or {_STEP}* folders there; "
+            "correct checkpoint.initial_weights"
+        )
+    return newest
+
+
+def _commit(partial: Path, final: Path) -> None:
+    """Makes sure that every file is on disk, then gives the folder its good name."""
+    for path in (*partial.iterdir(), partial):
+        _sync(path)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""What goes into a sharded checkpoint, and out of it again: weights, optimizer state, generators, training state.
+
+Weights and moments are megatron-core sharded tensors, so any layout reads what another wrote. Of the optimizer's
+hyperparameters only the step count is stored: the config of the resumed run decides the rest.
+"""
+
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from navil_megatron.runtime.seeding import restore_rng_state, rng_state
+from navil_megatron.runtime.session import Session
+
+OPTIMIZER_PREFIX = "optimizer."
+"""Keys of tensors that are optimizer state."""
+_RNG_KEY = "rng_state"
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""Optimizer state in the shape of the weights, and without the ``chained_0.`` prefixes that depend on the layout."""
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model chunk itself, without data-parallel or precision wrappers."""
+    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The sharded weights of this rank's chunks."""
+    return {
+        f"model{index}": unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA))  # type: ignore[operator]
+        for index, chunk in enumerate(chunks)
+    }
+
+
+def save_sharded(
+    folder: Path,
+    session: Session,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: ChainedOptimizer,
+    training_state: dict[str, Any],
+) -> None:
+    """Writes one checkpoint; every rank calls it, ``folder`` exists and is empty."""
+    state: dict[str, Any] = {
+        **model_state(chunks),
+        "training": training_state,
+        "layout": _layout(session),
+        "optimizer_step": _optimizer_step(optimizer),
+        _RNG_KEY: _sharded_rng(session, rng_state()),
+    }
+    if not optimizer.is_stub_optimizer:
+        state["optimizer"] = _optimizer_state(optimizer, state, is_loading=False)
+    # Left alone, core spawns a server process for this queue, which imports the whole main module again. Nothing is
+    # written in the background here, so a plain queue does.
+    filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(state, str(folder), TorchDistSaveShardedStrategy(thread_count=1))
+
+
+def load_sharded(
+    folder: Path, session: Session, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer
+) -> dict[str, Any]:
+    """Restores weights, optimizer and generators in place; gives the training state.
+
+    Generators are restored where the layout is the one that saved; at another layout they keep their seeds.
+    """
+    stored = dist_checkpointing.load_common_state_dict(str(folder))
+    wanted = model_state(chunks)
+    if not optimizer.is_stub_optimizer:
+        wanted["optimizer"] = _optimizer_state(optimizer, wanted, is_loading=True)
+    same_layout = stored["layout"] == _layout(session)
+    if same_layout:
+        wanted[_RNG_KEY] = _sharded_rng(session, rng_state())
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+    if not optimizer.is_stub_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+        for group in optimizer.param_groups:
+            group["step"] = stored["optimizer_step"]
+    if same_layout:
+        restore_rng_state(loaded[_RNG_KEY])
+    return stored["training"]
+
+
+def load_model(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Restores the weights alone."""
+    loaded = dist_checkpointing.load(model_state(chunks), str(folder))
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+
+
+def wanted_shapes(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Key and whole shape of every weight that this rank's chunks read."""
+    state = model_state(chunks)
+    apply_factories(state)
+    return {entry.key: tuple(entry.global_shape) for entry in nested_values(state) if isinstance(entry, ShardedTensor)}
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Key and whole shape of every weight in a checkpoint; optimizer state is left out."""
+    # By torch's reader: core's own load_tensors_metadata (strategies/torch.py) fails on torch >= 2.15.
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        key: tuple(entry.size)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
+    }
+
+
+def _layout(session: Session) -> dict[str, int]:
+    return {
+        "tensor": session.tp_size,
+        "pipeline": session.pp_size,
+        "chunks": session.num_model_chunks,
+        "context": session.cp_size,
+        "expert": session.ep_size,
+        "data": session.dp_size,
+    }
+
+
+def _sharded_rng(session: Session, state: dict[str, Any]) -> ShardedObject:
+    return ShardedObject(_RNG_KEY, state, (session.world_size,), (session.rank,), replica_id=0)
+
+
+def _optimizer_step(optimizer: ChainedOptimizer) -> int:
+    """Updates done; empty groups count too, so every rank gives the same number."""
+    return max((int(group["step"]) for group in optimizer.param_groups), default=0)
+
+
+def _optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
+    """The optimizer's sharded tensors; everything else in its state dict stays with the process."""
+    only_weights = {name: entry for name, entry in weights.items() if name.startswith("model")}
+    state = optimizer.sharded_state_dict(only_weights, is_loading=is_loading, metadata=dict(_METADATA))
+    dict_list_map_inplace(_keep_local, state)
+    return state
+
+
+def _keep_local(entry: Any) -> Any:
+    return entry if isinstance(entry, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(entry)

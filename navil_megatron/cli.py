@@ -1,0 +1,316 @@
+"""The ``navil-megatron`` command: train, data, convert, generate, doctor.
+
+Each verb imports what it needs when it runs, so that ``--help`` and ``doctor`` answer at once and on a broken install.
+What a user can mend is printed as ``error: ...`` lines and exits with code 2; ``--json`` prints one JSON object, last
+on stdout.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from navil_megatron import __version__
+from navil_megatron.config.errors import EXIT_CODE, UserError, describe
+
+Report = dict[str, Any]
+OnProgress = Callable[[int, int], None]
+_PLACEHOLDER = "<image>"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and gives the exit code."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse closes a list of positionals at the first option, so overrides that follow one come back here.
+    if rest and (options.verb is not run_train or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    try:
+        status: int = options.verb(options)
+    except UserError as error:
+        print(describe(error), file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb with its options, help and example."""
+    parser = argparse.ArgumentParser(prog="navil-megatron", description="Pretrains NaViL on megatron-core.")
+    parser.add_argument("--version", action="version", version=f"navil-megatron {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_train(verbs)
+    _add_data(_add_group(verbs, "data", "make what a run reads"))
+    _add_convert(_add_group(verbs, "convert", "between sharded checkpoints and Hugging Face folders"))
+    _add_generate(verbs)
+    _add_doctor(verbs)
+    return parser
+
+
+def _add_verb(
+    verbs: Any, name: str, verb: Callable[[argparse.Namespace], int], what: str, example: str, reports: bool = True
+) -> argparse.ArgumentParser:
+    """A verb whose help ends in an example; ``--json`` where it reports something."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=verb)
+    if reports:
+        parser.add_argument("--json", action="store_true", help="print the report as one JSON object, last on stdout")
+    return parser
+
+
+def _add_group(verbs: Any, name: str, what: str) -> Any:
+    """A verb that has verbs of its own."""
+    parser = verbs.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    return parser.add_subparsers(required=True, metavar="VERB")
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "train",
+        run_train,
+        "train on this machine, resuming from the newest checkpoint",
+        "navil-megatron train run.toml training.train_steps=100 --nproc 2\n\n"
+        "on a cluster:\n"
+        "  torchrun --nnodes 4 --nproc-per-node 8 ... -m navil_megatron.pretrain run.toml",
+        reports=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change, in TOML")
+    parser.add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks to start on this machine (1)")
+
+
+def _add_data(verbs: Any) -> None:
+    build = _add_verb(
+        verbs,
+        "build",
+        run_data_build,
+        "write indexed tar shards from images and captions",
+        "navil-megatron data build images.jsonl shards/ --tokenizer tokenizer/",
+    )
+    build.add_argument("manifest", type=Path, metavar="MANIFEST", help='JSON lines of {"image": path, "caption": text}')
+    build.add_argument("output", type=Path, metavar="FOLDER", help="where the shards go")
+    build.add_argument("--prefix", default="shard", help="start of the shards' names (shard)")
+    build.add_argument("--samples-per-shard", type=_count, default=10_000, metavar="N", help="of a full shard (10000)")
+    build.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="store caption lengths in the index")
+    index = _add_verb(
+        verbs,
+        "index",
+        run_data_index,
+        "index WebDataset tars that exist already",
+        "navil-megatron data index 'shards/*.tar' --tokenizer tokenizer/",
+    )
+    index.add_argument("shards", nargs="+", metavar="TAR", help="paths or glob patterns")
+    index.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="store caption lengths in the index")
+    index.add_argument(
+        "--headers-only", action="store_true", help="do not decode the images: faster, finds less damage"
+    )
+
+
+def _add_convert(verbs: Any) -> None:
+    to_hf = _add_verb(
+        verbs,
+        "to-hf",
+        run_convert_to_hf,
+        "export a checkpoint as a folder that transformers loads",
+        "navil-megatron convert to-hf runs/a/checkpoints exported/",
+    )
+    to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_... folder, or the folder of them")
+    to_hf.add_argument("folder", type=Path, metavar="FOLDER", help="the Hugging Face folder to write")
+    from_hf = _add_verb(
+        verbs,
+        "from-hf",
+        run_convert_from_hf,
+        "make a checkpoint whose weights start a run (checkpoint.initial_weights)",
+        "navil-megatron convert from-hf downloaded/ weights/",
+    )
+    from_hf.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder of ours or of the authors")
+    from_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint folder to write")
+    for parser in (to_hf, from_hf):
+        parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="instead of the one that the source names")
+        parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the weights (as stored)")
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "generate",
+        run_generate,
+        "let an exported model answer a prompt about each image, by greedy decoding; runs the code in the folder",
+        'navil-megatron generate exported/ cat.jpg dog.jpg --prompt "<image>Describe it."',
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what convert to-hf wrote; must be trusted")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="one answer is given for each")
+    parser.add_argument("--prompt", default=_PLACEHOLDER, metavar="TEXT", help="<image> stands for the image (<image>)")
+    parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="longest answer (256)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (cpu)")
+
+
+def _add_doctor(verbs: Any) -> None:
+    _add_verb(
+        verbs,
+        "doctor",
+        run_doctor,
+        "show versions and GPUs, what is missing or wrong, and the line that installs it",
+        "navil-megatron doctor",
+    )
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Starts the ranks; a config that cannot run is refused before any of them."""
+    from navil_megatron.config.load import load_config
+    from navil_megatron.config.validate import validate
+    from navil_megatron.launch import run_ranks
+
+    arguments = [str(options.config), *options.overrides, *options.rest]
+    config = load_config(arguments[0], arguments[1:])
+    if "RANK" not in os.environ:
+        validate(config, options.nproc)
+        if options.nproc > 1:
+            return run_ranks("navil_megatron.pretrain", arguments, options.nproc)
+    # One rank, or a rank that torchrun started: this process becomes it, so that signals and the exit code are its own.
+    os.execv(sys.executable, [sys.executable, "-m", "navil_megatron.pretrain", *arguments])
+
+
+def run_data_build(options: argparse.Namespace) -> int:
+    """Writes shards and says what was left out."""
+    from navil_megatron.data.build_shards import build_shards
+
+    with _progress_bar("samples") as on_progress:
+        report = build_shards(
+            options.manifest,
+            options.output,
+            prefix=options.prefix,
+            samples_per_shard=options.samples_per_shard,
+            tokenizer=options.tokenizer,
+            on_progress=on_progress,
+        )
+    return _tell(options, report, _describe_shards(report))
+
+
+def run_data_index(options: argparse.Namespace) -> int:
+    """Indexes shards and says what was left out."""
+    from navil_megatron.data.build_shards import index_shards
+
+    with _progress_bar("shards") as on_progress:
+        report = index_shards(
+            options.shards, tokenizer=options.tokenizer, decode=not options.headers_only, on_progress=on_progress
+        )
+    return _tell(options, report, _describe_shards(report))
+
+
+def run_convert_to_hf(options: argparse.Namespace) -> int:
+    """Exports a checkpoint and says what went out."""
+    _hide_known_warnings()
+    from navil_megatron.hf.export import convert_to_hf
+
+    dtype = _weight_type(options.dtype)
+    report = convert_to_hf(options.checkpoint, options.folder, tokenizer=options.tokenizer, dtype=dtype)
+    return _tell(options, report, _describe_conversion(report, report["checkpoint"], report["folder"]))
+
+
+def run_convert_from_hf(options: argparse.Namespace) -> int:
+    """Reads a Hugging Face folder and says what came in."""
+    _hide_known_warnings()
+    from navil_megatron.hf.ingest import convert_from_hf
+
+    dtype = _weight_type(options.dtype)
+    report = convert_from_hf(options.folder, options.checkpoint, tokenizer=options.tokenizer, dtype=dtype)
+    return _tell(options, report, _describe_conversion(report, report["folder"], report["checkpoint"]))
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """Prints one answer for each image."""
+    if options.prompt.count(_PLACEHOLDER) > 1:
+        raise UserError(f"--prompt holds {_PLACEHOLDER} more than once; each answer is about one image")
+
+    from navil_megatron.hf.generate import generate_captions, load_for_generation
+
+    captioner = load_for_generation(options.folder, device=options.device)
+    texts = generate_captions(captioner, options.images, options.prompt, options.max_new_tokens)
+    answers = [{"image": str(image), "text": text} for image, text in zip(options.images, texts, strict=True)]
+    report = {"folder": str(options.folder), "prompt": options.prompt, "answers": answers}
+    several = len(texts) > 1
+    return _tell(options, report, "\n".join(f"{a['image']}: {a['text']}" if several else a["text"] for a in answers))
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Prints the checks; 1 if something must be mended before a run."""
+    from navil_megatron.doctor import as_json, as_table, diagnose
+
+    checks = diagnose()
+    _tell(options, as_json(checks), as_table(checks))
+    return int(any(check.is_problem for check in checks))
+
+
+def _describe_shards(report: Report) -> str:
+    """The report of a data verb for a terminal."""
+    lines = [f"{report['num_samples']} samples in {len(report['shards'])} shards, {report['bytes']} bytes"]
+    lines += [f"left out {count}: {reason}" for reason, count in report["rejected_reasons"].items()]
+    return "\n".join(lines)
+
+
+def _describe_conversion(report: Report, source: str, target: str) -> str:
+    """The report of a conversion for a terminal."""
+    lines = [
+        f"{source} -> {target}",
+        f"{report['num_parameters']} parameters in {report['num_hf_tensors']} Hugging Face tensors, "
+        f"{report['num_bytes']} bytes, {', '.join(report['types'])}, {report['seconds']} s",
+    ]
+    return "\n".join([*lines, *report["notes"]])
+
+
+def _hide_known_warnings() -> None:
+    """Keeps megatron-core quiet about what the config decides; comes before its first import."""
+    from navil_megatron.runtime.logs import quiet_known_warnings
+
+    quiet_known_warnings()
+
+
+def _weight_type(name: str | None) -> Any:
+    """The torch type of that name; ``None`` keeps what is stored."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _tell(options: argparse.Namespace, report: Report, text: str) -> int:
+    """Prints the report for a program or for a person."""
+    print(json.dumps(report) if options.json else text)
+    return 0
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
+    return number
+
+
+@contextmanager
+def _progress_bar(what: str) -> Iterator[OnProgress]:
+    """A bar with rate and time left on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

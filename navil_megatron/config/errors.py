@@ -1,0 +1,33 @@
+"""Errors that a user can cause and mend; entry points print them as ``error: ...`` lines and exit with code 2.
+
+A message says what was found, what was expected and what to do. Anything else that goes wrong is a bug and
+keeps its traceback.
+"""
+
+from collections.abc import Iterable
+
+EXIT_CODE = 2
+"""Exit status of a command that stopped because of a ``UserError``."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message is all they need to see."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config that cannot be run, with every problem found in it."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        """Holds one problem, or all of them; each becomes one line of the message."""
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[str, ...]]]:
+        """Keeps the list of problems when the error crosses a process boundary."""
+        return type(self), (self.problems,)
+
+
+def describe(error: UserError) -> str:
+    """The error as a terminal shows it: one ``error: ...`` line for each problem."""
+    problems = error.problems if isinstance(error, ConfigError) else (" ".join(str(error).split("\n")),)
+    return "\n".join(f"error: {problem}" for problem in problems)

@@ -1,0 +1,236 @@
+"""TOML and ``section.field=value`` overrides -> NaViLConfig, and back to plain tables.
+
+Everything follows from the dataclasses' annotations: no field is named here. All problems of a config are reported at
+once. TOML has no null, so the string ``"none"`` switches off a setting that may be ``None``.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from navil_megatron.config.errors import ConfigError
+from navil_megatron.config.schema import NaViLConfig
+
+_INVALID: Any = object()
+"""Stands for a value whose problem has been noted."""
+
+_NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_PLURALS = {bool: "booleans", int: "integers", float: "numbers", str: "strings"}
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> NaViLConfig:
+    """Reads a run's config.
+
+    Args:
+        path: TOML file whose tables are the sections: ``[model.language]``, ``[optimizer]``, ...
+        overrides: ``section.field=value``, the value parsed as TOML; what is not valid TOML is taken as a string.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong. ``validate`` checks what spans sections.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    reader = _Reader(NaViLConfig, str(path))
+    for override in overrides:
+        reader.override(tables, override)
+    return reader.read(tables)
+
+
+def config_from_dict(values: Mapping[str, Any], source: str) -> NaViLConfig:
+    """The config that ``config_to_dict`` wrote; ``source`` names it in errors.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return section_from_dict(NaViLConfig, values, source)
+
+
+def section_from_dict[T](section: type[T], values: Mapping[str, Any], source: str) -> T:
+    """One section, e.g. ``ModelConfig``, from plain values.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return _Reader(section, source).read(values)
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config, or one section of it, as values that JSON can hold; tuples become lists."""
+    return {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def digest(section: Any) -> str:
+    """Hexadecimal SHA-256 of a config or section: equal settings, equal digest, on every machine."""
+    text = json.dumps(config_to_dict(section), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return value
+
+
+class _Reader[T]:
+    """Turns plain tables into the dataclass ``root`` and collects every problem on the way."""
+
+    def __init__(self, root: type[T], source: str) -> None:
+        self.root = root
+        self.source = source
+        self.problems: list[str] = []
+        self.overridden: dict[str, str] = {}
+        """Dotted key -> the override that set it, so that a problem is blamed on the right place."""
+
+    def read(self, values: Mapping[str, Any]) -> T:
+        """The dataclass, or one ConfigError with every problem."""
+        config = self._section(self.root, values, "")
+        if self.problems:
+            raise ConfigError(self.problems)
+        return config
+
+    def override(self, tables: dict[str, Any], text: str) -> None:
+        """Sets one ``section.field=value`` in ``tables``."""
+        key, equals, value = text.partition("=")
+        names = [name.strip() for name in key.split(".")]
+        if not equals or not all(names):
+            self.problems.append(f"override {text!r}: expected section.field=value, e.g. training.train_steps=100")
+            return
+        table = tables
+        for name in names[:-1]:
+            inner = table.setdefault(name, {})
+            if not isinstance(inner, dict):
+                # The path runs through a value: an empty table lets the reader name the key that does not exist.
+                inner = table[name] = {}
+            table = inner
+        table[names[-1]] = _parse_value(value)
+        self.overridden[".".join(names)] = text
+
+    def _blame(self, key: str) -> str:
+        """Where the value of ``key`` came from."""
+        key = key.partition("[")[0]
+        for overridden, text in self.overridden.items():
+            if overridden == key or overridden.startswith(key + ".") or key.startswith(overridden + "."):
+                return f"override {text}"
+        return self.source
+
+    def _note(self, key: str, message: str) -> Any:
+        self.problems.append(f"{self._blame(key)}: {message}")
+        return _INVALID
+
+    def _section(self, section: type[Any], values: Any, key: str) -> Any:
+        """One dataclass; ``key`` is its dotted name, empty for the root."""
+        if not isinstance(values, Mapping):
+            return self._note(key, f"{key}: expected a table [{key}], found {_found(values)}")
+        fields = {field.name: field for field in dataclasses.fields(section)}
+        hints = get_type_hints(section)
+        arguments = {}
+        for name, value in values.items():
+            dotted = _join(key, name)
+            if name in fields:
+                arguments[name] = self._value(hints[name], value, dotted)
+            else:
+                self._note(dotted, f"{dotted} is not a setting; {self._nearest(section, name, key)}")
+        for name, field in fields.items():
+            if name not in values and _is_required(field):
+                what = _required_names(hints[name])
+                dotted = _join(key, name)
+                missing = f"section [{dotted}] is missing; it needs {what}" if what else f"{dotted} is missing; set it"
+                self._note(dotted, missing)
+                arguments[name] = _INVALID
+        return _INVALID if any(value is _INVALID for value in arguments.values()) else section(**arguments)
+
+    def _value(self, annotation: Any, value: Any, key: str) -> Any:
+        """``value`` as the annotation wants it, or ``_INVALID``."""
+        origin = get_origin(annotation)
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            return self._section(annotation, value, key)
+        if origin in (Union, UnionType):
+            (inner,) = (choice for choice in get_args(annotation) if choice is not NoneType)
+            return None if value is None or value == "none" else self._value(inner, value, key)
+        if origin is Literal:
+            choices = get_args(annotation)
+            if type(value) in {type(choice) for choice in choices} and value in choices:
+                return value
+            return self._note(key, f"{key}: found {_found(value)}, expected one of {', '.join(map(repr, choices))}")
+        if origin is tuple:
+            return self._array(get_args(annotation)[0], value, key)
+        if annotation is float and type(value) is int:
+            return float(value)
+        if type(value) is annotation:
+            return value
+        hint = f"; quote it: '{key}=\"...\"'" if annotation is str and self._blame(key) != self.source else ""
+        return self._note(key, f"{key}: found {_found(value)}, expected {_NOUNS[annotation]}{hint}")
+
+    def _array(self, annotation: Any, value: Any, key: str) -> Any:
+        if not isinstance(value, list | tuple):
+            example = '["a", "b"]' if annotation is str else "[1, 2]"
+            expected = f"an array of {_PLURALS[annotation]}, e.g. {example}"
+            return self._note(key, f"{key}: found {_found(value)}, expected {expected}")
+        items = tuple(self._value(annotation, item, f"{key}[{index}]") for index, item in enumerate(value))
+        return _INVALID if any(item is _INVALID for item in items) else items
+
+    def _nearest(self, section: type[Any], name: str, key: str) -> str:
+        """What the user may have meant: a near name in the section, the same name elsewhere, or the whole section."""
+        names = [field.name for field in dataclasses.fields(section)]
+        elsewhere = [dotted for dotted in _dotted_keys(self.root, "") if dotted.rpartition(".")[2] == name]
+        near = difflib.get_close_matches(name, names, n=1)
+        if near:
+            return f"the nearest is {_join(key, near[0])}"
+        if elsewhere:
+            return f"it belongs in {elsewhere[0]}"
+        return f"{f'[{key}]' if key else 'a config'} has {', '.join(names)}"
+
+
+def _parse_value(text: str) -> Any:
+    """An override's value: TOML, or else the text itself."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    # A line break in the text could smuggle in a second key.
+    return parsed["value"] if len(parsed) == 1 else text.strip()
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _required_names(annotation: Any) -> str:
+    """The required fields of a section, for the message that the section is missing; empty for a plain field."""
+    if not dataclasses.is_dataclass(annotation):
+        return ""
+    return ", ".join(field.name for field in dataclasses.fields(annotation) if _is_required(field))
+
+
+def _dotted_keys(section: Any, key: str) -> Iterator[str]:
+    """Every setting below a section, sections included."""
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        dotted = _join(key, field.name)
+        yield dotted
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _dotted_keys(hints[field.name], dotted)
+
+
+def _found(value: Any) -> str:
+    """A value in an error message, cut to a readable length."""
+    if isinstance(value, Mapping):
+        return "a table"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

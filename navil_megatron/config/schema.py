@@ -1,0 +1,315 @@
+"""Every setting of a run, as frozen dataclasses; the docstring under a field says what it means and its unit.
+
+A required field has no default. ``None`` means off. Derived numbers are properties, so nothing is stored twice.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SPECIAL_TOKENS = (
+    "</box>",
+    "<box>",
+    "<IMG_CONTEXT>",
+    "</img>",
+    "<img>",
+    "</quad>",
+    "<quad>",
+    "</ref>",
+    "<ref>",
+    "<img_uncond>",
+    "<IMG_LINE_BREAK>",
+    "<IMG_FRAME_BREAK>",
+)
+"""The 12 special tokens in the row order of the special-token embedding (reference: SPECIAL_TOKEN_LIST)."""
+
+Modality = Literal["text", "visual"]
+MODALITIES: tuple[Modality, Modality] = ("text", "visual")
+"""The two modalities, in the order in which a modality-major row holds them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageConfig:
+    """The language model: a decoder whose attention and FFN hold one expert per modality (paper, section 3.2.2)."""
+
+    family: Literal["qwen3", "internlm2"]
+    """Names the Hugging Face layout that weights are read from and written to."""
+    num_layers: int
+    """Decoder layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width of the SwiGLU feed-forward network, per modality."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key/value heads (grouped-query attention)."""
+    head_dim: int
+    """Channels of one attention head."""
+    vocab_size: int
+    """Rows of the embedding table and of the LM head, special tokens included."""
+    qk_norm: bool
+    """RMSNorm over each head's query and key, one per modality (Qwen3: true, InternLM2: false)."""
+    composed_visual_output_projection: bool = False
+    """Visual tokens get W_visual(W_text(attn)) as the released 2B code computes it, instead of W_visual(attn)."""
+    rope_theta: float = 1_000_000.0
+    """Base of the rotary position frequencies."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm of the decoder."""
+    max_position_embeddings: int = 32_768
+    """Longest position, in tokens; written to the exported folder."""
+    tied_embeddings: bool = False
+    """The LM head shares the embedding table."""
+    visual_expert_init: Literal["copy", "random"] = "copy"
+    """How visual experts start when a text-only LLM is the origin of the weights."""
+    init_std: float = 0.02
+    """Standard deviation of randomly initialised matrices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """The visual encoder V_{d,w}: packed images of any size, 2D RoPE, LayerScale (paper, section 3.1)."""
+
+    num_layers: int
+    """Depth d; 0 leaves only the patch embedding."""
+    hidden_size: int
+    """Width w."""
+    ffn_hidden_size: int
+    """Width of the GELU feed-forward network."""
+    num_attention_heads: int
+    """Attention heads (multi-head, no grouping)."""
+    patch_size: int = 16
+    """Side of a square patch, in pixels; the stride of the patch embedding."""
+    merge_size: int = 2
+    """Patches merged along each side by the pixel shuffle; one visual token covers patch_size * merge_size pixels."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Kind of the two norms in each layer."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of the norms."""
+    qkv_bias: bool = False
+    """Bias on the fused query/key/value projection."""
+    layer_scale_init: float = 0.1
+    """Initial value of the per-channel LayerScale."""
+    rope_theta: float = 10_000.0
+    """Base of the 2D rotary frequencies; half of them turn with the row, half with the column."""
+    token_order: Literal["raster", "window"] = "raster"
+    """Order in which visual tokens leave the encoder: ``raster`` as the paper describes, ``window`` as the released
+    code does (merge blocks permuted window by window and never put back)."""
+    window_size: int = 8
+    """Side of an attention window, in patches; also the unit of the ``window`` token order."""
+    full_attention_layers: tuple[int, ...] | None = None
+    """Layers that attend over the whole image; the others attend inside windows. ``None``: every layer attends fully.
+    Windowed attention needs ``token_order = "window"``."""
+    init_std: float = 0.02
+    """Standard deviation of randomly initialised matrices."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened RGB patch."""
+        return 3 * self.patch_size * self.patch_size
+
+    @property
+    def merged_size(self) -> int:
+        """Width of one pixel-shuffled token, the connector's input."""
+        return self.hidden_size * self.merge_size**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A NaViL model. Everything that decides the weights' shapes or the function they compute."""
+
+    language: LanguageConfig
+    """The decoder with modality experts."""
+    vision: VisionConfig
+    """The visual encoder."""
+    special_token_ids: tuple[int, ...]
+    """Token ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``."""
+    connector_norm_epsilon: float = 1e-5
+    """Epsilon of the connector's LayerNorm."""
+
+    def special_token_id(self, token: str) -> int:
+        """The id of one of ``SPECIAL_TOKENS``, e.g. ``"<IMG_CONTEXT>"``."""
+        return self.special_token_ids[SPECIAL_TOKENS.index(token)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become packed rows."""
+
+    train_shards: tuple[str, ...]
+    """Glob patterns of the training shards (WebDataset tars)."""
+    tokenizer: str
+    """Folder with a Hugging Face tokenizer that holds the 12 special tokens."""
+    validation_shards: tuple[str, ...] = ()
+    """Glob patterns of held-out shards; empty: no evaluation."""
+    seq_length: int = 16_384
+    """Tokens of one packed row, padding included."""
+    min_image_pixels: int = 65_536
+    """Smallest image area, in pixels; smaller images are enlarged to it, smaller scales are not made."""
+    max_image_pixels: int = 1_048_576
+    """Largest image area, in pixels, before padding (patches times 256)."""
+    multi_scale: bool = True
+    """Visual multi-scale packing: the image again at tau^i of its size, small to large (paper, section 4.1)."""
+    scale_ratio: float = 0.7071
+    """tau, the side ratio of successive scales."""
+    share_shrunk_limit: bool = False
+    """Reproduce the released demo: the limit left by one image's smallest scale caps the next image of the sample."""
+    image_decoder: Literal["pillow"] = "pillow"
+    """What decodes and resizes images."""
+    num_workers: int = 1
+    """Background threads that read, decode and pack ahead of the step."""
+    prefetch_steps: int = 2
+    """Steps prepared ahead."""
+    max_failed_share: float = 0.05
+    """Largest share of samples seen so far that may fail to decode before the run stops."""
+    pad_segments_to: int = 16
+    """Each modality's segment of a row is padded to a multiple of this many tokens (FP8: 16, blockwise: 128)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The layout: how one model and one batch are laid over the ranks. Data parallelism takes what is left."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that split the decoder's depth; the first also holds encoder and connector."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks a stage holds under the interleaved schedule; ``None``: plain 1F1B."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Decoder layers of each stage, first to last; ``None``: even."""
+    expert_model_parallel_size: int = 1
+    """Ranks that split the FFN experts."""
+    context_parallel_size: int = 1
+    """Ranks that split a row's tokens."""
+    sequence_parallel: bool = False
+    """Split activations outside the matrices over the tensor-parallel ranks too."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay and FP32 master weights, and its learning-rate schedule."""
+
+    lr: float
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Shape after the warm-up."""
+    warmup_steps: int = 200
+    """Steps of linear warm-up from zero."""
+    min_lr: float = 0.0
+    """Floor of the cosine, reached at ``training.train_steps``."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; norms, biases, LayerScale and one-dimensional parameters are exempt."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the denominator."""
+    clip_grad: float | None = 1.0
+    """Largest global gradient norm; ``None``: no clipping."""
+    distributed: bool = True
+    """Split optimizer state over the data-parallel ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How long, how much at once, and what is trained."""
+
+    train_steps: int
+    """Optimizer updates of the whole run."""
+    global_batch_size: int
+    """Packed rows of one update, over all data-parallel ranks."""
+    micro_batch_size: int = 1
+    """Packed rows of one forward pass of one rank."""
+    phase: Literal["s1.1", "s1.2", "s2"] = "s2"
+    """Stage of the recipe, which decides what is trainable (paper, tables 7 and 8): ``s1.1`` encoder, connector,
+    visual experts and special tokens; ``s1.2`` also the text attention; ``s2`` everything."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; gradients, master weights and moments are FP32."""
+    seed: int = 1234
+    """Decides initial weights and data order."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of attention, or whole layers."""
+    evaluate_every_steps: int | None = None
+    """Steps between evaluations on the held-out shards; ``None``: never."""
+    evaluate_swapped_images: bool = False
+    """Evaluate a second time with each sample showing another one's picture: the loss must rise if images are read."""
+    log_every_steps: int = 1
+    """Steps between metric records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Where and when state is saved, and where weights come from."""
+
+    directory: str
+    """Folder that holds the run's checkpoints."""
+    save_every_steps: int | None = None
+    """Steps between saves; ``None``: only at the end and on SIGTERM."""
+    keep_last: int = 2
+    """Newest checkpoints kept; older ones are deleted after a good save."""
+    initial_weights: str | None = None
+    """Checkpoint whose weights (not optimizer, not data state) start a run that has no checkpoint of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """Where the run executes."""
+
+    device: Literal["cuda", "cpu"]
+    """``cuda`` with NCCL, or ``cpu`` with gloo. Never guessed."""
+    kernels: Literal["torch"] = "torch"
+    """Which arithmetic the layers use."""
+    collective_timeout_seconds: int = 600
+    """A collective that does not come back within this time ends the run."""
+    cpu_threads: int | None = None
+    """Threads of one CPU rank; ``None``: cores divided by local ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingConfig:
+    """What a run leaves behind besides checkpoints."""
+
+    directory: str
+    """Folder for ``metrics.jsonl``, TensorBoard files and failed-sample lists."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    progress: bool = True
+    """Show a progress bar on the terminal of rank 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaViLConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    """The model."""
+    data: DataConfig
+    """Its samples."""
+    training: TrainingConfig
+    """Its length and phase."""
+    optimizer: OptimizerConfig
+    """Its update rule."""
+    checkpoint: CheckpointConfig
+    """Its state on disk."""
+    runtime: RuntimeConfig
+    """Its machine."""
+    logging: LoggingConfig
+    """Its records."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Its layout."""
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one microbatch: its rows laid end to end."""
+        return self.training.micro_batch_size * self.data.seq_length

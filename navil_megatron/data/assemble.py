@@ -1,0 +1,115 @@
+"""Encoded samples to the arrays of one microbatch.
+
+A row is its samples in causal order, then one block of visual padding, then text padding: every row ends on the FP8
+multiple in both modalities, with pad tokens and never by stretching a sample. Padding has segments of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from navil_megatron.data.image_plan import image_grid_thw, visual_tokens
+from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
+
+IGNORED_LABEL = -100
+MAX_PADDING_SEGMENT = 256
+"""Longest attention segment of padding, in tokens: attention over padding is wasted, and its cost is quadratic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFormat:
+    """What the arrays of a row depend on besides its samples."""
+
+    seq_length: int
+    """Tokens of a row."""
+    pad_segments_to: int
+    """Each modality's segment is padded to a multiple of this many tokens."""
+    pad_id: int
+    """Token id of padding."""
+    special_token_ids: tuple[int, ...]
+    """Ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One attention segment's share of every array, all [n]."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    loss_weights: np.ndarray
+    visual: np.ndarray
+
+
+def assemble(
+    rows: Sequence[PackedSequence],
+    row_format: RowFormat,
+    pixel_values: torch.Tensor | None,
+    failed: frozenset[int] = frozenset(),
+) -> Microbatch:
+    """The microbatch of some rows, laid end to end.
+
+    Args:
+        rows: what each row holds.
+        row_format: lengths and ids.
+        pixel_values: patches of all images in order of appearance, or None where they are not decoded.
+        failed: sample indices whose images are blank: they keep their place and lose their loss.
+
+    Raises:
+        ValueError: the samples of a row do not fit it.
+    """
+    pieces = [piece for row in rows for piece in _row_pieces(row, row_format, failed)]
+    lengths = tuple(len(piece.input_ids) for piece in pieces)
+    samples = [sample for row in rows for sample in row.samples]
+    return Microbatch(
+        input_ids=np.concatenate([piece.input_ids for piece in pieces]),
+        position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        labels=np.concatenate([piece.labels for piece in pieces]),
+        loss_weights=np.concatenate([piece.loss_weights for piece in pieces]),
+        visual_token_mask=np.concatenate([piece.visual for piece in pieces]),
+        segment_lengths=lengths,
+        image_grid_thw=image_grid_thw([scales for sample in samples for scales in sample.scales]),
+        pixel_values=pixel_values,
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        sample_indices=tuple(sample.sample_index for sample in samples),
+        sample_lengths=tuple(len(sample.input_ids) for sample in samples),
+    )
+
+
+def _row_pieces(row: PackedSequence, row_format: RowFormat, failed: frozenset[int]) -> list[_Piece]:
+    """Samples, visual padding, text padding."""
+    pieces = [_sample_piece(sample, row_format, sample.sample_index in failed) for sample in row.samples]
+    num_visual = sum(int(piece.visual.sum()) for piece in pieces)
+    visual_padding = -num_visual % row_format.pad_segments_to
+    text_padding = row.seq_length - sum(len(piece.input_ids) for piece in pieces) - visual_padding
+    if text_padding < 0:
+        raise ValueError(f"a row of {row.seq_length} tokens is over-full by {-text_padding}")
+    for length, visual in ((visual_padding, True), (text_padding, False)):
+        for start in range(0, length, MAX_PADDING_SEGMENT):
+            pieces.append(_padding_piece(min(MAX_PADDING_SEGMENT, length - start), row_format.pad_id, visual))
+    return pieces
+
+
+def _sample_piece(sample: EncodedSample, row_format: RowFormat, failed: bool) -> _Piece:
+    """One sample: labels are the tokens that follow, weighted as the sample says."""
+    loss_weights = np.zeros(len(sample.input_ids), dtype=np.float32)
+    if not failed:
+        loss_weights[:-1] = sample.loss_weights[1:]
+    following = np.roll(sample.input_ids, -1)
+    return _Piece(
+        input_ids=sample.input_ids,
+        labels=np.where(loss_weights > 0, following, IGNORED_LABEL),
+        loss_weights=loss_weights,
+        visual=visual_tokens(sample.input_ids, row_format.special_token_ids),
+    )
+
+
+def _padding_piece(length: int, pad_id: int, visual: bool) -> _Piece:
+    """Padding for one modality."""
+    return _Piece(
+        input_ids=np.full(length, pad_id, dtype=np.int64),
+        labels=np.full(length, IGNORED_LABEL, dtype=np.int64),
+        loss_weights=np.zeros(length, dtype=np.float32),
+        visual=np.full(length, visual),
+    )

@@ -1,0 +1,87 @@
+"""Random microbatches of a wished composition, for tests and benchmarks; assembled by the code that real data takes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from navil_megatron.config.schema import ModelConfig
+from navil_megatron.data.assemble import RowFormat, assemble
+from navil_megatron.data.image_plan import image_token_ids, num_patches
+from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, ScalePlan
+
+type Composition = Sequence[tuple[int, Sequence[tuple[int, int]]]]
+"""For each sample its number of text tokens, and the (rows, columns) in patches of its one-scale images."""
+
+
+def synthetic_microbatch(
+    model: ModelConfig,
+    seq_length: int,
+    seed: int,
+    samples: Composition,
+    pad_segments_to: int = 16,
+    decode_pixels: bool = True,
+) -> Microbatch:
+    """One row of random samples.
+
+    Args:
+        model: decides ids and patch sizes.
+        seq_length: tokens of the row.
+        seed: decides text tokens and pixels.
+        samples: its composition; text tokens follow the images and carry the loss.
+        pad_segments_to: each modality's segment is padded to a multiple of this many tokens.
+        decode_pixels: give ``pixel_values``.
+
+    Raises:
+        ValueError: the samples do not fit the row.
+    """
+    return synthetic_rows(model, seq_length, seed, [samples], pad_segments_to, decode_pixels)
+
+
+def synthetic_rows(
+    model: ModelConfig,
+    seq_length: int,
+    seed: int,
+    rows: Sequence[Composition],
+    pad_segments_to: int = 16,
+    decode_pixels: bool = True,
+) -> Microbatch:
+    """Several rows laid end to end; arguments as of ``synthetic_microbatch``."""
+    random = np.random.default_rng(seed)
+    plain_ids = np.setdiff1d(np.arange(model.language.vocab_size), model.special_token_ids)
+    encoded: list[list[EncodedSample]] = []
+    for row in rows:
+        encoded.append([])
+        for num_text, grids in row:
+            index = sum(len(done) for done in encoded)
+            encoded[-1].append(_random_sample(model, index, num_text, grids, random, plain_ids))
+    patches = sum(num_patches(scale) for row in encoded for s in row for image in s.scales for scale in image)
+    pixels = random.uniform(-1.0, 1.0, (patches, model.vision.patch_dim)).astype(np.float32)
+    row_format = RowFormat(
+        seq_length=seq_length,
+        pad_segments_to=pad_segments_to,
+        pad_id=int(plain_ids[0]),
+        special_token_ids=model.special_token_ids,
+    )
+    sequences = [PackedSequence(tuple(row), seq_length) for row in encoded]
+    return assemble(sequences, row_format, torch.from_numpy(pixels) if decode_pixels else None)
+
+
+def _random_sample(
+    model: ModelConfig,
+    index: int,
+    num_text: int,
+    grids: Sequence[tuple[int, int]],
+    random: np.random.Generator,
+    plain_ids: np.ndarray,
+) -> EncodedSample:
+    """Images, then text tokens; weights differ from token to token, so that a test sees a misplaced one."""
+    patch, merge = model.vision.patch_size, model.vision.merge_size
+    images = tuple((ScalePlan(rows * patch, columns * patch, rows, columns),) for rows, columns in grids)
+    parts = [image_token_ids(scales, merge, model.special_token_ids) for scales in images]
+    text = random.choice(plain_ids, num_text).astype(np.int64)
+    input_ids = np.concatenate([*parts, text])
+    loss_weights = np.zeros(len(input_ids), dtype=np.float32)
+    loss_weights[len(input_ids) - num_text :] = random.choice([0.5, 1.0, 2.0], num_text)
+    loss_weights[:1] = 0.0
+    return EncodedSample(sample_index=index, input_ids=input_ids, loss_weights=loss_weights, scales=images)

@@ -1,0 +1,205 @@
+"""Looks at this machine: which versions are installed, what is missing or wrong, and the exact line that mends it.
+
+Imports nothing heavy and decides by installed metadata and files, so that it still answers on a broken install, and on
+a Python too old for the rest (``python3 -m navil_megatron.cli doctor`` in a checkout).
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+PYTHON = (3, 12)
+"""Oldest Python: megatron-core 0.19 needs it, and pip silently resolves an older core on an older Python."""
+
+REQUIRED = {
+    "torch": ">=2.11",
+    "megatron-core": ">=0.19,<0.20",
+    "psutil": "",
+    "numpy": "",
+    "transformers": ">=5",
+    "tokenizers": "",
+    "safetensors": "",
+    "webdataset": "",
+    "pillow": "",
+    "rich": "",
+    "tensorboard": "",
+}
+"""Distribution -> versions that work; setup.py installs the same."""
+
+WHY = {"psutil": "without it a checkpoint save of megatron-core waits for ever"}
+"""What goes wrong without a distribution, where that is not plain."""
+
+INSTALL_APEX = (
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex "
+    "(needs a CUDA build of torch and nvcc)"
+)
+INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "transformer-engine[pytorch]" (needs a CUDA torch, nvcc)'
+INSTALL_DALI = 'pip install "nvidia-dali-cuda130>=2.4,<2.5"'
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found about one thing."""
+
+    name: str
+    """The thing."""
+    status: str
+    """``ok``; ``absent``: not there and not needed; ``missing`` or ``wrong``: mend it first."""
+    found: str
+    """Its version, or what it is."""
+    advice: str = ""
+    """What to do, with the line to type; empty when nothing is needed."""
+
+    @property
+    def is_problem(self) -> bool:
+        """Whether a run cannot work before this is mended."""
+        return self.status in ("missing", "wrong")
+
+
+def diagnose(python_version: tuple[int, ...] = sys.version_info[:3]) -> list[Check]:
+    """Every check, in the order in which to mend what they find."""
+    checks = [check_python(python_version)]
+    checks += [check_required(name, wanted) for name, wanted in REQUIRED.items()]
+    checks += [check_cuda(), check_gpu(), check_transformer_engine(), check_apex(), check_dali()]
+    return checks
+
+
+def as_json(checks: list[Check]) -> dict[str, object]:
+    """The checks as one JSON object; ``ok`` says that nothing needs mending."""
+    return {"ok": not any(check.is_problem for check in checks), "checks": [asdict(check) for check in checks]}
+
+
+def as_table(checks: list[Check]) -> str:
+    """The checks as lines for a terminal, advice under each."""
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:8} {check.name:19} {check.found}")
+        if check.advice:
+            lines.append(f"{'':8} -> {check.advice}")
+    return "\n".join(lines)
+
+
+def check_python(version: tuple[int, ...]) -> Check:
+    """The interpreter's age."""
+    found = ".".join(map(str, version))
+    if version[:2] >= PYTHON:
+        return Check("python", "ok", found)
+    wanted = ".".join(map(str, PYTHON))
+    advice = (
+        f"expected {wanted} or newer: apt-get install python{wanted} python{wanted}-venv, or pyenv install {wanted}"
+    )
+    return Check("python", "wrong", found, advice)
+
+
+def check_required(name: str, wanted: str) -> Check:
+    """A distribution that setup.py lists."""
+    found = installed_version(name)
+    install = f'pip install "{name}{wanted}"'
+    if found is None:
+        because = f"{WHY[name]}: " if name in WHY else ""
+        return Check(name, "missing", "not installed", because + install)
+    if not satisfies(found, wanted):
+        return Check(name, "wrong", found, f"expected {wanted}: {install}")
+    return Check(name, "ok", found)
+
+
+def check_cuda() -> Check:
+    """The CUDA version that the installed torch was built for, read from its version file."""
+    path = metadata.distribution("torch").locate_file("torch/version.py") if installed_version("torch") else None
+    if path is None or not Path(str(path)).is_file():
+        return Check("cuda", "absent", "no torch to ask")
+    for node in ast.parse(Path(str(path)).read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        version = value.value if isinstance(value, ast.Constant) else None
+        if getattr(target, "id", None) == "cuda" and isinstance(version, str):
+            return Check("cuda", "ok", f"{version} (torch's build)")
+    return Check("cuda", "absent", 'torch is a CPU build: runtime.device = "cpu" only')
+
+
+def check_gpu() -> Check:
+    """The GPUs that the driver lists."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return Check("gpu", "absent", 'no nvidia-smi: runtime.device = "cpu" only')
+    listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False, timeout=60)
+    names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", listed.stdout, re.MULTILINE)
+    if listed.returncode != 0 or not names:
+        said = " ".join((listed.stderr or listed.stdout).split())
+        return Check("gpu", "wrong", f"nvidia-smi lists none: {said}", "check the driver: nvidia-smi -L")
+    found = f"{len(names)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
+    if check_cuda().status != "ok":
+        return Check("gpu", "wrong", found, 'torch cannot use it: pip install --force-reinstall "torch>=2.11"')
+    return Check("gpu", "ok", found)
+
+
+def check_transformer_engine() -> Check:
+    """Transformer Engine and its part for torch."""
+    found = installed_version("transformer-engine")
+    if found is None and find_spec("transformer_engine") is None:
+        return Check("transformer-engine", "absent", "not installed; no kernels of this version use it")
+    if find_spec("transformer_engine_torch") is None:
+        return Check("transformer-engine", "wrong", f"{found} without its torch part", INSTALL_TRANSFORMER_ENGINE)
+    return Check("transformer-engine", "ok", str(found))
+
+
+def check_apex() -> Check:
+    """NVIDIA Apex, told apart from the web toolkit that owns its name on PyPI."""
+    spec = find_spec("apex")
+    version = installed_version("apex")
+    if spec is None and version is None:
+        return Check("apex", "absent", "not installed; no kernels of this version use it")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    if not any((folder / "normalization").is_dir() for folder in folders):
+        found = f"{version}: the web toolkit of that name on PyPI, not NVIDIA Apex"
+        return Check("apex", "wrong", found, f"pip uninstall apex; if Apex is wanted: {INSTALL_APEX}")
+    if find_spec("amp_C") is None:
+        return Check("apex", "wrong", f"{version}: built without its CUDA extensions (no amp_C)", INSTALL_APEX)
+    return Check("apex", "ok", str(version))
+
+
+def check_dali() -> Check:
+    """DALI, told apart from the placeholder ``nvidia-dali``."""
+    names = sorted({str(found.name) for found in metadata.distributions() if found.name})
+    real = [name for name in names if re.fullmatch(r"nvidia[-_.]dali[-_.]cuda\d+", name, re.IGNORECASE)]
+    fake = installed_version("nvidia-dali")
+    if fake is not None:
+        found = f"nvidia-dali {fake}: a placeholder on PyPI, not DALI"
+        # Both unpack into the same folder, so removing the placeholder may take files of the real one along.
+        return Check("dali", "wrong", found, f"pip uninstall nvidia-dali; if DALI is wanted: {INSTALL_DALI}")
+    if not real:
+        return Check("dali", "absent", "not installed; no image decoder of this version uses it")
+    return Check("dali", "ok", f"{real[0]} {installed_version(real[0])}")
+
+
+def installed_version(name: str) -> "str | None":
+    """Version of an installed distribution, ``None`` if it is not installed."""
+    for distribution in metadata.distributions(name=name):
+        return distribution.version
+    return None
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Whether a version's release number meets comma-separated ``>=`` and ``<`` bounds."""
+    release = _release(version)
+    for bound in filter(None, wanted.split(",")):
+        if bound.startswith(">=") and not release >= _release(bound[2:]):
+            return False
+        if bound.startswith("<") and not release < _release(bound[1:]):
+            return False
+    return True
+
+
+def _release(version: str) -> "tuple[int, ...]":
+    """``2.11.0a0+git`` -> (2, 11): trailing zeros fall off, so that 2.11 equals 2.11.0."""
+    digits = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in digits.group().split(".")] if digits else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,1 @@
+"""Hugging Face in and out: one plain process, whole tensors, no model code of the training side."""

@@ -1,0 +1,88 @@
+"""Captions from an exported folder: transformers' own loading, batched greedy decoding.
+
+Runs the code inside the folder (``trust_remote_code``), so the folder must be one that the caller trusts; never
+reaches for a network.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from navil_megatron.config.errors import UserError
+
+type Picture = Image.Image | str | Path
+
+
+class Captioner(NamedTuple):
+    """A model and its processor."""
+
+    model: Any
+    processor: Any
+
+
+def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Captioner:
+    """Loads an exported folder, offline.
+
+    Args:
+        folder: The exported folder.
+        dtype: Type of weights and activations; ``None``: as stored.
+        device: Where the model runs.
+
+    Raises:
+        UserError: It is not a complete folder with a tokenizer.
+    """
+    needed = ("config.json", "preprocessor_config.json", "tokenizer.json")
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}: give a folder that `convert to-hf` made with a tokenizer"
+        )
+    settings = {"trust_remote_code": True, "local_files_only": True}
+    # "auto" takes the type that the weights were stored with.
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto", **settings)
+    processor = AutoProcessor.from_pretrained(folder, **settings)
+    return Captioner(model.to(device).eval(), processor)
+
+
+def generate_captions(
+    captioner: Captioner | Path,
+    images: Sequence[Picture],
+    prompt: str = "<image>",
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+) -> list[str]:
+    """One text for each picture, by greedy decoding.
+
+    Args:
+        captioner: What ``load_for_generation`` gave, or the folder to load.
+        images: Pictures, or paths of picture files.
+        prompt: What precedes the text; ``<image>`` stands for the picture, which comes first where it is not named.
+        max_new_tokens: Longest text, in tokens.
+        batch_size: Pictures at a time.
+
+    Raises:
+        UserError: A picture cannot be read.
+    """
+    model, processor = load_for_generation(captioner) if isinstance(captioner, Path) else captioner
+    texts: list[str] = []
+    for start in range(0, len(images), batch_size):
+        pictures = [[_open(image)] for image in images[start : start + batch_size]]
+        inputs = processor(images=pictures, text=[prompt] * len(pictures)).to(model.device)
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        texts += processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return texts
+
+
+def _open(image: Picture) -> Image.Image:
+    """The picture upright, as the training data has it."""
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{image} cannot be read as a picture ({error})") from None

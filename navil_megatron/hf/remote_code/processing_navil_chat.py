@@ -1,0 +1,268 @@
+"""Images and text to model inputs: scales, patches, and the tokens that stand for an image.
+
+The rules of the authors' preprocessing (specification, 1.5), by Pillow and NumPy alone: bicubic resize between two
+areas with the aspect ratio kept, zero padding on the right and bottom *before* normalisation, smaller scales first.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
+
+PLACEHOLDER = "<image>"
+MAX_ASPECT_RATIO = 200
+_NORMALISED = ((np.arange(256) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+"""[256] float32: what each 8-bit value becomes."""
+
+
+def bounded_size(height: int, width: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
+    """The size between two areas with its aspect ratio kept; a size already inside is untouched."""
+    area = height * width
+    if area > max_pixels:
+        shrink = math.sqrt(area / max_pixels)
+        return max(1, math.floor(height / shrink)), max(1, math.floor(width / shrink))
+    if area < min_pixels:
+        grow = math.sqrt(min_pixels / area)
+        return math.ceil(height * grow), math.ceil(width * grow)
+    return height, width
+
+
+def image_tokens(grids: list[list[int]], merge_size: int) -> str:
+    """The text of one image: line breaks end rows, frame breaks end scales and frames."""
+    scales = (
+        ("<IMG_CONTEXT>" * (width // merge_size) + "<IMG_LINE_BREAK>") * (height // merge_size) + "<IMG_FRAME_BREAK>"
+        for frames, height, width in grids
+        for _ in range(frames)
+    )
+    return f"<img>{''.join(scales)}</img>"
+
+
+class NaViLImageProcessor(BaseImageProcessor):
+    """Pictures to normalised patches in merge-block order, every picture at one or several scales."""
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values", "image_grid_thw"]
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        merge_size: int = 2,
+        min_pixels: int = 65_536,
+        max_pixels: int = 6_291_456,
+        multi_scale: bool = True,
+        scale_ratio: float = 0.7071,
+        share_shrunk_limit: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Settings as in training.
+
+        Args:
+            patch_size: Side of a patch, in pixels.
+            merge_size: Patches along one side of the block that becomes one visual token.
+            min_pixels: Smallest area of a scale, before padding.
+            max_pixels: Largest area of an image, before padding.
+            multi_scale: Add smaller scales.
+            scale_ratio: Side ratio of successive scales.
+            share_shrunk_limit: The limit left by one image's smallest scale caps the next image of the same text, as
+                in the authors' demo.
+            **kwargs: Bookkeeping keys of transformers.
+        """
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+        self.merge_size = merge_size
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.multi_scale = multi_scale
+        self.scale_ratio = scale_ratio
+        self.share_shrunk_limit = share_shrunk_limit
+
+    def plan(self, sizes: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """The (height, width) to resize each image of one text to, scale by scale, small to large."""
+        plans = []
+        limit: float = self.max_pixels
+        for height, width in sizes:
+            if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+                raise ValueError(f"an image of {height} x {width} pixels has an aspect ratio beyond {MAX_ASPECT_RATIO}")
+            scales, shrunk_limit = self._plan_scales(height, width, limit)
+            plans.append(scales)
+            if self.share_shrunk_limit:
+                limit = shrunk_limit
+        return plans
+
+    def grid(self, height: int, width: int) -> list[int]:
+        """Frames, patch rows and patch columns of a resized picture, padded to whole blocks."""
+        block = self.patch_size * self.merge_size
+        return [1, math.ceil(height / block) * self.merge_size, math.ceil(width / block) * self.merge_size]
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt", **unused: Any) -> BatchFeature:
+        """Patches and grids of the images of one text.
+
+        Args:
+            images: One picture or several: Pillow images, or arrays and tensors [h, w, 3] or [3, h, w] of uint8.
+            return_tensors: Kept for transformers; the result holds torch tensors.
+            **unused: Other settings that transformers passes along.
+
+        Returns:
+            ``pixel_values`` [p, 3, patch, patch] float32, ``image_grid_thw`` [num_scales, 3] and ``num_scales``
+            [images].
+        """
+        pictures = [_as_rgb(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+        plans = self.plan([(picture.height, picture.width) for picture in pictures])
+        scales = [(picture, size) for picture, plan in zip(pictures, plans, strict=True) for size in plan]
+        patches = [_NORMALISED[self._patches(picture, *size)] for picture, size in scales]
+        side = self.patch_size
+        return BatchFeature(
+            {
+                "pixel_values": torch.from_numpy(np.concatenate([np.empty((0, 3, side, side), np.float32), *patches])),
+                "image_grid_thw": torch.tensor([self.grid(*size) for _, size in scales]).reshape(-1, 3),
+                "num_scales": torch.tensor([len(plan) for plan in plans]),
+            }
+        )
+
+    def _plan_scales(self, height: int, width: int, limit: float) -> tuple[list[tuple[int, int]], float]:
+        """The scales of one image, and the area limit in force when the search for more ended."""
+        scales = [bounded_size(height, width, self.min_pixels, limit)]
+        while self.multi_scale:
+            num_patches = math.prod(self.grid(*scales[0]))
+            limit = num_patches * self.patch_size**2 * self.scale_ratio**2
+            if limit < self.min_pixels:
+                break
+            smaller = bounded_size(height, width, self.min_pixels, limit)
+            if math.prod(self.grid(*smaller)) >= num_patches:
+                break
+            scales.insert(0, smaller)
+        return scales, limit
+
+    def _patches(self, picture: Image.Image, height: int, width: int) -> np.ndarray:
+        """One scale as [p, 3, patch, patch] uint8: blocks in raster order, patches in raster order inside each."""
+        if (picture.height, picture.width) != (height, width):
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        _, rows, columns = self.grid(height, width)
+        side, merge = self.patch_size, self.merge_size
+        canvas = np.zeros((rows * side, columns * side, 3), np.uint8)
+        canvas[:height, :width] = np.asarray(picture)
+        split = canvas.reshape(rows // merge, merge, side, columns // merge, merge, side, 3)
+        return split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, side, side)
+
+
+def _as_rgb(image: Any) -> Image.Image:
+    """Pillow's RGB of a picture; transparency is dropped, not blended."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image is an array of {array.dtype}, expected uint8 values from 0 to 255")
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[2] == 1 else array).convert("RGB")
+
+
+class NaViLProcessor(ProcessorMixin):
+    """Text with ``<image>`` placeholders and pictures to the inputs of ``NaViL.forward`` and ``generate``."""
+
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    if not hasattr(ProcessorMixin, "get_attributes"):  # transformers 4 loads the parts by these names
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
+        """Joins the two parts."""
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model's forward takes of the result."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool | str | None = None,
+        padding_side: str = "left",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Model inputs of one text or a batch.
+
+        Args:
+            images: Pictures of the text; for a batch a list per text, or one flat list in order of the placeholders.
+            text: The prompt or prompts. Every ``<image>`` becomes the tokens of the next picture and nothing else; a
+                text without placeholders gets its pictures in front.
+            return_tensors: ``"pt"``; the result always holds torch tensors.
+            padding: As in tokenizers; default: pad where there are several texts.
+            padding_side: ``"left"`` so that generation goes on where each prompt ends.
+            **kwargs: Further settings of the tokenizer.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and, with pictures, ``pixel_values`` and ``image_grid_thw``.
+        """
+        texts = [text or ""] if text is None or isinstance(text, str) else list(text)
+        expanded, pixel_values, grids = [], [], []
+        for prompt, pictures in zip(texts, _pictures_of_texts(images, texts), strict=True):
+            layout = []
+            if pictures:
+                features = self.image_processor.preprocess(pictures)
+                pixel_values.append(features["pixel_values"])
+                grids.append(features["image_grid_thw"])
+                layout = [part.tolist() for part in features["image_grid_thw"].split(features["num_scales"].tolist())]
+            expanded.append(self.expand(prompt, layout))
+        if padding is None:
+            padding = len(texts) > 1
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "images_kwargs")}
+        encoded = self.tokenizer(
+            expanded,
+            padding=padding,
+            padding_side=padding_side,
+            return_tensors="pt",
+            return_token_type_ids=False,
+            **kwargs,
+        )
+        data = dict(encoded)
+        if grids:
+            data |= {"pixel_values": torch.cat(pixel_values), "image_grid_thw": torch.cat(grids)}
+        return BatchFeature(data)
+
+    def expand(self, text: str, grids_of_images: list[list[list[int]]]) -> str:
+        """The text with the tokens of each image, given by the grids of its scales, in place of its placeholder."""
+        num_placeholders = text.count(PLACEHOLDER)
+        if num_placeholders == 0:
+            num_placeholders = len(grids_of_images)
+            text = PLACEHOLDER * num_placeholders + text
+        if num_placeholders != len(grids_of_images):
+            raise ValueError(
+                f"{num_placeholders} {PLACEHOLDER} placeholders in the text but {len(grids_of_images)} images"
+            )
+        pieces = text.split(PLACEHOLDER)
+        merge_size = self.image_processor.merge_size
+        return pieces[0] + "".join(
+            image_tokens(grids, merge_size) + piece for grids, piece in zip(grids_of_images, pieces[1:], strict=True)
+        )
+
+
+def _pictures_of_texts(images: Any, texts: list[str]) -> list[list[Any]]:
+    """The pictures of each text, from a nested or a flat list."""
+    if images is None:
+        return [[] for _ in texts]
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    nested = [list(entry) for entry in images if isinstance(entry, (list, tuple))]
+    if nested:
+        if len(nested) != len(images) or len(nested) != len(texts):
+            raise ValueError(f"{len(images)} lists of images for {len(texts)} texts: give one list for each text")
+        return nested
+    counts = [text.count(PLACEHOLDER) for text in texts]
+    if not any(counts):
+        counts = [1] * len(texts) if len(images) == len(texts) else [len(images)]
+    if len(texts) == 1:
+        counts = [len(images)]
+    if sum(counts) != len(images) or len(counts) != len(texts):
+        raise ValueError(f"{len(images)} images for {sum(counts)} {PLACEHOLDER} placeholders in {len(texts)} texts")
+    flat = iter(images)
+    return [[next(flat) for _ in range(count)] for count in counts]

@@ -1,0 +1,95 @@
+"""Starts the ranks of one machine for ``navil-megatron train --nproc N``; a cluster uses torchrun.
+
+The ranks get torchrun's environment variables. Unlike torchrun, a rank that stops on a user's mistake keeps its exit
+code 2 and its one line, and ranks that save on SIGTERM get all the time they need.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from navil_megatron.config.errors import EXIT_CODE
+
+_POLL_SECONDS = 0.05
+
+
+def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_seconds: float = 15.0) -> int:
+    """Runs ``python -m module arguments`` once for each rank and waits for all of them.
+
+    SIGTERM and SIGINT are passed on to the ranks. After one rank fails, the others get ``grace_seconds`` to say why
+    they stop too; then they are killed, for they wait for a rank that is gone.
+
+    Returns:
+        0 if every rank succeeded; 2 if one stopped on a user's mistake; otherwise the status of the first that failed,
+        with 128 added to the number of a signal, as a shell reports it.
+    """
+    port = _free_port()
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(num_ranks):
+            # A session of its own: the terminal's Ctrl-C reaches a rank once, through pass_on.
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments],
+                    env=os.environ | _rank_environment(rank, num_ranks, port),
+                    start_new_session=True,
+                )
+            )
+        return _wait(ranks, grace_seconds)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of a run on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:
+    """Waits until all ranks are done, or until the grace after the first failure is over."""
+    failed: list[int] = []
+    deadline = None
+    while any(rank.poll() is None for rank in ranks):
+        if deadline is None and any(rank.poll() for rank in ranks):
+            failed = [rank.returncode for rank in ranks if rank.returncode]
+            deadline = time.monotonic() + grace_seconds
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    codes = failed + [rank.returncode for rank in ranks if rank.returncode]
+    if EXIT_CODE in codes:
+        return EXIT_CODE
+    first = codes[0] if codes else 0
+    return 128 - first if first < 0 else first
+
+
+def _free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port

@@ -1,0 +1,97 @@
+"""The modality plan: which rows of a packed microbatch belong to which modality's experts.
+
+Routing in NaViL is by modality, so it is known on the host before the step and is the same in every layer (paper,
+section 3.2.2). Hidden states travel in modality-major order, [text tokens | visual tokens]: every projection is then
+one plain GEMM per modality on a contiguous view, and only attention needs the tokens in causal order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from navil_megatron.layers.segments import SegmentGroup, group_segments, inverse_order
+
+
+@dataclass(kw_only=True)
+class NaViLPackedSeqParams(PackedSeqParams):
+    """The per-microbatch object that megatron-core hands through block, layer, attention and recompute.
+
+    It is an argument, never module state: under 1F1B a module's state would belong to another microbatch.
+    """
+
+    num_text_tokens: int
+    """Rows of the text segment; the visual segment is the rest."""
+    num_packed_tokens: int
+    """t, all rows."""
+    to_attention: torch.Tensor
+    """[t] int64: modality-major rows in attention order, i.e. segment by segment, causal inside each."""
+    to_modality_major: torch.Tensor
+    """[t] int64: the inverse of ``to_attention``."""
+    attention_groups: tuple[SegmentGroup, ...]
+    """Segments by length, in attention order."""
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Rows of the visual segment."""
+        return self.num_packed_tokens - self.num_text_tokens
+
+    def local_num_text_tokens(self, rank: int, world_size: int) -> int:
+        """Text rows in one rank's share of the sequence, when the rows are split evenly over ``world_size`` ranks."""
+        share = self.num_packed_tokens // world_size
+        return min(max(self.num_text_tokens - rank * share, 0), share)
+
+
+@dataclass(frozen=True, slots=True)
+class ModalityOrder:
+    """Host-side result of planning: index arrays, not yet on a device."""
+
+    modality_major: np.ndarray
+    """[t] int64: causal positions in modality-major order."""
+    num_text_tokens: int
+    """Rows of the text segment."""
+    to_attention: np.ndarray
+    """[t] int64: see ``NaViLPackedSeqParams``."""
+    attention_groups: tuple[SegmentGroup, ...]
+    """Segments by length."""
+
+
+def plan_modality_order(visual_token_mask: np.ndarray, segment_lengths: Sequence[int]) -> ModalityOrder:
+    """Plan one packed microbatch on the host.
+
+    Args:
+        visual_token_mask: [t] bool, in causal order.
+        segment_lengths: Tokens of each attention segment, in causal order; they sum to t.
+    """
+    if sum(segment_lengths) != visual_token_mask.size:
+        raise ValueError(f"segments hold {sum(segment_lengths)} tokens, the row holds {visual_token_mask.size}")
+    modality_major = np.argsort(visual_token_mask, kind="stable")
+    attention_order, groups = group_segments(segment_lengths)
+    return ModalityOrder(
+        modality_major=modality_major,
+        num_text_tokens=int(visual_token_mask.size - np.count_nonzero(visual_token_mask)),
+        to_attention=inverse_order(modality_major)[attention_order],
+        attention_groups=groups,
+    )
+
+
+def build_packed_seq_params(order: ModalityOrder, device: torch.device) -> NaViLPackedSeqParams:
+    """Put a plan on a device. Copies only; every size stays on the host."""
+    lengths = np.repeat([g.length for g in order.attention_groups], [g.num_segments for g in order.attention_groups])
+    cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    longest = max((group.length for group in order.attention_groups), default=0)
+    return NaViLPackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        num_text_tokens=order.num_text_tokens,
+        num_packed_tokens=order.modality_major.size,
+        to_attention=torch.from_numpy(order.to_attention).to(device, non_blocking=True),
+        to_modality_major=torch.from_numpy(inverse_order(order.to_attention)).to(device, non_blocking=True),
+        attention_groups=order.attention_groups,
+    )

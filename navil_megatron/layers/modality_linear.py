@@ -1,0 +1,239 @@
+"""Linear layers that hold one weight per modality and split it over the tensor-parallel ranks.
+
+Rows arrive modality-major, so each modality is one GEMM on a contiguous view. The collectives are those of
+megatron-core's own column and row parallel layers and run once for both modalities, whatever the microbatch holds: a
+modality without rows leaves a zero gradient, never none, and no rank waits for another.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import divide
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup, Work
+
+from navil_megatron.config.schema import MODALITIES
+from navil_megatron.layers.modality import NaViLPackedSeqParams
+
+type Offsets = tuple[tuple[int, int, int], ...]
+"""Where a module lies along prepended axes of the whole tensor: (axis, index, size)."""
+
+
+class _ModalityMatmul(torch.autograd.Function):
+    """y[:n] = x[:n] W_text^T and y[n:] = x[n:] W_visual^T, with the tensor-parallel collectives of a column layer.
+
+    Under sequence parallelism x is this rank's share: it is gathered, not kept, and gathered again in the backward pass
+    while the input gradient is computed; that gradient is reduced while the weight gradients are. ``group`` None: no
+    collective at all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_text: Tensor,
+        weight_visual: Tensor,
+        num_text: int,
+        group: ProcessGroup | None,
+        sequence_parallel: bool,
+    ) -> Tensor:
+        """x [t, in] or this rank's share of it, weights [out, in] -> [t, out]."""
+        ctx.save_for_backward(x, weight_text, weight_visual)
+        ctx.num_text, ctx.group, ctx.sequence_parallel = num_text, group, sequence_parallel
+        if group is not None and sequence_parallel:
+            x, _ = _start_gather(x, group, async_op=False)
+        return _matmul_by_modality(x, weight_text.t(), weight_visual.t(), num_text)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of both weights, where they are wanted."""
+        x, weight_text, weight_visual = ctx.saved_tensors
+        num_text, group = ctx.num_text, ctx.group
+        needs_input, needs_text, needs_visual = ctx.needs_input_grad[:3]
+        grad_output = grad_output.contiguous()
+        gathering = None
+        if ctx.sequence_parallel and (needs_text or needs_visual):
+            x, gathering = _start_gather(x, group, async_op=True)
+        grad_input, reducing = None, None
+        if needs_input:
+            grad_input = _matmul_by_modality(grad_output, weight_text, weight_visual, num_text)
+            if group is not None:
+                grad_input, reducing = _start_reduce(grad_input, group, ctx.sequence_parallel)
+        if gathering is not None:
+            gathering.wait()
+        grad_text = grad_output[:num_text].t() @ x[:num_text] if needs_text else None
+        grad_visual = grad_output[num_text:].t() @ x[num_text:] if needs_visual else None
+        if reducing is not None:
+            reducing.wait()
+        return grad_input, grad_text, grad_visual, None, None, None
+
+
+def _matmul_by_modality(x: Tensor, right_text: Tensor, right_visual: Tensor, num_text: int) -> Tensor:
+    """[t, in] and two [in, out] -> [t, out], without a copy of either half."""
+    output = x.new_empty(x.shape[0], right_text.shape[1])
+    torch.mm(x[:num_text], right_text, out=output[:num_text])
+    torch.mm(x[num_text:], right_visual, out=output[num_text:])
+    return output
+
+
+def _start_gather(x: Tensor, group: ProcessGroup, *, async_op: bool) -> tuple[Tensor, Work | None]:
+    output = x.new_empty(x.shape[0] * group.size(), x.shape[1])
+    work = torch.distributed.all_gather_into_tensor(output, x.contiguous(), group=group, async_op=async_op)
+    return output, work
+
+
+def _start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, Work | None]:
+    if not sequence_parallel:
+        return grad, torch.distributed.all_reduce(grad, group=group, async_op=True)
+    share = grad.new_empty(grad.shape[0] // group.size(), grad.shape[1])
+    return share, torch.distributed.reduce_scatter_tensor(share, grad, group=group, async_op=True)
+
+
+class ModalityWeight(nn.Module):
+    """One modality's matrix; a module of its own, so that freezing and checkpoints name it ``<layer>.<modality>``."""
+
+    def __init__(self, output_size: int, input_size: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=dtype))
+
+
+class ModalityLinear(MegatronModule):
+    """What the two parallel kinds share: a matrix per modality, split along one dimension, and its checkpoint layout.
+
+    Args:
+        config: Supplies the parameter type and the sequence-parallel switch.
+        output_size: Rows of the whole matrix.
+        input_size: Columns of the whole matrix.
+        tp_group: Tensor-parallel ranks.
+        partition_dim: 0 splits the output, 1 the input.
+        partition_stride: Blocks of the output that are split each on its own (2 for [gate; up]).
+    """
+
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        output_size: int,
+        input_size: int,
+        tp_group: ProcessGroup,
+        partition_dim: int,
+        partition_stride: int = 1,
+    ):
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        self.partition_dim = partition_dim
+        if partition_dim == 0:
+            output_size = divide(output_size, tp_group.size())
+        else:
+            input_size = divide(input_size, tp_group.size())
+        self.text = ModalityWeight(output_size, input_size, config.params_dtype)
+        self.visual = ModalityWeight(output_size, input_size, config.params_dtype)
+        for modality in MODALITIES:
+            weight = getattr(self, modality).weight
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=partition_stride)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Both matrices as shards of the whole ones."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {f"{modality}.weight": self.partition_dim for modality in MODALITIES},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+class ModalityColumnParallelLinear(ModalityLinear):
+    """[t/tp, 1, in] under sequence parallelism, else [t, 1, in] -> [t, 1, out/tp], rows in modality-major order."""
+
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        output_size: int,
+        input_size: int,
+        tp_group: ProcessGroup,
+        partition_stride: int = 1,
+    ):
+        super().__init__(config, output_size, input_size, tp_group, 0, partition_stride)
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
+        """Project each token with its modality's matrix."""
+        output = _ModalityMatmul.apply(
+            hidden_states.flatten(0, 1),
+            self.text.weight,
+            self.visual.weight,
+            packed_seq_params.num_text_tokens,
+            self.tp_group if self.tp_group.size() > 1 else None,
+            self.config.sequence_parallel,
+        )
+        return output.unsqueeze(1)
+
+
+class ModalityRowParallelLinear(ModalityLinear):
+    """[t, 1, in/tp] -> [t/tp, 1, out] under sequence parallelism, else [t, 1, out], rows in modality-major order."""
+
+    def __init__(self, config: ModelParallelConfig, output_size: int, input_size: int, tp_group: ProcessGroup):
+        super().__init__(config, output_size, input_size, tp_group, 1)
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
+        """Project each token with its modality's matrix and sum over the ranks."""
+        num_text = packed_seq_params.num_text_tokens
+        partial = _ModalityMatmul.apply(
+            hidden_states.flatten(0, 1), self.text.weight, self.visual.weight, num_text, None, False
+        )
+        return reduce_over_tensor_parallel(partial.unsqueeze(1), self.config, self.tp_group)
+
+
+class ComposedRowParallelLinear(ModalityRowParallelLinear):
+    """Output projection of the released 2B model: text rows get W_text x, visual rows W_visual (W_text x).
+
+    Reference behaviour of InternLM2VE, which differs from the paper's equation. W_visual acts on the summed output, so
+    each rank holds it whole and applies it to the visual rows of its own share.
+    """
+
+    def __init__(self, config: ModelParallelConfig, output_size: int, input_size: int, tp_group: ProcessGroup):
+        super().__init__(config, output_size, input_size, tp_group)
+        self.visual = ModalityWeight(output_size, output_size, config.params_dtype)
+        self.visual.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
+        """Project all tokens with the text matrix, then the visual ones again."""
+        partial = torch.nn.functional.linear(hidden_states, self.text.weight)
+        output = reduce_over_tensor_parallel(partial, self.config, self.tp_group)
+        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+        num_text = packed_seq_params.local_num_text_tokens(self.tp_group.rank() if ranks > 1 else 0, ranks)
+        visual = torch.nn.functional.linear(output[num_text:], self.visual.weight)
+        return torch.cat([output[:num_text], visual])
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The text matrix as a shard, the visual one as a replica."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"text.weight": self.partition_dim},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+
+def reduce_over_tensor_parallel(partial: Tensor, config: ModelParallelConfig, tp_group: ProcessGroup) -> Tensor:
+    """Sum the ranks' partial outputs: reduce-scatter along the rows under sequence parallelism, else all-reduce."""
+    if config.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(partial, group=tp_group)
+    return reduce_from_tensor_model_parallel_region(partial, group=tp_group)

@@ -1,0 +1,64 @@
+"""SwiGLU feed-forward with one expert per modality, for expert parallel size 1 (paper, section 3.2.2)."""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from navil_megatron.config.schema import MODALITIES
+from navil_megatron.layers.modality import NaViLPackedSeqParams
+from navil_megatron.layers.modality_linear import ModalityColumnParallelLinear, ModalityRowParallelLinear, Offsets
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up for [gate | up] along the last dimension; keeps only its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        """[..., 2f] -> [..., f]."""
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        """[..., f] -> [..., 2f]."""
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        torch.mul(grad_output, torch.nn.functional.silu(gate), out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad_output * up, gate))
+        return grad
+
+
+class ModalityMLP(MegatronModule):
+    """[t/tp, 1, h] or [t, 1, h] -> the same, rows in modality-major order."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any):
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        self.linear_fc1 = ModalityColumnParallelLinear(
+            config, 2 * config.ffn_hidden_size, config.hidden_size, self.tp_group, partition_stride=2
+        )
+        self.linear_fc2 = ModalityRowParallelLinear(config, config.hidden_size, config.ffn_hidden_size, self.tp_group)
+
+    def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
+        """Each token through its modality's expert."""
+        gate_up = self.linear_fc1(hidden_states, packed_seq_params)
+        return self.linear_fc2(SwiGLU.apply(gate_up), packed_seq_params)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Gate and up are halves of one matrix and each is split over the ranks; the file holds them whole."""
+        sharded = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
+        for modality in MODALITIES:
+            key = f"{prefix}linear_fc1.{modality}.weight"
+            sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets, tp_group=self.tp_group)
+        sharded.update(self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata))
+        return sharded

@@ -1,0 +1,80 @@
+"""One layer of the visual encoder: bidirectional attention inside packed segments, GELU FFN, LayerScale.
+
+Reference behaviour: multi-head attention with fused (query, key, value) rows, exact GELU, a per-channel scale on both
+residual branches, no bias on the fused projection unless asked.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from navil_megatron.config.schema import VisionConfig
+from navil_megatron.layers.rope import apply_rotary
+from navil_megatron.layers.segments import SegmentGroup
+
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+
+
+class VisionLayer(nn.Module):
+    """[p, w] -> [p, w]. The encoder is not tensor parallel: each rank runs whole images (see ``VisionEncoder``)."""
+
+    def __init__(self, config: VisionConfig, attention: Callable[..., Tensor], dtype: torch.dtype):
+        super().__init__()
+        width = config.hidden_size
+        norm = NORMS[config.norm]
+        self.num_heads = config.num_attention_heads
+        self.attention = attention
+        self.norm1 = norm(width, eps=config.norm_epsilon, dtype=dtype)
+        self.linear_qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias, dtype=dtype)
+        self.linear_proj = nn.Linear(width, width, dtype=dtype)
+        self.layer_scale1 = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.norm2 = norm(width, eps=config.norm_epsilon, dtype=dtype)
+        self.linear_fc1 = nn.Linear(width, config.ffn_hidden_size, dtype=dtype)
+        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, width, dtype=dtype)
+        self.layer_scale2 = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def forward(self, patches: Tensor, rotary: Tensor, segments: "VisionSegments") -> Tensor:
+        """patches [p, w] in encoder order; rotary [2, p, 1, d]."""
+        patches = patches + self._attend(self.norm1(patches), rotary, segments) * self.layer_scale1
+        hidden = nn.functional.gelu(self.linear_fc1(self.norm2(patches)))
+        return patches + self.linear_fc2(hidden) * self.layer_scale2
+
+    def _attend(self, normed: Tensor, rotary: Tensor, segments: "VisionSegments") -> Tensor:
+        qkv = self.linear_qkv(normed).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.unbind(1)
+        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        if segments.order is not None:
+            query, key, value = (x.index_select(0, segments.order) for x in (query, key, value))
+        context = self.attention(
+            query,
+            key,
+            value,
+            groups=segments.groups,
+            cu_seqlens=segments.cu_seqlens,
+            max_seqlen=segments.max_seqlen,
+            causal=False,
+        )
+        if segments.inverse is not None:
+            context = context.index_select(0, segments.inverse)
+        return self.linear_proj(context)
+
+
+class VisionSegments:
+    """Which patches attend to each other in one kind of layer, on a device.
+
+    Attributes:
+        groups: Segments of equal length, adjacent in attention order.
+        order: [p] rows in attention order, or None where the encoder order already is.
+        inverse: [p] the way back, or None.
+        cu_seqlens: [num_segments + 1] int32, in attention order.
+        max_seqlen: Longest segment.
+    """
+
+    __slots__ = ("cu_seqlens", "groups", "inverse", "max_seqlen", "order")
+
+    def __init__(
+        self, groups: tuple[SegmentGroup, ...], order: Tensor | None, inverse: Tensor | None, cu_seqlens: Tensor
+    ):
+        self.groups, self.order, self.inverse, self.cu_seqlens = groups, order, inverse, cu_seqlens
+        self.max_seqlen = max((group.length for group in groups), default=0)

@@ -1,0 +1,137 @@
+"""Host-side plan of the visual encoder's work: which rank encodes which scale-image, in which order, and how the
+features come back into the row.
+
+Each rank of a tensor-parallel group takes whole scale-images, balanced by cost, because 23 heads do not split and
+because images are independent. Patch order inside an image, 2D positions and windows follow the reference encoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from navil_megatron.config.schema import VisionConfig
+
+Grid = tuple[int, int, int]
+"""Frames, patch rows, patch columns of one scale-image."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionPlan:
+    """One rank's share of a microbatch's images. p patches, m merged tokens of all ranks together."""
+
+    patch_index: np.ndarray
+    """[p] rows of the microbatch's pixel values, in encoder order."""
+    rows: np.ndarray
+    """[p] patch row inside its image and scale."""
+    columns: np.ndarray
+    """[p] patch column."""
+    image_segments: tuple[int, ...]
+    """Patches of each (scale-image, frame), in encoder order, shortest first."""
+    window_segments: tuple[int, ...]
+    """Patches of each attention window, in encoder order."""
+    num_tokens: int
+    """Merged tokens of this rank."""
+    gathered_tokens: int
+    """Merged tokens that every rank contributes to the gather: the largest share."""
+    feature_index: np.ndarray
+    """[m] for each image token of the row, its place among the gathered features of all ranks."""
+
+
+def encoding_cost(grid: Grid, config: VisionConfig) -> int:
+    """Multiply-adds of one layer on one scale-image: projections per patch plus attention per pair of a frame."""
+    frames, height, width = grid
+    segment = height * width
+    w, f = config.hidden_size, config.ffn_hidden_size
+    return frames * segment * (4 * w * w + 2 * w * f + 2 * segment * w)
+
+
+def assign_images(costs: Sequence[int], num_ranks: int) -> list[int]:
+    """Rank of each image: the costliest first, each to the least loaded rank. Deterministic."""
+    loads = [0] * num_ranks
+    ranks = [0] * len(costs)
+    for image in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        ranks[image] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        loads[ranks[image]] += costs[image]
+    return ranks
+
+
+def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> VisionPlan:
+    """Plan one rank's share of the images of a microbatch.
+
+    Args:
+        grids: Every scale-image, in order of appearance in the row.
+        config: The encoder.
+        rank: This rank in its tensor-parallel group.
+        num_ranks: Ranks of the group.
+    """
+    merge = config.merge_size
+    owner = assign_images([encoding_cost(grid, config) for grid in grids], num_ranks)
+    tokens_per_image = [t * h * w // merge**2 for t, h, w in grids]
+    first_patch = np.cumsum([0] + [t * h * w for t, h, w in grids])
+    orders = [
+        sorted((i for i in range(len(grids)) if owner[i] == r), key=lambda i: _length(grids[i]))
+        for r in range(num_ranks)
+    ]
+    shares = [sum(tokens_per_image[i] for i in order) for order in orders]
+    gathered_tokens = max(shares, default=0)
+
+    place = np.zeros(len(grids), dtype=np.int64)
+    for r, order in enumerate(orders):
+        counts = [tokens_per_image[i] for i in order]
+        place[order] = r * gathered_tokens + np.cumsum([0, *counts])[: len(order)]
+    feature_index = [place[i] + np.arange(count) for i, count in enumerate(tokens_per_image)]
+
+    patches: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    windows: list[int] = []
+    images: list[int] = []
+    for i in orders[rank]:
+        frames, height, width = grids[i]
+        blocks, window_tokens = block_order(height // merge, width // merge, config)
+        block_rows, block_columns = np.divmod(blocks, width // merge)
+        inside = np.arange(merge)
+        for frame in range(frames):
+            start = first_patch[i] + frame * height * width
+            patches.append((start + blocks[:, None] * merge**2 + np.arange(merge**2)).ravel())
+            rows.append((block_rows[:, None] * merge + np.repeat(inside, merge)).ravel())
+            columns.append((block_columns[:, None] * merge + np.tile(inside, merge)).ravel())
+            windows.extend(count * merge**2 for count in window_tokens)
+            images.append(height * width)
+    return VisionPlan(
+        patch_index=_concatenate(patches),
+        rows=_concatenate(rows),
+        columns=_concatenate(columns),
+        image_segments=tuple(images),
+        window_segments=tuple(windows),
+        num_tokens=shares[rank],
+        gathered_tokens=gathered_tokens,
+        feature_index=_concatenate(feature_index),
+    )
+
+
+def block_order(num_rows: int, num_columns: int, config: VisionConfig) -> tuple[np.ndarray, list[int]]:
+    """Order of one frame's merge blocks in the encoder and in the row, and the blocks of each attention window.
+
+    ``raster`` keeps reading order. ``window`` goes window by window, both in reading order, ragged at the right and
+    bottom edge; the reference encoder never undoes it.
+    """
+    blocks = np.arange(num_rows * num_columns).reshape(num_rows, num_columns)
+    if config.token_order == "raster":
+        return blocks.ravel(), [blocks.size]
+    side = config.window_size // config.merge_size
+    windows = [
+        blocks[top : top + side, left : left + side].ravel()
+        for top in range(0, num_rows, side)
+        for left in range(0, num_columns, side)
+    ]
+    return np.concatenate(windows), [window.size for window in windows]
+
+
+def _length(grid: Grid) -> int:
+    return grid[1] * grid[2]
+
+
+def _concatenate(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, dtype=np.int64)

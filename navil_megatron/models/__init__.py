@@ -1,0 +1,1 @@
+"""Assembly of the model from layers and kernels. Knows nothing of data or training."""

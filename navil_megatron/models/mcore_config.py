@@ -1,0 +1,69 @@
+"""The sole place where our config becomes megatron-core's."""
+
+import torch
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from navil_megatron.config.schema import NaViLConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
+    """megatron-core's view of the decoder and of the layout.
+
+    Weights are left uninitialised: ``models.build`` fills them by seed, the same at every layout. The loss is a sum, so
+    ``calculate_per_token_loss`` makes core divide by the global weight and by nothing else.
+    """
+    language, parallel = config.model.language, config.parallel
+    dtype = DTYPES[config.training.precision]
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.ffn_hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.head_dim,
+        qk_layernorm=language.qk_norm,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_pipeline_layout(config),
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        **_recompute(config.training.recompute),
+    )
+
+
+def _recompute(granularity: str) -> dict:
+    if granularity == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _pipeline_layout(config: NaViLConfig) -> PipelineParallelLayerLayout | None:
+    """Uneven stages: the first also holds encoder and connector, so it usually takes fewer decoder layers."""
+    layers = config.parallel.pipeline_layers
+    if layers is None:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return PipelineParallelLayerLayout(stages, config.parallel.pipeline_model_parallel_size)

@@ -1,0 +1,174 @@
+"""NaViL: visual encoder, connector, and a decoder with modality experts, as one megatron-core language module.
+
+The first pipeline stage holds encoder, connector and embeddings, the last the LM head. Rows are modality-major from the
+embedding to the head (see ``layers.modality``), and the head runs only where a prediction carries loss.
+"""
+
+import copy
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.kernels.provider import Kernels
+from navil_megatron.layers.feature_gather import gather_features
+from navil_megatron.layers.rope import cos_sin, rotary_angles
+from navil_megatron.models.connector import Connector
+from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
+from navil_megatron.models.layer_specs import decoder_block_spec
+from navil_megatron.models.vision_encoder import VisionEncoder
+
+
+class SpecialTokenEmbedding(nn.Module):
+    """Rows that replace the text table's for the 12 special tokens, so that a frozen table never needs them."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), model.language.hidden_size, dtype=dtype))
+        row_of_id = torch.full((model.language.vocab_size,), -1, dtype=torch.long)
+        row_of_id[list(model.special_token_ids)] = torch.arange(len(SPECIAL_TOKENS))
+        self.register_buffer("row_of_id", row_of_id, persistent=False)
+
+    def forward(self, embeddings: Tensor, input_ids: Tensor) -> Tensor:
+        """embeddings [t, h] of the text table -> [t, h] with special rows replaced."""
+        rows = self.get_buffer("row_of_id")[input_ids]
+        return torch.where((rows >= 0).unsqueeze(-1), self.weight[rows.clamp(min=0)], embeddings)
+
+
+class NaViLModel(LanguageModule):
+    """One pipeline stage (or chunk) of NaViL.
+
+    Args:
+        model: The model section of the config.
+        config: Its megatron-core translation.
+        kernels: The chosen arithmetic.
+        pg_collection: Process groups.
+        pre_process: This stage embeds tokens and encodes images.
+        post_process: This stage computes the loss.
+        vp_stage: Chunk number under the interleaved schedule.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        kernels: Kernels,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ):
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
+        self.model, self.vp_stage = model, vp_stage
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = model.language.tied_embeddings
+        if pre_process:
+            self.vision_encoder = VisionEncoder(model.vision, config, kernels, self.tp_group)
+            self.connector = Connector(model, config)
+            for parameter in (*self.vision_encoder.parameters(), *self.connector.parameters()):
+                parameter.sum_gradient_over_tensor_parallel = True
+            self.embedding = self._build_embedding()
+            self.special_token_embedding = SpecialTokenEmbedding(model, config.params_dtype)
+        self.decoder = TransformerBlock(
+            config,
+            decoder_block_spec(model.language, config, kernels, vp_stage, self.pp_group.rank()),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = self._build_output_layer()
+        self.setup_embeddings_and_output_layer()
+
+    def _build_embedding(self) -> LanguageModelEmbedding:
+        return LanguageModelEmbedding(
+            config=self.config,
+            vocab_size=self.model.language.vocab_size,
+            max_sequence_length=self.model.language.max_position_embeddings,
+            position_embedding_type="rope",
+            scatter_to_sequence_parallel=False,
+            tp_group=self.tp_group,
+        )
+
+    def _build_output_layer(self) -> ColumnParallelLinear:
+        # The head reads rows that were already gathered and picked, so it must not gather the sequence again.
+        config = copy.copy(self.config)
+        config.sequence_parallel = False
+        return ColumnParallelLinear(
+            self.model.language.hidden_size,
+            self.model.language.vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            tp_group=self.tp_group,
+        )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the activations that the previous stage sent (megatron-core's schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """One microbatch.
+
+        Returns:
+            On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v/tp] where
+            ``labels`` is None; else the activations for the next stage.
+        """
+        language = self.model.language
+        rotary = cos_sin(
+            rotary_angles(inputs.position_ids, language.head_dim, language.rope_theta), self.config.params_dtype
+        )
+        hidden_states = self.decoder(
+            hidden_states=self.embed(inputs.first_stage) if inputs.first_stage and self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            packed_seq_params=inputs.packed_seq_params,
+        )
+        return self.predict(hidden_states, inputs) if self.post_process else hidden_states
+
+    def embed(self, inputs: FirstStageInputs) -> Tensor:
+        """Text table, special tokens, visual features. -> [t, 1, h], or [t/tp, 1, h] under sequence parallelism."""
+        embeddings = self.embedding(input_ids=inputs.input_ids.unsqueeze(0), position_ids=None).squeeze(1)
+        embeddings = self.special_token_embedding(embeddings, inputs.input_ids)
+        embeddings = embeddings.index_copy(0, inputs.image_positions, self.encode_images(inputs)).unsqueeze(1)
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
+        return embeddings
+
+    def encode_images(self, inputs: FirstStageInputs) -> Tensor:
+        """Visual features of every image token in row order, [m, h]. Runs without an image too: same collectives."""
+        plan = inputs.vision_plan
+        features = self.connector(self.vision_encoder(inputs.pixel_values, plan))
+        gathered = gather_features(features, plan.gathered_tokens, self.tp_group)
+        index = torch.from_numpy(plan.feature_index).to(gathered.device, non_blocking=True)
+        return gathered.index_select(0, index)
+
+    def predict(self, hidden_states: Tensor, inputs: ModelInputs) -> Tensor:
+        """LM head and cross entropy at the predicted positions alone."""
+        if self.config.sequence_parallel:
+            # Each rank's head computes part of the vocabulary for all rows; its input gradient is summed by the head.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        picked = hidden_states.index_select(0, inputs.loss_positions)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(picked, weight=weight)
+        if inputs.labels is None:
+            return logits.squeeze(1)
+        losses = vocab_parallel_cross_entropy(logits.float(), inputs.labels.unsqueeze(1), tp_group=self.tp_group)
+        return losses.squeeze(1)

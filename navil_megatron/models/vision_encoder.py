@@ -1,0 +1,90 @@
+"""The visual encoder V_{d,w}: patch embedding, d bidirectional layers, pixel shuffle (paper, section 3.1).
+
+Images of any size and scale are packed into one sequence and attend only inside themselves. Under tensor parallelism a
+rank encodes whole scale-images and the features are gathered.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from navil_megatron.config.schema import VisionConfig
+from navil_megatron.kernels.provider import Kernels
+from navil_megatron.layers.modality_linear import Offsets
+from navil_megatron.layers.rope import cos_sin, rotary_angles_2d
+from navil_megatron.layers.segments import group_segments, inverse_order
+from navil_megatron.layers.vision_layer import VisionLayer, VisionSegments
+from navil_megatron.layers.vision_plan import VisionPlan
+
+
+class VisionEncoder(MegatronModule):
+    """This rank's images -> merged tokens, [k, w * merge^2], in encoder order."""
+
+    def __init__(self, vision: VisionConfig, config: TransformerConfig, kernels: Kernels, tp_group: ProcessGroup):
+        super().__init__(config=config)
+        self.vision = vision
+        self.tp_group = tp_group
+        self.patch_embedding = nn.Linear(vision.patch_dim, vision.hidden_size, dtype=config.params_dtype)
+        self.layers = nn.ModuleList(
+            VisionLayer(vision, kernels.segment_attention, config.params_dtype) for _ in range(vision.num_layers)
+        )
+
+    def forward(self, pixel_values: Tensor, plan: VisionPlan) -> Tensor:
+        """pixel_values [patches of the microbatch, patch_dim]; ``plan`` says which of them are this rank's."""
+        device, dtype = self.patch_embedding.weight.device, self.patch_embedding.weight.dtype
+        index = torch.from_numpy(plan.patch_index).to(device, non_blocking=True)
+        patches = self.patch_embedding(pixel_values.index_select(0, index).to(dtype))
+        rows, columns = (torch.from_numpy(x).to(device, non_blocking=True) for x in (plan.rows, plan.columns))
+        rotary = cos_sin(rotary_angles_2d(rows, columns, self.vision.head_dim, self.vision.rope_theta), dtype)
+        whole_images = build_segments(plan.image_segments, device)
+        windows = (
+            whole_images if self.vision.full_attention_layers is None else build_segments(plan.window_segments, device)
+        )
+        for number, layer in enumerate(self.layers):
+            segments = whole_images if number in (self.vision.full_attention_layers or ()) else windows
+            if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+                patches = torch.utils.checkpoint.checkpoint(
+                    layer, patches, rotary, segments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                patches = layer(patches, rotary, segments)
+        # Pixel shuffle: patches arrive block by block, so merging a block is a reshape (TL, TR, BL, BR).
+        return patches.reshape(-1, self.vision.merged_size)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Layers stacked along a leading axis, as megatron-core stores the decoder's."""
+        sharded = {}
+        for number, layer in enumerate(self.layers):
+            offsets = ((0, number, len(self.layers)),)
+            layer_sharded = sharded_state_dict_default(
+                layer, f"{prefix}layers.", offsets, metadata, tp_group=self.tp_group
+            )
+            for key, tensor in layer_sharded.items():
+                sharded[key.replace(f"{prefix}layers.", f"{prefix}layers.{number}.", 1)] = tensor
+        sharded.update(
+            sharded_state_dict_default(
+                self.patch_embedding, f"{prefix}patch_embedding.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+        )
+        return sharded
+
+
+def build_segments(lengths: tuple[int, ...], device: torch.device) -> VisionSegments:
+    """Attention segments on a device; no index where equal lengths already lie side by side."""
+    order, groups = group_segments(lengths)
+    in_place = bool((order[1:] > order[:-1]).all())
+    flat = [group.length for group in groups for _ in range(group.num_segments)]
+    cu_seqlens = torch.tensor([0, *flat], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return VisionSegments(
+        groups=groups,
+        order=None if in_place else torch.from_numpy(order).to(device, non_blocking=True),
+        inverse=None if in_place else torch.from_numpy(inverse_order(order)).to(device, non_blocking=True),
+        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+    )

@@ -1,0 +1,33 @@
+"""Entry point of one rank: ``torchrun -m navil_megatron.pretrain CONFIG.toml [section.field=value ...]``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from navil_megatron.config.errors import EXIT_CODE, UserError, describe
+from navil_megatron.config.load import load_config
+from navil_megatron.config.validate import validate
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words:
+            raise UserError("no config given; start with: torchrun -m navil_megatron.pretrain CONFIG.toml")
+        config = load_config(Path(words[0]), words[1:])
+        validate(config)
+        # Imported late: a config that cannot run is refused before torch and megatron-core are loaded.
+        from navil_megatron.runtime.session import Session
+        from navil_megatron.training.loop import train
+
+        with Session.start(config) as session:
+            train(config, session)
+    except UserError as error:
+        sys.stderr.write(describe(error) + "\n")
+        return EXIT_CODE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The machine under a rank: its device, its collective backend and its memory counters.
+
+``runtime.device`` of the config decides; nothing here looks for a GPU and silently takes what it finds.
+"""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.schema import RuntimeConfig
+
+
+def _nothing_to_wait_for() -> None:
+    """Work on a CPU is finished when the call returns."""
+
+
+def _peak_resident_bytes() -> int:
+    """Largest resident set of this process; Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """What differs between a GPU rank and a CPU rank; everything else in the project is written once."""
+
+    name: Literal["cuda", "cpu"]
+    """The config's word for it."""
+    device: torch.device
+    """Where this rank's tensors live."""
+    collective_backend: Literal["nccl", "gloo"]
+    """What ``torch.distributed`` talks through."""
+    synchronize: Callable[[], None]
+    """Waits until everything this rank enqueued is done."""
+    peak_memory_bytes: Callable[[], int]
+    """Most memory held so far: allocated on the GPU, or resident on a CPU."""
+
+    @classmethod
+    def cuda(cls, local_rank: int) -> Self:
+        """The GPU with this rank's local number.
+
+        Raises:
+            UserError: There is no such GPU.
+        """
+        if not torch.cuda.is_available():
+            raise UserError(
+                "runtime.device is 'cuda' but torch finds no usable GPU; "
+                "run `navil-megatron doctor`, or set runtime.device='cpu'"
+            )
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                "start at most one rank per GPU"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return cls(
+            name="cuda",
+            device=device,
+            collective_backend="nccl",
+            synchronize=torch.cuda.synchronize,
+            peak_memory_bytes=torch.cuda.max_memory_allocated,
+        )
+
+    @classmethod
+    def cpu(cls) -> Self:
+        """This process on the CPU."""
+        return cls(
+            name="cpu",
+            device=torch.device("cpu"),
+            collective_backend="gloo",
+            synchronize=_nothing_to_wait_for,
+            peak_memory_bytes=_peak_resident_bytes,
+        )
+
+    @classmethod
+    def from_config(cls, config: RuntimeConfig, local_rank: int) -> Self:
+        """The platform that the config names."""
+        return cls.cuda(local_rank) if config.device == "cuda" else cls.cpu()

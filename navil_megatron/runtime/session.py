@@ -1,0 +1,269 @@
+"""A running rank: its process groups, its place in the layout, its seeds and the wish to stop.
+
+Built on megatron-core's ``parallel_state``; on a CPU the seam of ``mcore_on_cpu`` comes first. Order of ranks is core's
+default ``tp-cp-ep-dp-pp``: tensor-parallel neighbours sit side by side, pipeline stages far apart.
+"""
+
+import logging
+import os
+import signal
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.schema import NaViLConfig, ParallelConfig
+from navil_megatron.runtime.logs import configure_logging
+from navil_megatron.runtime.mcore_on_cpu import enable_megatron_core_on_cpu
+from navil_megatron.runtime.platform import Platform
+from navil_megatron.runtime.seeding import seed_rank
+
+logger = logging.getLogger(__name__)
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How this process was started: which rank of how many, and where the ranks meet."""
+
+    rank: int = 0
+    """Number of this process among all."""
+    world_size: int = 1
+    """Processes of the run."""
+    local_rank: int = 0
+    """Number of this process on its machine."""
+    local_world_size: int = 1
+    """Processes on this machine."""
+    rendezvous_file: Path | None = None
+    """File through which the ranks meet; ``None``: torchrun's address, or no meeting for a single process."""
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """What torchrun set, or one process that stands alone."""
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas of the model that a world of this size holds.
+
+    Raises:
+        UserError: The layout does not fit the number of ranks.
+    """
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"{world_size} ranks do not fit the layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} needs a multiple of "
+            f"{parallel.model_parallel_size} ranks; change torchrun's --nproc-per-node or the [parallel] section"
+        )
+    ranks_of_experts = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.expert_model_parallel_size
+    )
+    if world_size % ranks_of_experts:
+        raise UserError(
+            f"{world_size} ranks do not fit the layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x expert {parallel.expert_model_parallel_size} needs a multiple "
+            f"of {ranks_of_experts} ranks; change torchrun's --nproc-per-node or the [parallel] section"
+        )
+    return world_size // parallel.model_parallel_size
+
+
+@dataclass(slots=True)
+class Session:
+    """One rank of a run, from ``Session.start`` to ``close``; also a context manager."""
+
+    platform: Platform
+    """Its machine."""
+    parallel: ParallelConfig
+    """The layout."""
+    groups: ProcessGroupCollection
+    """megatron-core's process groups."""
+    rank: int
+    """Number of this rank among all."""
+    world_size: int
+    """Ranks of the run."""
+    local_rank: int
+    """Number of this rank on its machine."""
+    tp_rank: int
+    """Position in the tensor-parallel group."""
+    tp_size: int
+    """Ranks of a tensor-parallel group."""
+    pp_rank: int
+    """Pipeline stage."""
+    pp_size: int
+    """Pipeline stages."""
+    cp_rank: int
+    """Position in the context-parallel group."""
+    cp_size: int
+    """Ranks of a context-parallel group."""
+    ep_rank: int
+    """Position in the expert-parallel group."""
+    ep_size: int
+    """Ranks of an expert-parallel group."""
+    dp_rank: int
+    """Which replica of the model, context parallelism not counted: decides the data of this rank."""
+    dp_size: int
+    """Replicas of the model."""
+    _stop_signal: int | None = None
+    _handlers: dict[int, Any] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, config: NaViLConfig, launch: Launch | None = None) -> Self:
+        """Joins the other ranks, builds the process groups, seeds the generators and listens for a stop signal.
+
+        Raises:
+            UserError: The layout does not fit the number of ranks, or the device is not there.
+        """
+        launch = launch or Launch.from_environment()
+        parallel = config.parallel
+        data_parallel_size(parallel, launch.world_size)
+        configure_logging(launch.rank, launch.world_size)
+        platform = Platform.from_config(config.runtime, launch.local_rank)
+        if platform.name == "cpu":
+            enable_megatron_core_on_cpu()
+            torch.set_num_threads(_cpu_threads(config, launch))
+        timeout = timedelta(seconds=config.runtime.collective_timeout_seconds)
+        _join(platform, launch, timeout)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,
+            create_gloo_process_groups=False,
+        )
+        seed_rank(config.training.seed, parallel_state.get_pipeline_model_parallel_rank())
+        session = cls._from_parallel_state(platform, parallel, launch)
+        session._listen()
+        logger.info(
+            "%d ranks on %s: tensor %d, pipeline %d, context %d, expert %d, data %d",
+            session.world_size,
+            platform.name,
+            session.tp_size,
+            session.pp_size,
+            session.cp_size,
+            session.ep_size,
+            session.dp_size,
+        )
+        return session
+
+    @classmethod
+    def _from_parallel_state(cls, platform: Platform, parallel: ParallelConfig, launch: Launch) -> Self:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        return cls(
+            platform=platform,
+            parallel=parallel,
+            groups=groups,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            local_rank=launch.local_rank,
+            tp_rank=groups.tp.rank(),
+            tp_size=groups.tp.size(),
+            pp_rank=groups.pp.rank(),
+            pp_size=groups.pp.size(),
+            cp_rank=groups.cp.rank(),
+            cp_size=groups.cp.size(),
+            ep_rank=groups.ep.rank(),
+            ep_size=groups.ep.size(),
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        return self.platform.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank's pipeline stage reads pixels and tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank's pipeline stage computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def num_model_chunks(self) -> int:
+        """Model chunks this rank holds: more than one only under the interleaved schedule."""
+        return self.parallel.virtual_pipeline_model_parallel_size or 1
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        torch.distributed.barrier()
+
+    def stop_asked(self) -> bool:
+        """Whether any rank was asked to stop (SIGTERM or SIGINT). Every rank must call it at the same point."""
+        flag = torch.tensor([int(self._stop_signal is not None)], dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _listen(self) -> None:
+        for number in _STOP_SIGNALS:
+            self._handlers[number] = signal.signal(number, self._note_stop)
+
+    def _note_stop(self, number: int, frame: FrameType | None) -> None:
+        """The first signal asks for a stop after the current step; a second one acts at once."""
+        self._stop_signal = number
+        signal.signal(number, self._handlers[number] or signal.SIG_DFL)
+
+    def close(self) -> None:
+        """Leaves the process groups and gives the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        parallel_state.destroy_model_parallel()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        """The started session."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+
+def _cpu_threads(config: NaViLConfig, launch: Launch) -> int:
+    """The configured threads, or this machine's cores shared evenly by its ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.runtime.cpu_threads or max(1, cores // launch.local_world_size)
+
+
+def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
+    """Opens the default process group: by file, by torchrun's address, or alone."""
+    place: dict[str, Any] = {}
+    if launch.rendezvous_file is not None:
+        place = {"init_method": f"file://{launch.rendezvous_file}"}
+    elif launch.world_size == 1:
+        place = {"store": torch.distributed.HashStore()}
+    torch.distributed.init_process_group(
+        platform.collective_backend,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        **place,
+    )

@@ -1,0 +1,62 @@
+"""From a host-side microbatch to model inputs on a device: where the modality plan and the encoder's plan are made.
+
+Every size that the step needs is an integer on the host here, so nothing on the device is ever asked for a shape.
+"""
+
+import numpy as np
+import torch
+
+from navil_megatron.config.schema import ModelConfig
+from navil_megatron.data.types import Microbatch
+from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
+from navil_megatron.layers.segments import inverse_order
+from navil_megatron.layers.vision_plan import plan_vision
+from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
+
+
+def build_model_inputs(
+    microbatch: Microbatch,
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    pre_process: bool = True,
+) -> ModelInputs:
+    """Plan one microbatch for one rank and put it on its device.
+
+    Args:
+        microbatch: The packed rows, in causal order.
+        model: The model section of the config.
+        device: Where the model lives.
+        tp_rank: This rank in its tensor-parallel group.
+        tp_size: Ranks of the group.
+        pre_process: Whether the first stage's tensors (tokens, pixels, the encoder's plan) are wanted.
+    """
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    order = plan_modality_order(microbatch.visual_token_mask, microbatch.segment_lengths)
+    to_row = inverse_order(order.modality_major)
+    predicted = np.flatnonzero(microbatch.labels != -100)
+    first_stage = None
+    if pre_process:
+        if microbatch.pixel_values is None:
+            raise ValueError("the first stage needs pixel values: open the loader with decode_pixels=True")
+        is_image = microbatch.input_ids == model.special_token_id("<IMG_CONTEXT>")
+        grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
+        first_stage = FirstStageInputs(
+            input_ids=put(microbatch.input_ids[order.modality_major]),
+            image_positions=put(to_row[np.flatnonzero(is_image)]),
+            pixel_values=microbatch.pixel_values.to(device, non_blocking=True),
+            vision_plan=plan_vision(grids, model.vision, tp_rank, tp_size),
+        )
+    return ModelInputs(
+        packed_seq_params=build_packed_seq_params(order, device),
+        position_ids=put(microbatch.position_ids[order.modality_major]),
+        loss_positions=put(to_row[predicted]),
+        labels=put(microbatch.labels[predicted]),
+        loss_weights=put(microbatch.loss_weights[predicted]),
+        first_stage=first_stage,
+    )

@@ -1,0 +1,103 @@
+"""The whole of training on one screen."""
+
+import logging
+from pathlib import Path
+
+from megatron.core.optimizer import ChainedOptimizer
+
+from navil_megatron.checkpoint.manager import CheckpointManager
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.data.loader import TrainLoader
+from navil_megatron.data.validation import ValidationLoader
+from navil_megatron.models.build import build_model
+from navil_megatron.models.navil_model import NaViLModel
+from navil_megatron.runtime.session import Session
+from navil_megatron.training.evaluate import evaluate
+from navil_megatron.training.lr_schedule import learning_rate
+from navil_megatron.training.metrics import MetricsLog, StepMeter
+from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.progress import TrainingProgress
+from navil_megatron.training.state import TrainingState
+from navil_megatron.training.step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: NaViLConfig, session: Session) -> TrainingState:
+    """Train from the newest checkpoint, or from the start, to ``training.train_steps`` or until asked to stop.
+
+    A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end.
+    """
+    loader = TrainLoader(config, session.dp_rank, session.dp_size, decode_pixels=session.is_first_stage)
+    model = build_model(config, session.groups, session.device)
+    manager = CheckpointManager(config, session)
+    if manager.latest() is None and config.checkpoint.initial_weights is not None:
+        manager.load_weights(Path(config.checkpoint.initial_weights), model)
+    chunks = wrap_ddp(config, session, model)
+    optimizer = build_optimizer(config, chunks, session)
+    state = _restore(manager, loader, model, optimizer)
+    log, meter = MetricsLog(config, session), StepMeter(config, session)
+    held_out = _open_held_out(config, session)
+    total = config.training.train_steps
+
+    with TrainingProgress(config, session, state.step) as progress:
+        while state.step < total:
+            microbatches = next(loader)
+            lr = learning_rate(state.step + 1, config.optimizer, total)
+            result = train_step(config, session, chunks, optimizer, microbatches, lr)
+            state.step += 1
+            meter.add(result, microbatches, loader.wait_seconds, loader.counts.failed)
+            stopping = False
+            if _due(state.step, config.training.log_every_steps, total):
+                record = meter.record(lr)
+                state.consumed_samples += int(record["samples"])
+                state.consumed_tokens += int(record["tokens"])
+                consumed = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
+                log.write("train", state.step, {**record, **consumed})
+                progress.update(state.step, record)
+                stopping = session.stop_asked()
+            if held_out and _due(state.step, config.training.evaluate_every_steps, total):
+                losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
+                log.write("evaluation", state.step, losses)
+                meter.restart()
+            if stopping or _due(state.step, config.checkpoint.save_every_steps, total):
+                state.loader = loader.state()
+                manager.save(state.step, model, optimizer, state.to_dict())
+                meter.restart()
+            if stopping:
+                logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)
+                break
+    loader.close()
+    log.close()
+    return state
+
+
+def _due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this step."""
+    return step == last or (every is not None and step % every == 0)
+
+
+def _restore(
+    manager: CheckpointManager, loader: TrainLoader, model: list[NaViLModel], optimizer: ChainedOptimizer
+) -> TrainingState:
+    stored = manager.restore_latest(model, optimizer)
+    if stored is None:
+        return TrainingState()
+    state = TrainingState.from_dict(stored)
+    loader.check_state(state.loader)
+    loader.seek(state.step)
+    return state
+
+
+def _open_held_out(config: NaViLConfig, session: Session) -> dict[str, ValidationLoader]:
+    """Held-out rows by the name of the loss on them; none where the config names no held-out shards."""
+    if not config.data.validation_shards or config.training.evaluate_every_steps is None:
+        return {}
+    variants = {"loss": False, "loss_swapped_images": True}
+    return {
+        name: ValidationLoader(
+            config, session.dp_rank, session.dp_size, decode_pixels=session.is_first_stage, swap_images=swapped
+        )
+        for name, swapped in variants.items()
+        if not swapped or config.training.evaluate_swapped_images
+    }

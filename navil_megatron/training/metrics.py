@@ -1,0 +1,123 @@
+"""What a run reports: one JSON line a record in ``metrics.jsonl``, and the same numbers for TensorBoard."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.data.types import Microbatch
+from navil_megatron.runtime.session import Session
+from navil_megatron.training.flops import step_flops, tokens_by_modality
+from navil_megatron.training.step import StepResult
+
+Record = dict[str, float | int | str]
+
+
+class MetricsLog:
+    """Appends records; only rank 0 writes."""
+
+    def __init__(self, config: NaViLConfig, session: Session):
+        self.directory = Path(config.logging.directory)
+        self._file, self._tensorboard = None, None
+        if session.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = (self.directory / "metrics.jsonl").open("a", buffering=1)
+            if config.logging.tensorboard:
+                self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+
+    def write(self, kind: str, step: int, record: Mapping[str, float | int | str]) -> None:
+        """Append one record; ``kind`` is ``train`` or ``evaluation``."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        for file in (self._file, self._tensorboard):
+            if file is not None:
+                file.close()
+
+
+class StepMeter:
+    """Adds up steps between two records. Nothing is read from the device until ``record``."""
+
+    def __init__(self, config: NaViLConfig, session: Session):
+        self.config, self.session = config, session
+        self._num_failed = 0
+        self._last_step = 0.0
+        self._reset()
+
+    def restart(self) -> None:
+        """Take the time spent on evaluation or a save out of the next record; steps not yet recorded keep theirs."""
+        now = time.perf_counter()
+        self._paused_seconds += now - self._last_step
+        self._last_step = now
+
+    def _reset(self) -> None:
+        self._results: list[StepResult] = []
+        self._counts = torch.zeros(6, dtype=torch.float64)
+        self._wait_seconds = 0.0
+        self._paused_seconds = 0.0
+        self._started = self._last_step = time.perf_counter()
+
+    def add(self, result: StepResult, microbatches: Sequence[Microbatch], wait_seconds: float, num_failed: int) -> None:
+        """Count one step of this rank; ``num_failed`` is the samples that failed to decode since the run started."""
+        model, phase = self.config.model, self.config.training.phase
+        text, visual = 0, 0
+        for microbatch in microbatches:
+            counts = tokens_by_modality(model, microbatch)
+            text, visual = text + counts[0], visual + counts[1]
+        rows_tokens = sum(microbatch.input_ids.size for microbatch in microbatches)
+        samples = sum(len(microbatch.sample_lengths) for microbatch in microbatches)
+        flops = step_flops(model, phase, microbatches)
+        self._counts += torch.tensor(
+            [text, visual, rows_tokens, samples, num_failed - self._num_failed, flops], dtype=torch.float64
+        )
+        self._num_failed = num_failed
+        self._results.append(result)
+        self._wait_seconds += wait_seconds
+        self._last_step = time.perf_counter()
+
+    def record(self, lr: float) -> Record:
+        """What the steps since the last record came to, over all ranks. Every rank must call it."""
+        session = self.session
+        session.platform.synchronize()
+        seconds = time.perf_counter() - self._started - self._paused_seconds
+        # Counts are the same on the ranks of one model replica, losses on those of one tensor-parallel group.
+        replica_ranks = session.world_size // session.dp_size
+        losses = torch.stack([result.loss_sum.double() for result in self._results]) / session.tp_size
+        sums = torch.cat([self._counts.to(session.device) / replica_ranks, losses])
+        slowest = torch.tensor([self._wait_seconds, session.platform.peak_memory_bytes()], dtype=torch.float64)
+        slowest = slowest.to(session.device)
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+        text, visual, row_tokens, samples, failed, flops, *loss_sums = sums.tolist()
+        loss = sum(loss_sums) / max(sum(float(result.loss_weight) for result in self._results), 1e-30)
+        record: Record = {
+            "train_steps": self.config.training.train_steps,
+            "loss": loss,
+            "grad_norm": float(self._results[-1].grad_norm or 0.0),
+            "lr": lr,
+            "step_seconds": seconds / len(self._results),
+            "tokens_per_second": (text + visual) / seconds,
+            "text_tokens_per_second": text / seconds,
+            "visual_tokens_per_second": visual / seconds,
+            "samples_per_second": samples / seconds,
+            "samples": round(samples),
+            "tokens": round(text + visual),
+            "padding_share": 1.0 - (text + visual) / row_tokens,
+            "data_wait_seconds": slowest[0].item() / len(self._results),
+            "failed_samples": round(failed),
+            "peak_memory_bytes": round(slowest[1].item()),
+            "flops_per_second": flops / seconds,
+            "skipped_steps": sum(result.skipped for result in self._results),
+        }
+        self._reset()
+        return record

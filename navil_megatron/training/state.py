@@ -1,0 +1,27 @@
+"""How far a run has come: the small part of a checkpoint that is neither weight nor optimizer state."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingState:
+    """Equal on every rank; holds only what ``weights_only`` loading allows: numbers, strings, lists and dicts."""
+
+    step: int = 0
+    """Optimizer updates done."""
+    consumed_samples: int = 0
+    """Samples trained on, over all ranks."""
+    consumed_tokens: int = 0
+    """Tokens trained on, padding not counted, over all ranks."""
+    loader: dict[str, Any] = field(default_factory=dict)
+    """Where the data loader goes on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint stores it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """From what ``to_dict`` gave."""
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})

@@ -1,0 +1,171 @@
+"""One optimizer update: megatron-core's schedule, the gradient sums, the update, and what it cost.
+
+The loss is a weighted sum over the global batch divided by its weight, at every layout. The weight is known on the host
+of every rank before the step, since every rank holds the microbatches' labels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.data.types import Microbatch
+from navil_megatron.models.inputs import ModelInputs
+from navil_megatron.runtime.session import Session
+from navil_megatron.training.batch import build_model_inputs
+from navil_megatron.training.optimizer import set_learning_rate
+
+type Chunks = list[DistributedDataParallel]
+type LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step measured, still on the device; read it only when it is logged."""
+
+    loss_sum: Tensor
+    """Weighted sum of cross entropies over this rank's microbatches; 0 except on the last stage."""
+    loss_weight: Tensor
+    """Weight of the global batch."""
+    grad_norm: float | None = None
+    """Global gradient norm before clipping; None in evaluation."""
+    skipped: bool = False
+    """The optimizer refused the update (a gradient was not finite)."""
+
+
+def train_step(
+    config: NaViLConfig,
+    session: Session,
+    chunks: Chunks,
+    optimizer: ChainedOptimizer,
+    microbatches: Sequence[Microbatch],
+    lr: float,
+) -> StepResult:
+    """Forward, backward, reduce, clip, update.
+
+    Args:
+        config: The run.
+        session: This rank.
+        chunks: Its model chunks, wrapped by megatron-core's data parallelism.
+        optimizer: megatron-core's optimizer.
+        microbatches: This rank's share of the global batch.
+        lr: Learning rate of this step.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    set_learning_rate(optimizer, lr)
+    loss_weight = _global_weight(microbatches, session)
+    get_model_config(chunks[0]).finalize_model_grads_func = partial(
+        finalize_gradients, tp_group=session.groups.tp, loss_weight=loss_weight
+    )
+    loss_sum = run_schedule(config, session, chunks, microbatches, forward_only=False)
+    updated, grad_norm, _ = optimizer.step()
+    return StepResult(loss_sum, loss_weight, grad_norm, skipped=not updated)
+
+
+@torch.no_grad()
+def evaluate_step(
+    config: NaViLConfig, session: Session, chunks: Chunks, microbatches: Sequence[Microbatch]
+) -> StepResult:
+    """Forward only, for held-out rows. Leaves gradients and weights alone."""
+    loss_sum = run_schedule(config, session, chunks, microbatches, forward_only=True)
+    return StepResult(loss_sum, _global_weight(microbatches, session))
+
+
+def run_schedule(
+    config: NaViLConfig, session: Session, chunks: Chunks, microbatches: Sequence[Microbatch], *, forward_only: bool
+) -> Tensor:
+    """megatron-core's schedule over this rank's microbatches. -> weighted loss sum of this rank, 0 but on the last
+    stage.
+    """
+    schedule = get_forward_backward_func(
+        pp_size=session.pp_size, vp_size=config.parallel.virtual_pipeline_model_parallel_size
+    )
+    inputs = [
+        build_model_inputs(
+            microbatch,
+            config.model,
+            session.device,
+            tp_rank=session.tp_rank,
+            tp_size=session.tp_size,
+            pre_process=session.is_first_stage,
+        )
+        for microbatch in microbatches
+    ]
+    iterators = [iter(inputs) for _ in chunks]
+    losses = schedule(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=config.microbatch_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=session.device))
+
+
+def forward_step(inputs: Iterator[ModelInputs], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
+    """What the schedule calls for one microbatch and one chunk."""
+    microbatch = next(inputs)
+    return chunk(microbatch), partial(weighted_loss, microbatch)
+
+
+def weighted_loss(inputs: ModelInputs, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Cross entropies [k] -> (weighted sum, number of predictions, what to report).
+
+    Core divides the first by nothing, because ``calculate_per_token_loss`` is set, but changes it in place: the report
+    is a copy.
+    """
+    loss_sum = (losses * inputs.loss_weights).sum()
+    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return loss_sum, count, {"loss_sum": loss_sum.detach().clone()}
+
+
+def finalize_gradients(
+    chunks: Chunks,
+    num_tokens: Tensor | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    force_all_reduce: bool = False,
+    *,
+    tp_group: ProcessGroup,
+    loss_weight: Tensor,
+) -> None:
+    """Sum gradients over the ranks that share a parameter, then divide by the global weight.
+
+    Core reduces over data, sequence and embedding groups. Ours is the sum over the tensor-parallel group for encoder
+    and connector, whose ranks encode different images, and the division: core counts predictions as integers, while
+    weights may be fractions.
+    """
+    finalize_model_grads(chunks, None, pg_collection, force_all_reduce)
+    if tp_group.size() > 1:
+        works = [
+            torch.distributed.all_reduce(parameter.main_grad, group=tp_group, async_op=True)
+            for chunk in chunks
+            for parameter in chunk.parameters()
+            if parameter.requires_grad and getattr(parameter, "sum_gradient_over_tensor_parallel", False)
+        ]
+        for work in works:
+            work.wait()
+    scaling = torch.where(loss_weight > 0, 1.0 / loss_weight, torch.zeros_like(loss_weight))
+    for chunk in chunks:
+        chunk.scale_gradients(scaling)
+
+
+def _global_weight(microbatches: Sequence[Microbatch], session: Session) -> Tensor:
+    """Weight of the global batch, [] float32."""
+    local = sum(float(microbatch.loss_weights.sum(dtype="float64")) for microbatch in microbatches)
+    weight = torch.tensor(local, dtype=torch.float32, device=session.device)
+    torch.distributed.all_reduce(weight, group=session.groups.dp)
+    return weight

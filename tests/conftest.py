@@ -1,0 +1,30 @@
+"""Fixtures and markers that every test folder shares."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder of reference data made with the authors' code; skips the test where it is absent."""
+    folder = Path(os.environ.get("NAVIL_GOLDEN_DIR", REPOSITORY.parent / "shared" / "golden"))
+    if not (folder / "public" / "cases").is_dir():
+        pytest.skip(f"no golden files in {folder}: set NAVIL_GOLDEN_DIR to the folder that holds public/cases")
+    return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A ``gpu`` test skips without CUDA, unless CUDA was promised (``make test-gpu``): then it fails."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("NAVIL_REQUIRE_CUDA") == "1":
+        pytest.fail("NAVIL_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs a CUDA device")

@@ -1,0 +1,88 @@
+"""Golden cases as model configs, whole tensors and model inputs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, ModelConfig
+from navil_megatron.data.types import Microbatch
+from navil_megatron.hf.hf_config import model_config_from_hf
+from navil_megatron.hf.ingest import hf_to_mcore
+from navil_megatron.hf.param_map import table
+from navil_megatron.models.inputs import ModelInputs
+from navil_megatron.training.batch import build_model_inputs
+
+TEXT, VISUAL = MODALITIES
+
+
+class GoldenCase:
+    """One folder of ``public/cases`` with the model that it names."""
+
+    def __init__(self, golden_dir: Path, name: str):
+        public = golden_dir / "public"
+        folder = public / "cases" / name
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.expected = load_file(folder / "expected.safetensors")
+        model_folder = public / self.meta["model"]
+        ids = json.loads((model_folder / "special_tokens.json").read_text())["special_token_ids"]
+        hf_config = json.loads((model_folder / "config.json").read_text())
+        self.model: ModelConfig = model_config_from_hf(hf_config, [ids[token] for token in SPECIAL_TOKENS])
+        self.hf_tensors = load_file(model_folder / "model.safetensors")
+        self.whole = hf_to_mcore(self.hf_tensors, self.model)
+
+    def microbatch(self, labels: np.ndarray, weights: np.ndarray) -> Microbatch:
+        """The case's row; ``labels`` and ``weights`` [S] are aligned with the predicting position."""
+        inputs = self.inputs
+        length = inputs["input_ids"].numel()
+        cu_seqlens = inputs["cu_seqlens"].tolist() if "cu_seqlens" in inputs else [0, length]
+        has_image = bool(inputs["image_flags"].any())
+        patches = inputs["pixel_values"].float().flatten(1)
+        return Microbatch(
+            input_ids=inputs["input_ids"][0].numpy(),
+            position_ids=inputs["position_ids"][0].numpy(),
+            labels=labels,
+            loss_weights=weights,
+            visual_token_mask=inputs["visual_token_mask"][0].numpy(),
+            segment_lengths=tuple(np.diff(cu_seqlens).tolist()),
+            image_grid_thw=inputs["image_grid_thw"].numpy() if has_image else np.zeros((0, 3), np.int64),
+            pixel_values=patches if has_image else patches[:0],
+            num_tokens=length,
+            sample_indices=(0,),
+            sample_lengths=(length,),
+        )
+
+    def shifted(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and weights [S] of the plain or the weighted loss, at the position that predicts them."""
+        labels = np.full(self.inputs["labels"].numel(), -100, dtype=np.int64)
+        labels[:-1] = self.inputs["labels"][0, 1:].numpy()
+        weights = np.zeros(labels.size, dtype=np.float32)
+        if kind == "loss":
+            labels[self.inputs["input_ids"][0].numpy() == self.model.special_token_id("<IMG_CONTEXT>")] = -100
+            weights[labels != -100] = 1.0
+        else:
+            weights[:-1] = self.inputs["loss_weight"][0, 1:].numpy()
+        return labels, weights
+
+    def model_inputs(self, kind: str = "loss", **where) -> ModelInputs:
+        """Inputs whose cross entropies give ``loss`` or ``loss_weighted``."""
+        return build_model_inputs(self.microbatch(*self.shifted(kind)), self.model, torch.device("cpu"), **where)
+
+    def expected_gradients(self) -> dict[str, torch.Tensor]:
+        """Whole gradients under checkpoint keys, for every parameter all of whose pieces the case stores."""
+        stored = {key.removeprefix("grad."): value for key, value in self.expected.items() if key.startswith("grad.")}
+        gradients = {}
+        for row in table(self.model):
+            layers = [
+                row.function.to_mcore(tuple(stored[key] for key in keys), self.model)
+                if all(key in stored for key in keys)
+                else None
+                for keys in row.hf_keys_of_layers()
+            ]
+            for number, layer in enumerate(layers):
+                if layer is not None:
+                    gradients[row.mcore_key if row.num_layers is None else f"{row.mcore_key}[{number}]"] = layer
+        return gradients

@@ -1,0 +1,244 @@
+"""The rules of the house as data, and the checker that reads them off the source with ``ast``.
+
+``CONTRIBUTING.md`` carries the same table; a test holds the two equal. Imports run one way, so that a folder can be
+read, tested and replaced alone.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = "navil_megatron"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one folder, or one file beside the folders, may import besides itself, config and the standard library."""
+
+    ours: tuple[str, ...] = ()
+    """Folders and files of the package."""
+    third_party: tuple[str, ...] = ()
+    """Prefixes of other packages' module names."""
+    never: tuple[str, ...] = ()
+    """Prefixes refused although a shorter prefix is allowed."""
+
+
+_ENGINE = ("torch", "megatron.core", "numpy")
+_BELOW_TRAINING = ("runtime", "kernels", "layers", "models", "data", "checkpoint")
+
+IMPORT_TABLE = {
+    "config": Row(),
+    "runtime": Row((), _ENGINE),
+    "kernels": Row(("runtime",), (*_ENGINE, "transformer_engine", "apex", "amp_C")),
+    "layers": Row((), _ENGINE),
+    "models": Row(("runtime", "kernels", "layers"), _ENGINE),
+    "data": Row(
+        (),
+        ("torch", "numpy", "PIL", "webdataset", "tokenizers", "transformers", "nvidia.dali"),
+        ("torch.distributed",),
+    ),
+    "checkpoint": Row(("runtime",), _ENGINE),
+    "training": Row(_BELOW_TRAINING, (*_ENGINE, "rich")),
+    "hf": Row(
+        ("checkpoint",),
+        ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "megatron.core.dist_checkpointing"),
+    ),
+    "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
+    "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
+    "launch.py": Row(),
+    "doctor.py": Row(),
+    "cli.py": Row(("runtime", "data", "hf", "launch.py", "doctor.py"), ("torch", "rich")),
+    "__init__.py": Row(),
+}
+"""Area of the package -> what it may import. A folder without a row fails."""
+
+ONLY_IN = {
+    "torch.cuda": "runtime",
+    "transformer_engine": "kernels",
+    "apex": "kernels",
+    "nvidia.dali": "data/image_decode.py",
+}
+"""Module prefix -> the one place that may name it."""
+
+COLLECTIVE_BACKENDS = {"nccl", "gloo"}
+"""String constants that only runtime/ may hold."""
+
+MAY_PRINT = {"cli.py"}
+VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def render_import_table() -> str:
+    """``IMPORT_TABLE`` as the Markdown table of CONTRIBUTING.md."""
+
+    def cell(names: tuple[str, ...]) -> str:
+        return ", ".join(f"`{name}`" for name in names) or "nothing"
+
+    lines = ["| where | may import of ours | may import of others |", "|---|---|---|"]
+    for area, row in IMPORT_TABLE.items():
+        others = cell(row.third_party) + (f"; never {cell(row.never)}" if row.never else "")
+        lines.append(f"| `{area}` | {cell(row.ours)} | {others} |")
+    return "\n".join(lines)
+
+
+def check_package() -> list[str]:
+    """Every broken rule in the package, as ``path:line: message``."""
+    folder = REPOSITORY / PACKAGE
+    problems = []
+    for path in sorted(folder.rglob("*.py")):
+        problems += check_source(path.read_text(encoding="utf-8"), path.relative_to(folder).as_posix())
+    return problems
+
+
+def check_source(source: str, path: str) -> list[str]:
+    """Every broken rule in one module; ``path`` is relative to the package's folder."""
+    tree = ast.parse(source)
+    area = area_of(path)
+    if area not in IMPORT_TABLE:
+        return [f"{path}:1: {area} has no row in IMPORT_TABLE; add one there and in CONTRIBUTING.md"]
+    found = [
+        *_check_module(tree, path),
+        *_check_imports(tree, path, area),
+        *_check_names(tree, path, area),
+        *_check_statements(tree, path),
+    ]
+    return [f"{path}:{line}: {message}" for line, message in sorted(found)]
+
+
+def check_script(source: str, path: str) -> list[str]:
+    """The rules that hold outside the package too (tools, examples, tests)."""
+    return [f"{path}:{line}: {message}" for line, message in _check_swallowed_imports(ast.parse(source))]
+
+
+def area_of(path: str) -> str:
+    """The row of the table that a module falls under."""
+    if path.startswith("hf/remote_code/"):
+        return "hf/remote_code"
+    return path.split("/")[0]
+
+
+def _check_module(tree: ast.Module, path: str) -> Iterator[tuple[int, str]]:
+    if not ast.get_docstring(tree):
+        yield 1, "has no module docstring"
+    vague = VAGUE_NAMES & set(path.removesuffix(".py").split("/"))
+    if vague:
+        yield 1, f"is called {vague.pop()}; name it for the one thing in it"
+
+
+def _check_imports(tree: ast.Module, path: str, area: str) -> Iterator[tuple[int, str]]:
+    row = IMPORT_TABLE[area]
+    for line, module, name in _imports(tree):
+        if module.startswith("."):
+            if area != "hf/remote_code":
+                yield line, "relative import; write the absolute name"
+            continue
+        whole = f"{module}.{name}" if name else module
+        for prefix, place in ONLY_IN.items():
+            if _under(whole, prefix) and not f"{path}/".startswith(f"{place}/"):
+                yield line, f"{prefix} is imported only in {place}"
+        if module == PACKAGE or module.startswith(PACKAGE + "."):
+            yield from _check_own_import(line, module, name, area, row)
+        elif module.split(".")[0] not in sys.stdlib_module_names:
+            allowed = any(_under(whole, prefix) for prefix in row.third_party)
+            if not allowed or any(_under(whole, prefix) for prefix in row.never):
+                yield line, f"{area} may not import {whole}"
+
+
+def _check_own_import(line: int, module: str, name: str | None, area: str, row: Row) -> Iterator[tuple[int, str]]:
+    """An import of ours: allowed by the table, and from the file that defines the name."""
+    target = module.removeprefix(PACKAGE).removeprefix(".").replace(".", "/")
+    folder = REPOSITORY / PACKAGE / target
+    if name and ((folder / name).is_dir() or (folder / f"{name}.py").is_file()):
+        target, name = f"{target}/{name}".lstrip("/"), None
+    imported = area_of(target)
+    if (REPOSITORY / PACKAGE / f"{imported}.py").is_file():
+        imported += ".py"
+    # Exported files are copied out of the package, so nothing of ours is there for them.
+    shared = set() if area == "hf/remote_code" else {area, "config"}
+    if target and imported not in {*shared, *row.ours}:
+        yield line, f"{area} may not import {imported}"
+    elif name and name not in _defined_names(target):
+        yield line, f"{name} is not defined in {module}; import it from the file that defines it"
+
+
+def _check_names(tree: ast.Module, path: str, area: str) -> Iterator[tuple[int, str]]:
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            for prefix, place in ONLY_IN.items():
+                if dotted == prefix and not f"{path}/".startswith(f"{place}/"):
+                    yield node.lineno, f"{prefix} is named only in {place}"
+            if dotted in IMPORT_TABLE[area].never:
+                yield node.lineno, f"{area} may not use {dotted}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            backends = COLLECTIVE_BACKENDS & set(re.split("[:,]", node.value))
+            if backends and area != "runtime":
+                yield node.lineno, f'"{backends.pop()}" is named only in runtime'
+
+
+def _check_statements(tree: ast.Module, path: str) -> Iterator[tuple[int, str]]:
+    yield from _check_swallowed_imports(tree)
+    for node in ast.walk(tree):
+        is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        if is_print and path not in MAY_PRINT:
+            yield node.lineno, "print() only in cli.py; use logging"
+
+
+def _check_swallowed_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """``except ImportError`` and ``suppress(ImportError)``: what is missing must be said, not worked around."""
+    for node in ast.walk(tree):
+        caught: list[ast.expr | None] = []
+        if isinstance(node, ast.ExceptHandler):
+            caught = [node.type]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "suppress":
+            caught = list(node.args)
+        names = {
+            ast.unparse(part) for whole in caught if whole for part in ast.walk(whole) if isinstance(part, ast.Name)
+        }
+        for name in sorted(names & {"ImportError", "ModuleNotFoundError"}):
+            yield node.lineno, f"{name} is swallowed; choose by config and let a missing package fail"
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[int, str, str | None]]:
+    """Line, module and name (``None`` for a whole module) of every import, deferred and dynamic ones included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, None
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node.lineno, "." * node.level + (node.module or ""), alias.name
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = ast.unparse(node.func).split(".")[-1]
+            if called in {"import_module", "__import__"} and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value, None
+
+
+def _under(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+@cache
+def _defined_names(target: str) -> frozenset[str]:
+    """Names that a module of ours defines itself, at its top level."""
+    path = REPOSITORY / PACKAGE / f"{target}.py"
+    if not path.is_file():
+        path = REPOSITORY / PACKAGE / target / "__init__.py"
+    if not path.is_file():
+        return frozenset()
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.TypeAlias):
+            names.add(node.name.id)
+        elif isinstance(node, ast.Assign):
+            names |= {part.id for target_ in node.targets for part in ast.walk(target_) if isinstance(part, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return frozenset(names)

@@ -1,0 +1,13 @@
+"""How close is equal: the one table of tolerances. No test loosens or repeats an entry; a new need is a new entry."""
+
+GOLDEN = {"atol": 2e-4, "rtol": 1e-4}
+"""Activations, logits and losses against the golden files (fp32, another implementation's order of sums)."""
+
+GOLDEN_GRADIENT = {"atol": 5e-5, "rtol": 2e-3}
+"""Gradients against the golden files."""
+
+RANKS = {"rtol": 1e-5, "atol": 1e-6}
+"""Any layout against one rank (fp32): only the order of sums differs."""
+
+EXPORT = {"rtol": 0.0, "atol": 1e-4}
+"""Mean held-out loss of the exported folder under transformers against the engine's (fp32, the same weights)."""

@@ -1,0 +1,160 @@
+"""The command line as a user meets it: help with examples, one JSON object, one-line errors and exit code 2."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from navil_megatron.cli import main
+from tests.unit.config_examples import EXAMPLE_TOML
+
+VERBS = [
+    ("train",),
+    ("data", "build"),
+    ("data", "index"),
+    ("convert", "to-hf"),
+    ("convert", "from-hf"),
+    ("generate",),
+    ("doctor",),
+]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines on stderr of a call that must exit with code 2 and print nothing else."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err.splitlines()
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_has_an_example_of_its_verb(verb: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"example:\n  navil-megatron {' '.join(verb)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != ("train",)], ids=" ".join)
+def test_reporting_verbs_take_json(verb: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb, "--help"])
+    assert "--json" in capsys.readouterr().out
+
+
+def test_help_and_doctor_import_nothing_heavy() -> None:
+    program = (
+        "import contextlib, sys\n"
+        "from navil_megatron.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(['train', '--help'])\n"
+        "main(['doctor'])\n"
+        "assert not {'torch', 'numpy', 'megatron', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such-verb"], ["train"], ["doctor", "--no-such"], ["doctor", "extra"], ["convert"]]
+)
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_counts_are_whole_and_positive(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "run.toml", "--nproc", count])
+    assert stopped.value.code == 2
+    assert "--nproc" in capsys.readouterr().err
+
+
+def test_train_refuses_a_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "train", "absent.toml") == [
+        "error: absent.toml: cannot read the config (No such file or directory); give the path of a TOML file"
+    ]
+
+
+def test_train_names_the_nearest_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(EXAMPLE_TOML)
+    # The override after the option reaches the config too.
+    lines = refused(capsys, "train", str(path), "training.train_step=1", "--nproc", "2", "optimizer.lrr=1")
+    assert lines == [
+        "error: override training.train_step=1: training.train_step is not a setting; "
+        "the nearest is training.train_steps",
+        "error: override optimizer.lrr=1: optimizer.lrr is not a setting; the nearest is optimizer.lr",
+    ]
+
+
+def test_train_refuses_a_layout_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(EXAMPLE_TOML)
+    (line,) = refused(capsys, "train", str(path), "parallel.tensor_model_parallel_size=2", "--nproc", "3")
+    assert line.startswith("error: world size 3 does not hold whole replicas")
+
+
+def test_doctor_reports_in_json_and_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert status == (0 if report["ok"] else 1)
+    assert {check["name"] for check in report["checks"]} >= {"python", "torch", "megatron-core", "gpu", "apex", "dali"}
+    main(["doctor"])
+    assert "megatron-core" in capsys.readouterr().out
+
+
+def write_manifest(folder: Path) -> Path:
+    Image.new("RGB", (64, 48), "red").save(folder / "red.png")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    lines = [
+        {"image": "red.png", "caption": "a red field"},
+        {"image": "broken.jpg", "caption": "nothing to see"},
+    ]
+    manifest = folder / "images.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    return manifest
+
+
+def test_data_build_then_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = tmp_path / "shards"
+    assert main(["data", "build", str(write_manifest(tmp_path)), str(shards), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["num_samples"], report["num_rejected"]) == (1, 1)
+    assert report["rejected"][0]["where"].endswith("images.jsonl:2")
+    assert main(["data", "index", str(shards / "*.tar")]) == 0
+    assert capsys.readouterr().out.startswith("1 samples in 1 shards")
+
+
+def test_data_build_refuses_a_missing_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = refused(capsys, "data", "build", str(tmp_path / "absent.jsonl"), str(tmp_path / "out"))[-1:]
+    assert line.startswith("error: manifest ")
+
+
+def test_data_index_refuses_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "data", "index", str(tmp_path / "absent.tar"))[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "to-hf", "absent", "out"),
+        ("convert", "from-hf", "absent", "out"),
+        ("generate", "absent", "image.png"),
+        ("generate", "absent", "image.png", "--prompt", "<image><image>"),
+    ],
+    ids=" ".join,
+)
+def test_missing_folders_are_one_line(
+    arguments: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (line,) = refused(capsys, *arguments)
+    assert line.startswith("error: ")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,231 @@
+"""config/load.py: what a TOML file and overrides become, and what the user is told when they are wrong."""
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from navil_megatron.config.errors import ConfigError, UserError, describe
+from navil_megatron.config.load import config_from_dict, config_to_dict, digest, load_config, section_from_dict
+from navil_megatron.config.schema import ModelConfig, NaViLConfig, OptimizerConfig, ParallelConfig, VisionConfig
+from navil_megatron.config.validate import validate
+from tests.house import REPOSITORY
+from tests.unit.config_examples import EXAMPLE_TOML, example_tables
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(EXAMPLE_TOML)
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return caught.value.problems
+
+
+def test_values_and_defaults(config_path: Path) -> None:
+    config = load_config(config_path)
+    assert config.model.language.family == "qwen3"
+    assert config.model.vision.patch_size == 16
+    assert config.data.train_shards == ("shards/train-*.tar",)
+    assert config.parallel == ParallelConfig()
+    assert config.microbatch_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "field", "value"),
+    [
+        ("training.train_steps=7", "training", "train_steps", 7),
+        ("optimizer.lr=2e-4", "optimizer", "lr", 2e-4),
+        ("optimizer.clip_grad=1", "optimizer", "clip_grad", 1.0),
+        ("optimizer.clip_grad=none", "optimizer", "clip_grad", None),
+        ('optimizer.clip_grad="none"', "optimizer", "clip_grad", None),
+        ("training.recompute=none", "training", "recompute", "none"),
+        ("optimizer.distributed=false", "optimizer", "distributed", False),
+        ("training.phase=s1.1", "training", "phase", "s1.1"),
+        ("data.tokenizer=/a/b=c", "data", "tokenizer", "/a/b=c"),
+        ("data.tokenizer= with space ", "data", "tokenizer", "with space"),
+        ('data.validation_shards=["a","b"]', "data", "validation_shards", ("a", "b")),
+        ("parallel.pipeline_layers=[3, 1]", "parallel", "pipeline_layers", (3, 1)),
+        ('data.tokenizer=x"\ny = 1', "data", "tokenizer", 'x"\ny = 1'),
+        ('data.tokenizer="x"\ny = 1', "data", "tokenizer", '"x"\ny = 1'),
+    ],
+)
+def test_override(config_path: Path, override: str, section: str, field: str, value: object) -> None:
+    found = getattr(getattr(load_config(config_path, [override]), section), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_later_override_wins_and_nested_sections_are_reached(config_path: Path) -> None:
+    config = load_config(config_path, ["training.seed=1", "training.seed=2", "model.vision.full_attention_layers=[1]"])
+    assert config.training.seed == 2
+    assert config.model.vision.full_attention_layers == (1,)
+
+
+def test_unknown_key_names_file_key_and_nearest(config_path: Path) -> None:
+    config_path.write_text(EXAMPLE_TOML.replace("num_query_groups = 2", "num_query_group = 2"))
+    key = "model.language.num_query_group"
+    assert problems_of(config_path) == (
+        f"{config_path}: {key} is not a setting; the nearest is {key}s",
+        f"{config_path}: {key}s is missing; set it",
+    )
+
+
+def test_key_of_another_section(config_path: Path) -> None:
+    (problem,) = problems_of(config_path, "training.beta1=0.1")
+    assert problem == "override training.beta1=0.1: training.beta1 is not a setting; it belongs in optimizer.beta1"
+
+
+def test_key_near_nothing_lists_the_section(config_path: Path) -> None:
+    (problem,) = problems_of(config_path, "parallel.zzz=1")
+    assert "[parallel] has tensor_model_parallel_size, pipeline_model_parallel_size" in problem
+
+
+def test_unknown_section(config_path: Path) -> None:
+    (problem,) = problems_of(config_path, "optimiser.lr=1")
+    assert problem == "override optimiser.lr=1: optimiser is not a setting; the nearest is optimizer"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.train_steps=1e6", "training.train_steps: found 1000000.0, expected an integer"),
+        ("training.train_steps=true", "training.train_steps: found true, expected an integer"),
+        ("training.train_steps=many", 'training.train_steps: found "many", expected an integer'),
+        ("optimizer.lr=true", "optimizer.lr: found true, expected a number"),
+        ("optimizer.distributed=1", "optimizer.distributed: found 1, expected true or false"),
+        ("data.tokenizer=5", "data.tokenizer: found 5, expected a string; quote it: 'data.tokenizer=\"...\"'"),
+        ("data.train_shards=a.tar", 'data.train_shards: found "a.tar", expected an array of strings, e.g. ["a", "b"]'),
+        ("parallel.pipeline_layers=[1,true]", "parallel.pipeline_layers[1]: found true, expected an integer"),
+        ("training.precision=fp16", "training.precision: found \"fp16\", expected one of 'bf16', 'fp32'"),
+        ("training.phase=1", "training.phase: found 1, expected one of 's1.1', 's1.2', 's2'"),
+        ("training=3", "training: expected a table [training], found 3"),
+        ("training.seed.deep=3", "training.seed: found a table, expected an integer"),
+    ],
+)
+def test_wrong_value_is_blamed_on_the_override(config_path: Path, override: str, expected: str) -> None:
+    assert problems_of(config_path, override) == (f"override {override}: {expected}",)
+
+
+@pytest.mark.parametrize("override", ["", "training.train_steps", "=3", "training.=3", ".x=3"])
+def test_override_that_is_no_assignment(config_path: Path, override: str) -> None:
+    (problem,) = problems_of(config_path, override)
+    assert problem.startswith(f"override {override!r}: expected section.field=value")
+
+
+def test_every_problem_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    text = EXAMPLE_TOML.replace("[runtime]", "[runtim]").replace("vocab_size = 96", 'vocab_size = "96"')
+    path.write_text(text.replace("lr = 1e-3", "lr = 1e-3\nbeta3 = 0.5"))
+    problems = problems_of(path, "training.global_batch_size=x")
+    assert [problem for problem in problems if not problem.startswith((f"{path}: ", "override "))] == []
+    text = "\n".join(problems)
+    for part in (
+        "model.language.vocab_size",
+        "training.global_batch_size",
+        "optimizer.beta3 is not a setting; the nearest is optimizer.beta",
+        "runtim is not a setting; the nearest is runtime",
+        "section [runtime] is missing; it needs device",
+    ):
+        assert part in text
+    assert len(problems) == 5
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path / "absent.toml")
+    assert problem.endswith("cannot read the config (No such file or directory); give the path of a TOML file")
+    (tmp_path / "broken.toml").write_text("[data\n")
+    (problem,) = problems_of(tmp_path / "broken.toml")
+    assert "broken.toml: not valid TOML: " in problem
+    assert "line 1" in problem
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert "not valid TOML" in problems_of(tmp_path / "binary.toml")[0]
+
+
+def test_dictionary_round_trip(config_path: Path) -> None:
+    config = load_config(config_path, ["parallel.pipeline_layers=[3, 1]", "optimizer.clip_grad=none"])
+    text = json.dumps(config_to_dict(config))
+    assert config_from_dict(json.loads(text), "navil_config.json") == config
+    model = section_from_dict(ModelConfig, json.loads(text)["model"], "navil_config.json")
+    assert model == config.model
+
+
+def test_section_from_dict_names_keys_below_the_section() -> None:
+    with pytest.raises(ConfigError) as caught:
+        section_from_dict(ModelConfig, {"language": {}, "vision": {}, "special_token_ids": []}, "config.json")
+    assert "config.json: language.family is missing; set it" in caught.value.problems
+
+
+def test_digest_follows_values_alone(config_path: Path) -> None:
+    first, second = load_config(config_path), load_config(config_path, ["training.seed=5"])
+    assert digest(first.model) == digest(second.model)
+    assert digest(first.training) != digest(second.training)
+    assert digest(first) != digest(second)
+    assert len(digest(first)) == 64
+
+
+@given(
+    lr=st.floats(allow_nan=False, allow_infinity=False),
+    clip=st.none() | st.floats(0, 10),
+    warmup=st.integers(-(2**63), 2**63 - 1),
+)
+def test_any_numbers_survive_json(lr: float, clip: float | None, warmup: int) -> None:
+    section = OptimizerConfig(lr=lr, clip_grad=clip, warmup_steps=warmup)
+    values = json.loads(json.dumps(config_to_dict(section)))
+    assert section_from_dict(OptimizerConfig, values, "x") == section
+
+
+@given(st.lists(st.integers(-5, 40), max_size=5))
+def test_arrays_become_tuples(layers: list[int]) -> None:
+    values = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
+    section = section_from_dict(VisionConfig, values | {"full_attention_layers": layers}, "x")
+    assert section.full_attention_layers == tuple(layers)
+
+
+def test_error_types_and_lines() -> None:
+    error = ConfigError(["first", "second"])
+    assert isinstance(error, UserError)
+    assert isinstance(error, ValueError)
+    assert describe(error) == "error: first\nerror: second"
+    assert describe(UserError("one\ntwo")) == "error: one two"
+
+
+def test_config_error_crosses_processes() -> None:
+    assert pickle.loads(pickle.dumps(ConfigError(["first", "second"]))).problems == ("first", "second")
+
+
+def test_config_is_frozen() -> None:
+    config = config_from_dict(example_tables(), "example")
+    assert isinstance(config, NaViLConfig)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.training.seed = 1  # type: ignore[misc]
+
+
+def test_config_loads_without_torch(config_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from navil_megatron.config.load import load_config\n"
+        "from navil_megatron.config.validate import validate\n"
+        "validate(load_config(sys.argv[1]), 1)\n"
+        "assert not {'torch', 'numpy', 'megatron'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", program, str(config_path)], check=True, timeout=60)
+
+
+def test_readme_example_is_a_valid_run(tmp_path: Path) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "run.toml"
+    path.write_text(readme.partition("```toml\n")[2].partition("```")[0])
+    config = load_config(path)
+    validate(config, 8)
+    assert config.optimizer.clip_grad is None

@@ -1,0 +1,207 @@
+"""config/validate.py: each rule that spans settings, broken one at a time."""
+
+import dataclasses
+from typing import Any, get_type_hints
+
+import pytest
+
+from navil_megatron.config.errors import ConfigError
+from navil_megatron.config.load import config_from_dict
+from navil_megatron.config.ranges import RANGES, Range
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.validate import validate
+from tests.unit.config_examples import example_tables
+
+IDS = list(range(84, 96))
+
+
+def configured(**settings: Any) -> NaViLConfig:
+    """The example run with dotted settings changed, written ``section__field=value``."""
+    tables = example_tables()
+    for key, value in settings.items():
+        *sections, name = key.split("__")
+        table = tables
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return config_from_dict(tables, "example")
+
+
+def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        validate(config, world_size)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [
+        ({}, None),
+        ({}, 1),
+        ({}, 8),
+        ({"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}, 2),
+        ({"parallel__tensor_model_parallel_size": 2}, 4),
+        ({"parallel__pipeline_model_parallel_size": 2}, 2),
+        ({"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [1, 3]}, 2),
+        ({"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [0, 4]}, 4),
+        ({"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2}, 2),
+        ({"model__vision__num_layers": 0}, 1),
+        ({"model__vision__token_order": "window", "model__vision__full_attention_layers": [0, 1]}, 1),
+        ({"model__vision__token_order": "window", "model__vision__full_attention_layers": []}, 1),
+        ({"model__language__composed_visual_output_projection": True}, 1),
+    ],
+)
+def test_good_runs_pass(settings: dict[str, Any], world_size: int | None) -> None:
+    validate(configured(**settings), world_size)
+
+
+BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
+    (
+        {"model__language__num_query_groups": 3},
+        None,
+        "num_query_groups = 3 does not divide model.language.num_attention_heads = 4; use one of 1, 2, 4",
+    ),
+    ({"model__language__head_dim": 7}, None, "model.language.head_dim = 7: rotary positions turn pairs"),
+    (
+        {"model__language__composed_visual_output_projection": True, "model__language__head_dim": 16},
+        None,
+        "found 64 and 32; change head_dim or switch it off",
+    ),
+    ({"model__special_token_ids": IDS[:-1]}, None, "model.special_token_ids holds 11 ids, expected 12"),
+    ({"model__special_token_ids": [*IDS[:-1], 84]}, None, "model.special_token_ids holds 84 more than once"),
+    ({"model__special_token_ids": [*IDS[:-1], 96]}, None, "holds 96, outside model.language.vocab_size = 96"),
+    ({"model__special_token_ids": [*IDS[:-1], -1]}, None, "holds -1, outside model.language.vocab_size = 96"),
+    (
+        {"model__vision__num_attention_heads": 5},
+        None,
+        "model.vision.num_attention_heads = 5 does not divide model.vision.hidden_size = 24",
+    ),
+    ({"model__vision__num_attention_heads": 4}, None, "num_attention_heads = 6 channels, expected a multiple of 4"),
+    (
+        {"model__vision__token_order": "window", "model__vision__window_size": 5},
+        None,
+        "model.vision.window_size = 5: a window holds whole merge blocks, expected a multiple of",
+    ),
+    ({"model__vision__full_attention_layers": [1]}, None, 'set model.vision.token_order = "window"'),
+    (
+        {"model__vision__token_order": "window", "model__vision__full_attention_layers": [2]},
+        None,
+        "model.vision.full_attention_layers names layer 2, but model.vision.num_layers = 2; layers count from 0",
+    ),
+    ({"data__train_shards": []}, None, "data.train_shards is empty"),
+    ({"data__min_image_pixels": 2_000_000}, None, "is more than data.max_image_pixels = 1048576"),
+    (
+        {"data__seq_length": 2040},
+        None,
+        "data.pad_segments_to = 16 does not divide data.seq_length = 2040; use one of 1, 2, 3, 4, 5, 6, 8,",
+    ),
+    ({"data__seq_length": 65536}, None, "is more than model.language.max_position_embeddings = 32768"),
+    ({"data__seq_length": 1024}, None, "lets one image take 1024 tokens, but a row has data.seq_length = 1024"),
+    ({"optimizer__warmup_steps": 1001}, None, "optimizer.warmup_steps = 1001 is more than training.train_steps = 1000"),
+    ({"optimizer__min_lr": 0.1}, None, "optimizer.min_lr = 0.1 is more than optimizer.lr = 0.001"),
+    ({"training__evaluate_every_steps": 10}, None, "data.validation_shards is empty"),
+    (
+        {"parallel__tensor_model_parallel_size": 4},
+        4,
+        "parallel.tensor_model_parallel_size = 4 does not divide model.language.num_query_groups = 2; use one of 1, 2",
+    ),
+    ({"parallel__sequence_parallel": True}, 1, "but parallel.tensor_model_parallel_size = 1; raise it or switch"),
+    (
+        {
+            "parallel__sequence_parallel": True,
+            "parallel__tensor_model_parallel_size": 2,
+            "data__seq_length": 1025,
+            "data__pad_segments_to": 1,
+        },
+        2,
+        "parallel.tensor_model_parallel_size = 2 does not divide data.seq_length = 1025",
+    ),
+    ({"parallel__expert_model_parallel_size": 2}, 2, "expert_model_parallel_size = 2 is not supported by this version"),
+    ({"parallel__context_parallel_size": 2}, 2, "context_parallel_size = 2 is not supported by this version"),
+    ({"parallel__virtual_pipeline_model_parallel_size": 2}, 1, "interleaving needs at least 2 stages"),
+    ({"parallel__pipeline_model_parallel_size": 3}, 3, "num_layers = 4 does not divide evenly over 3 pipeline chunks"),
+    (
+        {"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [1, 1, 2]},
+        2,
+        "parallel.pipeline_layers has 3 entries, expected 2",
+    ),
+    (
+        {"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [1, 2]},
+        2,
+        "parallel.pipeline_layers = [1, 2] sums to 3, expected model.language.num_layers = 4",
+    ),
+    (
+        {"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [-1, 5]},
+        2,
+        "parallel.pipeline_layers = [-1, 5] holds a negative number",
+    ),
+    (
+        {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2},
+        6,
+        "world size 6 does not hold whole replicas: one takes tensor * pipeline * context = 4 ranks",
+    ),
+    ({}, 3, "training.global_batch_size = 8 is not a multiple of micro_batch_size * data-parallel ranks = 1 * 3 = 3"),
+    ({"training__micro_batch_size": 3}, None, "training.global_batch_size = 8 is not a multiple of micro_batch_size"),
+    (
+        {
+            "parallel__pipeline_model_parallel_size": 2,
+            "parallel__virtual_pipeline_model_parallel_size": 2,
+            "training__global_batch_size": 3,
+        },
+        2,
+        "the interleaved schedule needs microbatches in multiples of pipeline_model_parallel_size = 2, found 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "world_size", "expected"), BROKEN, ids=[case[2][:60] for case in BROKEN])
+def test_broken_rule(settings: dict[str, Any], world_size: int | None, expected: str) -> None:
+    (problem,) = problems_of(configured(**settings), world_size)
+    assert expected in problem
+    assert "\n" not in problem
+
+
+def test_every_broken_rule_at_once() -> None:
+    config = configured(
+        data__train_shards=[], optimizer__warmup_steps=5000, parallel__context_parallel_size=2, data__seq_length=2040
+    )
+    assert len(problems_of(config, 2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model__language__num_query_groups": 0}, "model.language.num_query_groups = 0: expected at least 1"),
+        ({"optimizer__lr": 0.0}, "optimizer.lr = 0.0: expected more than 0"),
+        ({"optimizer__lr": float("nan")}, "optimizer.lr = nan: expected more than 0"),
+        ({"optimizer__lr": float("inf")}, "optimizer.lr = inf: expected more than 0"),
+        ({"optimizer__beta1": 1.0}, "optimizer.beta1 = 1.0: expected at least 0 and less than 1"),
+        ({"data__max_failed_share": 1.5}, "data.max_failed_share = 1.5: expected at least 0 and at most 1"),
+        ({"data__scale_ratio": 0.0}, "data.scale_ratio = 0.0: expected more than 0 and less than 1"),
+    ],
+)
+def test_number_out_of_range(settings: dict[str, Any], expected: str) -> None:
+    assert problems_of(configured(**settings)) == (expected,)
+
+
+def numbers_of(section: type[Any], key: str = "") -> set[str]:
+    """Dotted names of every setting that holds one number."""
+    found = set()
+    for name, hint in get_type_hints(section).items():
+        dotted = f"{key}.{name}" if key else name
+        if dataclasses.is_dataclass(hint):
+            found |= numbers_of(hint, dotted)
+        elif hint in (int, float, int | None, float | None):
+            found.add(dotted)
+    return found
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    assert set(RANGES) == numbers_of(NaViLConfig)
+
+
+def test_range_reads_as_it_checks() -> None:
+    assert Range(0, 1).holds(1)
+    assert not Range(0, 1, below=True).holds(1)
+    assert not Range(0, above=True).holds(0)
+    assert str(Range(0, 1, above=True)) == "more than 0 and at most 1"

@@ -1,0 +1,193 @@
+"""doctor.py on constructed installs: real metadata look-ups in an interpreter that sees nothing else."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from navil_megatron import doctor
+from tests.house import REPOSITORY
+
+PROGRAM = """
+import json, sys
+sys.path[:0] = sys.argv[1:]
+from navil_megatron.doctor import as_json, diagnose
+print(json.dumps(as_json(diagnose())))
+"""
+
+GOOD = {
+    "torch": "2.11.0",
+    "megatron-core": "0.19.2",
+    "psutil": "7.0",
+    "numpy": "2.3",
+    "transformers": "5.1",
+    "tokenizers": "0.22",
+    "safetensors": "0.6",
+    "webdataset": "1.0",
+    "pillow": "12.0",
+    "rich": "14",
+    "tensorboard": "2.20",
+}
+
+
+def install(folder: Path, name: str, version: str) -> None:
+    """What pip would leave of a distribution: its metadata."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """The doctor's report in an interpreter without site-packages, which sees ``folder`` alone."""
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", PROGRAM, str(folder), str(REPOSITORY)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    report: dict[str, Any] = json.loads(result.stdout)
+    report["by_name"] = {check["name"]: check for check in report["checks"]}
+    return report
+
+
+@pytest.fixture
+def good_install(tmp_path: Path) -> Path:
+    for name, version in GOOD.items():
+        install(tmp_path, name, version)
+    return tmp_path
+
+
+def test_good_install(good_install: Path) -> None:
+    checks = examine(good_install)["by_name"]
+    for name in GOOD:
+        assert checks[name]["status"] == "ok", checks[name]
+        assert checks[name]["found"] == GOOD[name]
+    for name in ("transformer-engine", "apex", "dali"):
+        assert checks[name]["status"] == "absent"
+
+
+def test_nothing_installed(tmp_path: Path) -> None:
+    report = examine(tmp_path)
+    assert report["ok"] is False
+    for name in GOOD:
+        assert report["by_name"][name]["status"] == "missing"
+    assert report["by_name"]["megatron-core"]["advice"] == 'pip install "megatron-core>=0.19,<0.20"'
+    assert "waits for ever: pip install" in report["by_name"]["psutil"]["advice"]
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "advice"),
+    [
+        ("megatron-core", "0.16.1", 'expected >=0.19,<0.20: pip install "megatron-core>=0.19,<0.20"'),
+        ("megatron-core", "0.20.0", 'expected >=0.19,<0.20: pip install "megatron-core>=0.19,<0.20"'),
+        ("torch", "2.9.1", 'expected >=2.11: pip install "torch>=2.11"'),
+    ],
+)
+def test_wrong_version(good_install: Path, name: str, version: str, advice: str) -> None:
+    for folder in good_install.glob(f"{name.replace('-', '_')}-*"):
+        shutil.rmtree(folder)
+    install(good_install, name, version)
+    check = examine(good_install)["by_name"][name]
+    assert (check["status"], check["found"], check["advice"]) == ("wrong", version, advice)
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "found"),
+    [
+        ("cuda: Optional[str] = '13.0'", "ok", "13.0 (torch's build)"),
+        ("cuda = '12.9'", "ok", "12.9 (torch's build)"),
+        ("cuda: Optional[str] = None", "absent", 'torch is a CPU build: runtime.device = "cpu" only'),
+    ],
+)
+def test_cuda_of_torch(good_install: Path, line: str, status: str, found: str) -> None:
+    (good_install / "torch").mkdir()
+    (good_install / "torch" / "version.py").write_text(f"__version__ = '2.11.0'\n{line}\n")
+    check = examine(good_install)["by_name"]["cuda"]
+    assert (check["status"], check["found"]) == (status, found)
+
+
+def test_web_toolkit_named_apex(good_install: Path) -> None:
+    install(good_install, "apex", "0.9.10.dev0")
+    (good_install / "apex").mkdir()
+    (good_install / "apex" / "__init__.py").write_text("raise RuntimeError('the doctor must not import this')\n")
+    report = examine(good_install)
+    check = report["by_name"]["apex"]
+    assert report["ok"] is False
+    assert check["status"] == "wrong"
+    assert "web toolkit" in check["found"]
+    assert check["advice"].startswith("pip uninstall apex")
+
+
+def test_apex_without_extensions_and_whole(good_install: Path) -> None:
+    install(good_install, "apex", "0.1")
+    (good_install / "apex" / "normalization").mkdir(parents=True)
+    (good_install / "apex" / "__init__.py").touch()
+    check = examine(good_install)["by_name"]["apex"]
+    assert check["status"] == "wrong"
+    assert "no amp_C" in check["found"]
+    (good_install / "amp_C.py").touch()
+    assert examine(good_install)["by_name"]["apex"]["status"] == "ok"
+
+
+def test_dali(good_install: Path) -> None:
+    install(good_install, "nvidia-dali-cuda130", "2.4.0")
+    assert examine(good_install)["by_name"]["dali"]["found"] == "nvidia-dali-cuda130 2.4.0"
+    install(good_install, "nvidia-dali", "0.0.1")
+    check = examine(good_install)["by_name"]["dali"]
+    assert check["status"] == "wrong"
+    assert "placeholder" in check["found"]
+    assert check["advice"].startswith("pip uninstall nvidia-dali")
+
+
+def test_transformer_engine_without_its_torch_part(good_install: Path) -> None:
+    install(good_install, "transformer-engine", "2.20.2")
+    (good_install / "transformer_engine").mkdir()
+    assert examine(good_install)["by_name"]["transformer-engine"]["status"] == "wrong"
+    (good_install / "transformer_engine_torch.py").touch()
+    assert examine(good_install)["by_name"]["transformer-engine"]["status"] == "ok"
+
+
+def test_python_too_old() -> None:
+    check = doctor.check_python((3, 11, 7))
+    assert check.is_problem
+    assert check.advice.startswith("expected 3.12 or newer: apt-get install python3.12 python3.12-venv")
+    assert not doctor.check_python((3, 12, 0)).is_problem
+
+
+@pytest.mark.parametrize("module", ["__init__", "cli", "doctor", "config/__init__", "config/errors"])
+def test_doctor_can_be_read_by_an_old_python(module: str) -> None:
+    source = (REPOSITORY / "navil_megatron" / f"{module}.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 10))
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "met"),
+    [
+        ("2.11.0a0+nv", ">=2.11", True),
+        ("2.10.9", ">=2.11", False),
+        ("0.19", ">=0.19,<0.20", True),
+        ("0.20.0", ">=0.19,<0.20", False),
+        ("0.19.0rc1", ">=0.19,<0.20", True),
+        ("anything", "", True),
+    ],
+)
+def test_bounds(version: str, wanted: str, met: bool) -> None:
+    assert doctor.satisfies(version, wanted) is met
+
+
+def test_doctor_and_setup_want_the_same() -> None:
+    tree = ast.parse((REPOSITORY / "setup.py").read_text(encoding="utf-8"))
+    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"]
+    wanted = ("install_requires", "extras_require", "python_requires")
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg in wanted}
+    assert given["install_requires"] == [name + bounds for name, bounds in doctor.REQUIRED.items()]
+    assert given["python_requires"] == ">=" + ".".join(map(str, doctor.PYTHON))
+    assert given["extras_require"]["dali"][0] in doctor.INSTALL_DALI
+    listed = [*given["install_requires"], *(name for extra in given["extras_require"].values() for name in extra)]
+    assert not [name for name in listed if name.split(">")[0] in ("apex", "nvidia-dali")]
