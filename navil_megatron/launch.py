@@ -13,9 +13,11 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from navil_megatron.config.errors import EXIT_CODE
+from navil_megatron.config.errors import EXIT_CODE, HANG_EXIT_CODE
 
 _POLL_SECONDS = 0.05
+_HANG_GRACE_SECONDS = 3.0
+"""Ranks that end a hung run have asked all others to stop: who is still there now never will."""
 
 
 def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_seconds: float = 15.0) -> int:
@@ -25,8 +27,8 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
     they stop too; then they are killed, for they wait for a rank that is gone.
 
     Returns:
-        0 if every rank succeeded; 2 if one stopped on a user's mistake; otherwise the status of the first that failed,
-        with 128 added to the number of a signal, as a shell reports it.
+        0 if every rank succeeded; 2 if one stopped on a user's mistake; otherwise the status of the first that failed
+        (3: the run hung), with 128 added to the number of a signal, as a shell reports it.
     """
     port = _free_port()
     ranks: list[subprocess.Popen[bytes]] = []
@@ -77,6 +79,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int
         if deadline is None and any(rank.poll() for rank in ranks):
             failed = [rank.returncode for rank in ranks if rank.returncode]
             deadline = time.monotonic() + grace_seconds
+        if deadline is not None and any(rank.returncode == HANG_EXIT_CODE for rank in ranks):
+            deadline = min(deadline, time.monotonic() + _HANG_GRACE_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(_POLL_SECONDS)

@@ -1,5 +1,6 @@
 """Entry point of one rank: ``torchrun -m navil_megatron.pretrain CONFIG.toml [section.field=value ...]``."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,22 @@ from navil_megatron.config.validate import validate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend."""
+    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend.
+
+    A run whose ranks wait for one another too long ends with 3, from its watchdog.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if not words:
             raise UserError("no config given; start with: torchrun -m navil_megatron.pretrain CONFIG.toml")
         config = load_config(Path(words[0]), words[1:])
-        validate(config)
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError as error:
+        # Every rank reads the same config and finds the same problems; one of them tells.
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(describe(error) + "\n")
+        return EXIT_CODE
+    try:
         # Imported late: a config that cannot run is refused before torch and megatron-core are loaded.
         from navil_megatron.runtime.session import Session
         from navil_megatron.training.loop import train

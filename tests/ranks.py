@@ -34,7 +34,7 @@ from navil_megatron.config.schema import (
     VisionConfig,
 )
 
-_PRELOAD = (
+PRELOAD = (
     "torch",
     "megatron.core",
     "megatron.core.dist_checkpointing",
@@ -50,7 +50,7 @@ _PRELOAD = (
 )
 """Imported once in the fork server; a rank then starts in milliseconds instead of eight seconds."""
 
-_RENDEZVOUS = "NAVIL_TEST_RENDEZVOUS"
+RENDEZVOUS = "NAVIL_TEST_RENDEZVOUS"
 _sessions = itertools.count()
 
 
@@ -71,7 +71,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
         RankFailure: The first failure of any rank.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOAD))
+    context.set_forkserver_preload(list(PRELOAD))
     with tempfile.TemporaryDirectory(prefix="navil-ranks-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ends: dict[Connection, int] = {}
@@ -121,8 +121,8 @@ def _collect(ends: dict[Connection, int], processes: list[Any], folder: Path, ti
 
 
 def _is_echo(text: str) -> bool:
-    """Whether a failure only says that another rank went away."""
-    return "closed by peer" in text or "reset by peer" in text
+    """Whether a failure only says that another rank went away: its watchdog ends a rank that others left."""
+    return any(words in text for words in ("closed by peer", "reset by peer", "died without a word"))
 
 
 def _receive(end: Connection) -> tuple[float, str | None, bytes]:
@@ -146,7 +146,7 @@ def _run_rank(
     """The life of one rank."""
     import torch
 
-    os.environ[_RENDEZVOUS] = str(Path(folder) / "rendezvous")
+    os.environ[RENDEZVOUS] = str(Path(folder) / "rendezvous")
     torch.set_num_threads(1)
     with (Path(folder) / f"stacks-{rank}").open("w") as stacks:
         faulthandler.dump_traceback_later(timeout, file=stacks, exit=True)
@@ -164,7 +164,8 @@ def _run_rank(
 def start_session(rank: int, world_size: int, config: NaViLConfig | None = None, **sections: Any) -> Any:
     """A ``Session`` inside ``run_ranks``; ``sections`` are passed to ``tiny_config`` where no config is given.
 
-    May be called several times in one function, each time after closing the one before.
+    May be called several times in one function, each time after closing the one before. Where the config names no
+    folder for logs, a watchdog leaves its stacks in the ranks' own.
     """
     from navil_megatron.runtime.session import Launch, Session
 
@@ -173,9 +174,13 @@ def start_session(rank: int, world_size: int, config: NaViLConfig | None = None,
         world_size=world_size,
         local_rank=rank,
         local_world_size=world_size,
-        rendezvous_file=Path(f"{os.environ[_RENDEZVOUS]}-{next(_sessions)}"),
+        rendezvous_file=Path(f"{os.environ[RENDEZVOUS]}-{next(_sessions)}"),
     )
-    return Session.start(config or tiny_config(**sections), launch)
+    config = config or tiny_config(**sections)
+    if config.logging.directory == "none":
+        logs = dataclasses.replace(config.logging, directory=str(Path(os.environ[RENDEZVOUS]).parent))
+        config = dataclasses.replace(config, logging=logs)
+    return Session.start(config, launch)
 
 
 def tiny_config(**sections: Any) -> NaViLConfig:

@@ -11,3 +11,6 @@ RANKS = {"rtol": 1e-5, "atol": 1e-6}
 
 EXPORT = {"rtol": 0.0, "atol": 1e-4}
 """Mean held-out loss of the exported folder under transformers against the engine's (fp32, the same weights)."""
+
+RESTORED = {"rtol": 1e-6, "atol": 1e-6}
+"""Losses and weights after a restore at another layout against going straight on (fp32)."""

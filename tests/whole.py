@@ -41,7 +41,7 @@ def slices_of(chunks, attribute: str = "data") -> list[tuple[str, tuple, tuple, 
             parameter = parameters.get(name)
             if parameter is None:
                 continue
-            tensor = parameter.data if attribute == "data" else getattr(parameter, attribute)
+            tensor = parameter.data if attribute == "data" else getattr(parameter, attribute, None)
             if tensor is None:
                 continue
             if isinstance(value, ShardedTensorFactory):

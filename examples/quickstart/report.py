@@ -15,6 +15,7 @@ from rich.table import Table
 from navil_megatron.data.shards import ShardSet, expand_shards
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+TAIL_BYTES = 16_384
 TRAIN, HELD_OUT, SWAPPED = "#9aa4b2", "#0969da", "#bc4c00"
 
 
@@ -26,8 +27,14 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def last_record(path: Path, kind: str) -> dict | None:
-    """The newest record of a kind, or None."""
-    return next((record for record in reversed(read_metrics(path)) if record["kind"] == kind), None)
+    """The newest record of a kind, or None; looks at the end of the file alone."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    records = (json.loads(line) for line in reversed(lines) if line.startswith(b"{"))
+    return next((record for record in records if record["kind"] == kind), None)
 
 
 def show_summary(folder: Path, summary: dict, console: Console) -> None:

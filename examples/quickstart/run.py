@@ -93,7 +93,10 @@ def run_overrides(folder: Path, scenes: dict, steps: int | None) -> list[str]:
         f"model.language.vocab_size={scenes['vocab_size']}",
         f"model.special_token_ids={scenes['special_token_ids']}",
     ]
-    return overrides if steps is None else [*overrides, f"training.train_steps={steps}"]
+    if steps is None:
+        return overrides
+    # The warm-up keeps its share of a run of another length.
+    return [*overrides, f"training.train_steps={steps}", f"optimizer.warmup_steps={max(1, steps // 15)}"]
 
 
 def train_and_stop(folder: Path, overrides: list[str]) -> int:

@@ -145,7 +145,9 @@ class CheckpointManager:
             result = read()
         except _BROKEN_FILE_ERRORS as error:
             logger.debug("reading %s failed", folder, exc_info=True)
-            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            # Torch wraps what went wrong, with its traceback, in an exception that names the ranks.
+            cause = next(iter(getattr(error, "failures", {0: (error,)}).values()))[0]
+            problem = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
         problems: list[str] = [""] * self.session.world_size
         torch.distributed.all_gather_object(problems, problem)
         first = next(filter(None, problems), None)

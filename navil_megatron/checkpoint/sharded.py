@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
@@ -66,7 +66,7 @@ def save_sharded(
         _RNG_KEY: _sharded_rng(session, rng_state()),
     }
     if not optimizer.is_stub_optimizer:
-        state["optimizer"] = _optimizer_state(optimizer, state, is_loading=False)
+        state["optimizer"] = _keep_local(_optimizer_state(optimizer, state, is_loading=False))
     # Left alone, core spawns a server process for this queue, which imports the whole main module again. Nothing is
     # written in the background here, so a plain queue does.
     filesystem_async._results_queue = queue.Queue()
@@ -83,7 +83,8 @@ def load_sharded(
     stored = dist_checkpointing.load_common_state_dict(str(folder))
     wanted = model_state(chunks)
     if not optimizer.is_stub_optimizer:
-        wanted["optimizer"] = _optimizer_state(optimizer, wanted, is_loading=True)
+        optimizer_state = _optimizer_state(optimizer, wanted, is_loading=True)
+        wanted["optimizer"] = _keep_local(optimizer_state)
     same_layout = stored["layout"] == _layout(session)
     if same_layout:
         wanted[_RNG_KEY] = _sharded_rng(session, rng_state())
@@ -91,7 +92,7 @@ def load_sharded(
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
     if not optimizer.is_stub_optimizer:
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(_with_lists(loaded["optimizer"], optimizer_state))
         for group in optimizer.param_groups:
             group["step"] = stored["optimizer_step"]
     if same_layout:
@@ -145,12 +146,30 @@ def _optimizer_step(optimizer: ChainedOptimizer) -> int:
 
 
 def _optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-    """The optimizer's sharded tensors; everything else in its state dict stays with the process."""
+    """The optimizer's state dict, its tensors as shards of whole ones."""
     only_weights = {name: entry for name, entry in weights.items() if name.startswith("model")}
-    state = optimizer.sharded_state_dict(only_weights, is_loading=is_loading, metadata=dict(_METADATA))
-    dict_list_map_inplace(_keep_local, state)
-    return state
+    return optimizer.sharded_state_dict(only_weights, is_loading=is_loading, metadata=dict(_METADATA))
 
 
 def _keep_local(entry: Any) -> Any:
-    return entry if isinstance(entry, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(entry)
+    """The same tree for core to save or load: dicts alone, and every leaf either sharded or left with the process.
+
+    While it loads, core drops empty containers and closes the gaps in lists (dist_checkpointing/dict_utils.py,
+    ``extract_matching_values``), so a rank whose experts are frozen could not take its optimizer state back.
+    """
+    if isinstance(entry, ShardedBase | LocalNonpersistentObject):
+        return entry
+    if isinstance(entry, list) and entry:
+        return {index: _keep_local(part) for index, part in enumerate(entry)}
+    if isinstance(entry, dict) and entry:
+        return {key: _keep_local(part) for key, part in entry.items()}
+    return LocalNonpersistentObject(entry)
+
+
+def _with_lists(loaded: Any, tree: Any) -> Any:
+    """What was loaded, with the lists that the tree had before ``_keep_local``."""
+    if isinstance(tree, list) and tree:
+        return [_with_lists(loaded[index], part) for index, part in enumerate(tree)]
+    if isinstance(tree, dict) and tree:
+        return {key: _with_lists(loaded[key], part) for key, part in tree.items()}
+    return loaded

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 EXIT_CODE = 2
 """Exit status of a command that stopped because of a ``UserError``."""
 
+HANG_EXIT_CODE = 3
+"""Exit status of a rank whose run was ended because ranks waited for one another too long."""
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""

@@ -183,7 +183,8 @@ class ParallelConfig:
     pipeline_layers: tuple[int, ...] | None = None
     """Decoder layers of each stage, first to last; ``None``: even."""
     expert_model_parallel_size: int = 1
-    """Ranks that split the FFN experts."""
+    """Ranks that split the FFN experts, out of the data-parallel ones. 2: text expert on one, visual on the other; half
+    of their memory each, but work as uneven as the tokens."""
     context_parallel_size: int = 1
     """Ranks that split a row's tokens."""
     sequence_parallel: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from navil_megatron.config.errors import ConfigError
 from navil_megatron.config.ranges import check_ranges
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig, NaViLConfig, ParallelConfig
+from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, ModelConfig, NaViLConfig, ParallelConfig
 
 _SUGGESTED_UP_TO = 64
 """Divisors named in a message stop here: no layout is larger along one axis."""
@@ -154,9 +154,27 @@ def _layout_rules(config: NaViLConfig) -> Iterator[str]:
         )
     if parallel.sequence_parallel:
         yield from _divides("parallel.tensor_model_parallel_size", tensor, "data.seq_length", config.data.seq_length)
-    for name in ("expert_model_parallel_size", "context_parallel_size"):
-        if getattr(parallel, name) > 1:
-            yield f"parallel.{name} = {getattr(parallel, name)} is not supported by this version; set it to 1"
+    yield from _expert_rules(parallel)
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"parallel.context_parallel_size = {parallel.context_parallel_size} is not supported by this version; "
+            "set it to 1"
+        )
+
+
+def _expert_rules(parallel: ParallelConfig) -> Iterator[str]:
+    experts = parallel.expert_model_parallel_size
+    if experts > len(MODALITIES):
+        yield (
+            f"parallel.expert_model_parallel_size = {experts}, but the feed-forward network has one expert per "
+            f"modality, {len(MODALITIES)}; set it to 1 or {len(MODALITIES)}"
+        )
+    if experts > 1 and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        # Every tensor-parallel rank would hold, and send, all rows.
+        yield (
+            f"parallel.expert_model_parallel_size = {experts} with tensor_model_parallel_size = "
+            f"{parallel.tensor_model_parallel_size} needs parallel.sequence_parallel = true; switch it on"
+        )
 
 
 def _pipeline_rules(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
@@ -192,11 +210,18 @@ def _pipeline_rules(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
 def _batch_rules(config: NaViLConfig, world_size: int | None) -> Iterator[str]:
     parallel, training = config.parallel, config.training
     micro, total = training.micro_batch_size, training.global_batch_size
-    replica = parallel.model_parallel_size
+    replica, stages = parallel.model_parallel_size, parallel.pipeline_model_parallel_size
     if world_size is not None and world_size % replica:
         yield (
             f"world size {world_size} does not hold whole replicas: one takes tensor * pipeline * context = {replica} "
             f"ranks; start a multiple of {replica} ranks or change [parallel]"
+        )
+        return
+    experts = parallel.tensor_model_parallel_size * stages * parallel.expert_model_parallel_size
+    if world_size is not None and world_size % experts:
+        yield (
+            f"world size {world_size} does not hold whole sets of experts: one takes tensor * pipeline * expert = "
+            f"{experts} ranks; start a multiple of {experts} ranks or change [parallel]"
         )
         return
     data_parallel = 1 if world_size is None else world_size // replica
@@ -207,7 +232,6 @@ def _batch_rules(config: NaViLConfig, world_size: int | None) -> Iterator[str]:
         )
         return
     num_microbatches = total // (micro * data_parallel)
-    stages = parallel.pipeline_model_parallel_size
     # Without a world size data_parallel is 1, and more data-parallel ranks may still make the number right or wrong.
     if parallel.virtual_pipeline_model_parallel_size and world_size is not None and num_microbatches % stages:
         yield (

@@ -1,17 +1,16 @@
 """The plan of every step: which samples share a row, and which rows make the global batch. A pure function, no I/O.
 
-Samples are packed into rows once (best fit, longest first, inside shuffled windows). An epoch shuffles the rows and
-swaps samples of equal length, so every epoch has the same number of rows, and step s reads its rows from s * batch on
-in the endless concatenation of epochs, whoever asks and in whatever order. The data-parallel size appears nowhere but
-in ``rank_rows``.
+Samples are packed into rows once, in a shuffled order. An epoch shuffles the rows and swaps samples of equal length, so
+every epoch has the same number of rows, and step s reads its rows from s * batch on in the endless concatenation of
+epochs, whoever asks and in whatever order. The data-parallel size appears nowhere but in ``rank_rows``.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW_SAMPLES = 65_536
-"""Samples that are packed together: enough to fill rows tightly, few enough to pack in a fraction of a second."""
+LOOKAHEAD_SAMPLES = 256
+"""Samples among which the end of a row looks for one that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,49 +42,49 @@ def shuffled(count: int, *seed: int) -> np.ndarray:
 
 
 def pack_rows(num_text: np.ndarray, num_visual: np.ndarray, seq_length: int, pad_segments_to: int) -> list[list[int]]:
-    """Rows of sample positions: longest sample first, each into the fullest row that still takes it.
+    """Rows of sample positions, in the order in which the samples come.
 
-    A row takes samples while text tokens plus visual tokens, the latter rounded up to ``pad_segments_to``, fit it.
+    A row takes samples one after another while text tokens plus visual tokens, the latter rounded up to
+    ``pad_segments_to``, fit it; what is left at its end goes to the largest of the next ``LOOKAHEAD_SAMPLES`` that fit.
+    Sorting by length first would fill no better at these sizes and give rows, and so small batches, of one kind.
 
     Args:
-        num_text: [n] text tokens.
+        num_text: [n] text tokens, each sample small enough for a row of its own.
         num_visual: [n] visual tokens.
         seq_length: tokens of a row.
         pad_segments_to: the visual segment of a row is padded to a multiple of this.
     """
+
+    def fits(text: np.ndarray | int, visual: np.ndarray | int) -> np.ndarray | bool:
+        return text + -(-visual // pad_segments_to) * pad_segments_to <= seq_length
+
     rows: list[list[int]] = []
-    text_of: list[int] = []
-    visual_of: list[int] = []
-    open_rows: list[list[int]] = [[] for _ in range(seq_length + 1)]  # by tokens left, visual padding not counted
-    has_open = 0  # bit k: open_rows[k] is not empty
+    waiting: list[int] = []
+    coming, count = 0, len(num_text)
     total = num_text + num_visual
-    for sample in np.argsort(-total, kind="stable").tolist():
-        text, visual, tokens = int(num_text[sample]), int(num_visual[sample]), int(total[sample])
-        row, room = -1, seq_length
-        candidates = has_open >> tokens
-        while candidates:
-            left = tokens + (candidates & -candidates).bit_length() - 1
-            last = open_rows[left][-1]
-            padded = -(-(visual_of[last] + visual) // pad_segments_to) * pad_segments_to
-            if text_of[last] + text + padded <= seq_length:
-                row, room = last, left
+    while waiting or coming < count:
+        row: list[int] = []
+        text = visual = 0
+        while True:
+            refill = min(LOOKAHEAD_SAMPLES - len(waiting), count - coming)
+            waiting.extend(range(coming, coming + refill))
+            coming += refill
+            if not waiting:
                 break
-            candidates &= candidates - 1  # the visual padding does not fit there: try a roomier row
-        if row < 0:
-            row = len(rows)
-            rows.append([])
-            text_of.append(0)
-            visual_of.append(0)
-        else:
-            open_rows[room].pop()
-            if not open_rows[room]:
-                has_open &= ~(1 << room)
-        rows[row].append(sample)
-        text_of[row] += text
-        visual_of[row] += visual
-        left = room - tokens
-        open_rows[left].append(row)
-        has_open |= 1 << left
+            place = 0
+            if not fits(text + int(num_text[waiting[0]]), visual + int(num_visual[waiting[0]])):
+                window = np.asarray(waiting)
+                fitting = np.where(fits(text + num_text[window], visual + num_visual[window]), total[window], 0)
+                place = int(fitting.argmax())
+                if not fitting[place]:
+                    break
+            sample = waiting.pop(place)
+            row.append(sample)
+            text += int(num_text[sample])
+            visual += int(num_visual[sample])
+        if not row:
+            raise ValueError(f"sample {waiting[0]} has {total[waiting[0]]} tokens, a row holds {seq_length}")
+        rows.append(row)
     return rows
 
 
@@ -114,11 +113,7 @@ class DataPlan:
         """
         self.seed = seed
         order = shuffled(len(samples), seed, 0)
-        rows: list[np.ndarray] = []
-        for start in range(0, len(order), WINDOW_SAMPLES):
-            window = order[start : start + WINDOW_SAMPLES]
-            packed = pack_rows(num_text[window], num_visual[window], seq_length, pad_segments_to)
-            rows += [window[row] for row in packed]
+        rows = [order[row] for row in pack_rows(num_text[order], num_visual[order], seq_length, pad_segments_to)]
         positions = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
         self._starts = np.cumsum([0, *(len(row) for row in rows)])
         self._samples = samples[positions]

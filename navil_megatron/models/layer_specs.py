@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from navil_megatron.config.schema import LanguageConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_attention import ModalityAttentionSubmodules, ModalitySelfAttention
+from navil_megatron.layers.modality_experts import ModalityExperts
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.layers.transformer_layer import NaViLTransformerLayer, residual_add
 
@@ -29,7 +30,7 @@ def decoder_block_spec(
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=kernels.rms_norm,
-            mlp=ModalityMLP,
+            mlp=ModalityMLP if config.expert_model_parallel_size == 1 else ModalityExperts,
             mlp_bda=residual_add,
         ),
     )

@@ -4,7 +4,7 @@ import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,8 +46,31 @@ def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
+        **_experts(parallel),
+        **_interleaving(parallel),
         **_recompute(config.training.recompute),
     )
+
+
+def _experts(parallel: ParallelConfig) -> dict:
+    """What core's token dispatcher reads; without expert parallelism core need not know that there are experts."""
+    if parallel.expert_model_parallel_size == 1:
+        return {}
+    return {
+        "num_moe_experts": len(MODALITIES),
+        "moe_router_topk": 1,
+        # No softmax is ever taken, but core refuses one expert per token without it.
+        "moe_router_pre_softmax": True,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _interleaving(parallel: ParallelConfig) -> dict:
+    """Under the interleaved schedule two stages send each other activations and gradients at once. Batched sends and
+    receives are matched by order alone, so with two stages they would be swapped, silently; overlapped ones are not.
+    """
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
 
 
 def _recompute(granularity: str) -> dict:

@@ -17,6 +17,12 @@ _KNOWN_WARNINGS = (
     "Profiler function .* will be ignored",
     ".*_reduce_scatter_base.* is a private function",
     ".*_all_gather_base.* is a private function",
+    "full scope is deprecated",
+    "When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "The argument order of",
+    "Please use DTensor instead",
+    "The .grad attribute of a Tensor that is not a leaf Tensor",
 )
 """Messages that say what the config already decides (which kernels run) or that only a library's author can act on."""
 

@@ -144,6 +144,42 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _gather_uneven(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Core's all-gather along the rows, where gloo wants shares of one size: pad, gather, cut the padding out."""
+
+    @functools.wraps(original)
+    def gather(
+        rows: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return original(rows, group, output_split_sizes, use_global_buffer)
+        longest = max(*output_split_sizes, 1)
+        shares = original(_pad_rows(rows, longest), group).chunk(group.size())
+        return torch.cat([share[:size] for share, size in zip(shares, output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_uneven(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Core's reduce-scatter along the rows, the same way."""
+
+    @functools.wraps(original)
+    def reduce_scatter(
+        rows: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return original(rows, group, input_split_sizes, use_global_buffer)
+        longest = max(*input_split_sizes, 1)
+        padded = torch.cat([_pad_rows(share, longest) for share in rows.split(input_split_sizes)])
+        return original(padded, group)[: input_split_sizes[group.rank()]]
+
+    return reduce_scatter
+
+
+def _pad_rows(rows: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
+
+
 _FACTORIES = (
     "empty",
     "zeros",
@@ -161,6 +197,7 @@ _FACTORIES = (
 )
 
 _RANDOM = "megatron.core.tensor_parallel.random"
+_MAPPINGS = "megatron.core.tensor_parallel.mappings"
 
 PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "current_device", _same(lambda: _CPU), "device= of buffers in layers, mappings, DDP, p2p"),
@@ -188,6 +225,8 @@ PATCHES: tuple[Patch, ...] = (
         _same(_to_host),
         "imported by name from moe_utils",
     ),
+    Patch(_MAPPINGS, "_gather_along_first_dim", _gather_uneven, "experts under tensor parallelism: gloo is even"),
+    Patch(_MAPPINGS, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven, "experts under tensor parallelism"),
     *(Patch("torch", name, _on_cpu, "device='cuda' literals in optimizers, schedules, MoE") for name in _FACTORIES),
 )
 """Everything that is replaced. A global ``TorchFunctionMode`` would catch more, at a cost on every single operation."""

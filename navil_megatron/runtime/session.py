@@ -7,6 +7,7 @@ default ``tp-cp-ep-dp-pp``: tensor-parallel neighbours sit side by side, pipelin
 import logging
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import EXIT_CODE, UserError
 from navil_megatron.config.schema import NaViLConfig, ParallelConfig
 from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.mcore_on_cpu import enable_megatron_core_on_cpu
 from navil_megatron.runtime.platform import Platform
 from navil_megatron.runtime.seeding import seed_rank
+from navil_megatron.runtime.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BACKEND_MARGIN_SECONDS = 30
+"""The backend gives up on a collective this much later than the watchdog, which can tell who is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,8 @@ class Session:
     """Which replica of the model, context parallelism not counted: decides the data of this rank."""
     dp_size: int
     """Replicas of the model."""
+    watchdog: Watchdog
+    """Ends the run when ranks wait for one another too long; the loop tells it where it is."""
     _stop_signal: int | None = None
     _handlers: dict[int, Any] = field(default_factory=dict)
 
@@ -135,7 +141,7 @@ class Session:
         if platform.name == "cpu":
             enable_megatron_core_on_cpu()
             torch.set_num_threads(_cpu_threads(config, launch))
-        timeout = timedelta(seconds=config.runtime.collective_timeout_seconds)
+        timeout = timedelta(seconds=config.runtime.collective_timeout_seconds + _BACKEND_MARGIN_SECONDS)
         _join(platform, launch, timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -147,7 +153,7 @@ class Session:
             create_gloo_process_groups=False,
         )
         seed_rank(config.training.seed, parallel_state.get_pipeline_model_parallel_rank())
-        session = cls._from_parallel_state(platform, parallel, launch)
+        session = cls._from_parallel_state(platform, config, launch)
         session._listen()
         logger.info(
             "%d ranks on %s: tensor %d, pipeline %d, context %d, expert %d, data %d",
@@ -162,11 +168,17 @@ class Session:
         return session
 
     @classmethod
-    def _from_parallel_state(cls, platform: Platform, parallel: ParallelConfig, launch: Launch) -> Self:
+    def _from_parallel_state(cls, platform: Platform, config: NaViLConfig, launch: Launch) -> Self:
         groups = ProcessGroupCollection.use_mpu_process_groups()
+        watchdog = Watchdog.start(
+            groups,
+            config.runtime.collective_timeout_seconds,
+            Path(config.logging.directory),
+            one_machine=launch.local_world_size == launch.world_size,
+        )
         return cls(
             platform=platform,
-            parallel=parallel,
+            parallel=config.parallel,
             groups=groups,
             rank=launch.rank,
             world_size=launch.world_size,
@@ -181,6 +193,7 @@ class Session:
             ep_size=groups.ep.size(),
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
+            watchdog=watchdog,
         )
 
     @property
@@ -208,6 +221,27 @@ class Session:
         """Model chunks this rank holds: more than one only under the interleaved schedule."""
         return self.parallel.virtual_pipeline_model_parallel_size or 1
 
+    def together[T](self, make: Callable[[], T]) -> T:
+        """What ``make`` gives, if it succeeds on every rank; every rank calls this at the same point.
+
+        A rank that cannot go on would leave the others waiting in a collective. So the first rank's problem becomes
+        everybody's: rank 0 raises it and the others leave with the same exit code, without a word.
+
+        Raises:
+            UserError: ``make`` raised one on some rank.
+        """
+        problem, made = None, None
+        try:
+            made = make()
+        except UserError as error:
+            problem = error
+        problems: list[UserError | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(problems, problem)
+        first = next((found for found in problems if found is not None), None)
+        if first is not None:
+            raise first if self.is_main else SystemExit(EXIT_CODE)
+        return made  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Waits for every rank."""
         torch.distributed.barrier()
@@ -232,6 +266,7 @@ class Session:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+        self.watchdog.close()
         parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -243,7 +278,9 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes it."""
+        """Closes it; after an error the other ranks learn that this one leaves."""
+        if error is not None:
+            self.watchdog.leave(error)
         self.close()
 
 

@@ -28,27 +28,30 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
 
     A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end.
     """
-    loader = TrainLoader(config, session.dp_rank, session.dp_size, decode_pixels=session.is_first_stage)
+    loader, held_out = session.together(lambda: _open_data(config, session))
     model = build_model(config, session.groups, session.device)
     manager = CheckpointManager(config, session)
     if manager.latest() is None and config.checkpoint.initial_weights is not None:
-        manager.load_weights(Path(config.checkpoint.initial_weights), model)
+        weights = Path(config.checkpoint.initial_weights)
+        session.together(lambda: manager.load_weights(weights, model))
     chunks = wrap_ddp(config, session, model)
+    session.watchdog.know(chunks)
     optimizer = build_optimizer(config, chunks, session)
-    state = _restore(manager, loader, model, optimizer)
+    state = session.together(lambda: _restore(manager, loader, model, optimizer))
     log, meter = MetricsLog(config, session), StepMeter(config, session)
-    held_out = _open_held_out(config, session)
     total = config.training.train_steps
 
     with TrainingProgress(config, session, state.step) as progress:
         while state.step < total:
+            session.watchdog.enter("data", state.step + 1)
             microbatches = next(loader)
             lr = learning_rate(state.step + 1, config.optimizer, total)
             result = train_step(config, session, chunks, optimizer, microbatches, lr)
             state.step += 1
             meter.add(result, microbatches, loader.wait_seconds, loader.counts.failed)
-            stopping = False
-            if _due(state.step, config.training.log_every_steps, total):
+            stopping, saving = False, _due(state.step, config.checkpoint.save_every_steps, total)
+            # A checkpoint counts what all its steps consumed, so a save makes a record too.
+            if saving or _due(state.step, config.training.log_every_steps, total):
                 record = meter.record(lr)
                 state.consumed_samples += int(record["samples"])
                 state.consumed_tokens += int(record["tokens"])
@@ -57,10 +60,12 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
             if held_out and _due(state.step, config.training.evaluate_every_steps, total):
+                session.watchdog.enter("evaluation")
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
                 meter.restart()
-            if stopping or _due(state.step, config.checkpoint.save_every_steps, total):
+            if stopping or saving:
+                session.watchdog.enter("save")
                 state.loader = loader.state()
                 manager.save(state.step, model, optimizer, state.to_dict())
                 meter.restart()
@@ -89,15 +94,12 @@ def _restore(
     return state
 
 
-def _open_held_out(config: NaViLConfig, session: Session) -> dict[str, ValidationLoader]:
-    """Held-out rows by the name of the loss on them; none where the config names no held-out shards."""
-    if not config.data.validation_shards or config.training.evaluate_every_steps is None:
-        return {}
-    variants = {"loss": False, "loss_swapped_images": True}
-    return {
-        name: ValidationLoader(
-            config, session.dp_rank, session.dp_size, decode_pixels=session.is_first_stage, swap_images=swapped
-        )
-        for name, swapped in variants.items()
-        if not swapped or config.training.evaluate_swapped_images
-    }
+def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict[str, ValidationLoader]]:
+    """The training rows, and held-out rows by the name of the loss on them."""
+    place = (session.dp_rank, session.dp_size, session.is_first_stage)
+    held_out = {}
+    if config.training.evaluate_every_steps is not None:
+        held_out["loss"] = ValidationLoader(config, *place)
+        if config.training.evaluate_swapped_images:
+            held_out["loss_swapped_images"] = ValidationLoader(config, *place, swap_images=True)
+    return TrainLoader(config, *place), held_out

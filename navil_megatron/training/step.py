@@ -22,6 +22,7 @@ from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session
+from navil_megatron.runtime.watchdog import Watchdog
 from navil_megatron.training.batch import build_model_inputs
 from navil_megatron.training.optimizer import set_learning_rate
 
@@ -61,15 +62,17 @@ def train_step(
         microbatches: This rank's share of the global batch.
         lr: Learning rate of this step.
     """
+    session.watchdog.enter("step")
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     set_learning_rate(optimizer, lr)
     loss_weight = _global_weight(microbatches, session)
     get_model_config(chunks[0]).finalize_model_grads_func = partial(
-        finalize_gradients, tp_group=session.groups.tp, loss_weight=loss_weight
+        finalize_gradients, session.watchdog, tp_group=session.groups.tp, loss_weight=loss_weight
     )
     loss_sum = run_schedule(config, session, chunks, microbatches, forward_only=False)
+    session.watchdog.enter("update")
     updated, grad_norm, _ = optimizer.step()
     return StepResult(loss_sum, loss_weight, grad_norm, skipped=not updated)
 
@@ -103,9 +106,9 @@ def run_schedule(
         )
         for microbatch in microbatches
     ]
-    iterators = [iter(inputs) for _ in chunks]
+    iterators = [iter(enumerate(inputs, 1)) for _ in chunks]
     losses = schedule(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, watchdog=session.watchdog),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(microbatches),
@@ -116,10 +119,15 @@ def run_schedule(
     return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=session.device))
 
 
-def forward_step(inputs: Iterator[ModelInputs], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
+def forward_step(
+    inputs: Iterator[tuple[int, ModelInputs]], chunk: nn.Module, *, watchdog: Watchdog
+) -> tuple[Tensor, LossFunction]:
     """What the schedule calls for one microbatch and one chunk."""
-    microbatch = next(inputs)
-    return chunk(microbatch), partial(weighted_loss, microbatch)
+    number, microbatch = next(inputs)
+    watchdog.forward(number)
+    output = chunk(microbatch)
+    watchdog.expect_backward(number, output)
+    return output, partial(weighted_loss, microbatch)
 
 
 def weighted_loss(inputs: ModelInputs, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -134,6 +142,7 @@ def weighted_loss(inputs: ModelInputs, losses: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def finalize_gradients(
+    watchdog: Watchdog,
     chunks: Chunks,
     num_tokens: Tensor | None = None,
     pg_collection: ProcessGroupCollection | None = None,
@@ -148,6 +157,7 @@ def finalize_gradients(
     and connector, whose ranks encode different images, and the division: core counts predictions as integers, while
     weights may be fractions.
     """
+    watchdog.enter("gradients")
     finalize_model_grads(chunks, None, pg_collection, force_all_reduce)
     if tp_group.size() > 1:
         works = [

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from navil_megatron.layers.vision_plan import plan_vision
 from navil_megatron.models.build import build_model
+from navil_megatron.models.inputs import FirstStageInputs
 from tests.golden_cases import GoldenCase
 from tests.ranks import run_ranks, start_session, tiny_config
 from tests.tolerances import GOLDEN, GOLDEN_GRADIENT
@@ -94,6 +96,44 @@ def test_one_rank_equals_the_authors_code(golden_dir: Path, name: str) -> None:
 
 def encoder_variants(rank: int, world_size: int, golden_dir: Path, name: str) -> None:
     case = GoldenCase(golden_dir, name)
-    print(
-        case.meta.keys(), {k: v.shape for k, v in case.inputs.items()}, {k: v.shape for k, v in case.expected.items()}
-    )
+    grids = [tuple(grid) for grid in case.inputs["image_grid_thw"].tolist()]
+    pixels = case.inputs["pixel_values"].float().flatten(1)
+    for variant in case.meta["variants"]:
+        full = variant["fullatt_block_indexes"]
+        vision = dataclasses.replace(
+            case.model.vision,
+            window_size=variant["window_size"],
+            full_attention_layers=None if full is None else tuple(full),
+        )
+        case.model = dataclasses.replace(case.model, vision=vision)
+        session, (model,) = build_case(case, rank, world_size, parallel={"tp": world_size})
+        with session:
+            plan = plan_vision(grids, vision, session.tp_rank, session.tp_size)
+            first_stage = FirstStageInputs(torch.empty(0), torch.empty(0), pixels, plan)
+            features = model.encode_images(first_stage)
+        torch.testing.assert_close(features, case.expected[f"{variant['name']}/mlp1.out"][:, 0], **GOLDEN)
+
+
+@pytest.mark.parametrize(
+    # 2b_win has one key/value head, which two ranks cannot share.
+    ("name", "world_size"),
+    [("2b_vit_variants", 1), ("2b_vit_variants", 2), ("2b_win_vit_variants", 1)],
+)
+def test_encoder_windows_frames_and_full_layers(golden_dir: Path, name: str, world_size: int) -> None:
+    run_ranks(world_size, encoder_variants, golden_dir, name)
+
+
+@pytest.mark.parametrize("name", ["9b_multi", "2b_multi", "9b_text", "2b_pack"])
+def test_tensor_and_sequence_parallel_equal_the_authors_code(golden_dir: Path, name: str) -> None:
+    """Two ranks at the golden tolerance: the head-split attention, the split images, the composed projection."""
+    run_ranks(2, forward_at_tensor_parallel_2, golden_dir, name)
+
+
+def forward_at_tensor_parallel_2(rank: int, world_size: int, golden_dir: Path, name: str) -> None:
+    case = GoldenCase(golden_dir, name)
+    split = {"tp": 2, "sequence_parallel": case.inputs["input_ids"].numel() % 2 == 0}
+    session, (model,) = build_case(case, rank, world_size, parallel=split)
+    with session:
+        inputs = case.model_inputs("loss", tp_rank=session.tp_rank, tp_size=session.tp_size)
+        loss = (model(inputs) * inputs.loss_weights).sum() / _denominator(case, "loss")
+        torch.testing.assert_close(loss.reshape(1), case.expected["loss"], **GOLDEN)

@@ -1,0 +1,271 @@
+"""Whole training runs on real ranks: resume, records, phases, initial weights, damage, and equality with the export."""
+
+import io
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from navil_megatron.checkpoint.manager import CheckpointManager
+from navil_megatron.cli import main
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.data.shards import ShardSet
+from navil_megatron.data.validation import ValidationLoader
+from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
+from navil_megatron.models.build import build_model
+from navil_megatron.training.evaluate import evaluate
+from tests.e2e.runs import (
+    World,
+    damage_picture,
+    error_lines,
+    make_run,
+    pretrain_in_rank,
+    records,
+    saved_steps,
+    train_in_rank,
+    write_toml,
+)
+from tests.ranks import run_ranks, start_session
+from tests.tolerances import EXPORT
+from tests.unit.data_examples import write_samples
+from tests.whole import assemble, slices_of
+
+TENSOR = {"tp": 2, "sequence_parallel": True}
+PIPELINE = {"pp": 2}
+DATA: dict[str, Any] = {}
+EXACT = {"rtol": 0.0, "atol": 0.0}
+TRAINED_WHEN_FROZEN = ("vision_encoder.", "connector.", "special_token_embedding.")
+
+
+def whole(config: NaViLConfig, step: int) -> dict[str, torch.Tensor]:
+    """Every weight of a checkpoint."""
+    return read_whole_checkpoint(Path(config.checkpoint.directory) / f"step_{step:08d}")[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [(TENSOR, "fp32"), (TENSOR, "bf16"), (PIPELINE, "bf16"), (DATA, "bf16")],
+    ids=["tensor-fp32", "tensor-bf16", "pipeline-bf16", "data-bf16"],
+)
+def test_resumed_run_equals_the_straight_one(
+    world: World, tmp_path: Path, layout: dict[str, Any], precision: str
+) -> None:
+    sections = {
+        "parallel": layout,
+        "training": {"precision": precision, "train_steps": 6},
+        "optimizer": {"lr_schedule": "cosine", "warmup_steps": 2, "lr": 1e-2, "min_lr": 1e-3},
+    }
+    straight = make_run(world, tmp_path / "straight", checkpoint={"save_every_steps": 3}, **sections)
+    resumed = make_run(world, tmp_path / "resumed", **sections)
+    states = run_ranks(2, train_in_rank, straight)
+    # What a machine that dies after step 3 leaves behind.
+    crashed = Path(straight.checkpoint.directory) / "step_00000003"
+    shutil.copytree(crashed, Path(resumed.checkpoint.directory) / "step_00000003")
+    assert run_ranks(2, train_in_rank, resumed) == states
+    every, later = records(straight, "train"), records(resumed, "train")
+    assert [record["step"] for record in every] == [1, 2, 3, 4, 5, 6]
+    for name in ("step", "loss", "grad_norm", "lr", "samples", "tokens", "consumed_samples", "consumed_tokens"):
+        assert [record[name] for record in later] == [record[name] for record in every[3:]], name
+    torch.testing.assert_close(whole(resumed, 6), whole(straight, 6), **EXACT)
+    moved = whole(straight, 3), whole(straight, 6)
+    assert all(not torch.equal(moved[0][key], moved[1][key]) for key in moved[0])
+
+
+def test_records_of_a_run(world: World, tmp_path: Path) -> None:
+    config = make_run(
+        world,
+        tmp_path,
+        parallel=TENSOR,
+        training={"train_steps": 7, "evaluate_every_steps": 3, "evaluate_swapped_images": True, "precision": "bf16"},
+        optimizer={"lr": 1e-2, "min_lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 3},
+        checkpoint={"save_every_steps": 2, "keep_last": 2},
+        logging={"tensorboard": True},
+    )
+    states = run_ranks(2, train_in_rank, config)
+    found = records(config, "train")
+    assert [record["lr"] for record in found] == pytest.approx(
+        [1e-2 / 3, 2e-2 / 3, *(1e-3 + 9e-3 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(5))]
+    )
+    row_tokens = config.training.global_batch_size * config.data.seq_length
+    for record in found:
+        assert record["train_steps"] == 7
+        assert 0 < record["loss"] < 20
+        assert 0 < record["grad_norm"] < 1000
+        assert record["tokens_per_second"] == pytest.approx(
+            record["text_tokens_per_second"] + record["visual_tokens_per_second"]
+        )
+        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["step_seconds"])
+        assert record["visual_tokens_per_second"] > 0
+        assert record["padding_share"] == pytest.approx(1 - record["tokens"] / row_tokens)
+        assert 0 <= record["padding_share"] < 1
+        assert 0 <= record["data_wait_seconds"] < record["step_seconds"]
+        assert record["peak_memory_bytes"] > 50_000_000
+        assert record["flops_per_second"] > 0
+        assert record["failed_samples"] == record["skipped_steps"] == 0
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert states[0]["consumed_samples"] == found[-1]["consumed_samples"] == sum(r["samples"] for r in found)
+    assert states[0]["consumed_tokens"] == found[-1]["consumed_tokens"] == sum(r["tokens"] for r in found)
+    evaluations = records(config, "evaluation")
+    assert [record["step"] for record in evaluations] == [3, 6, 7]
+    assert all(0 < record["loss"] < 20 for record in evaluations)
+    assert all(record["loss"] != record["loss_swapped_images"] for record in evaluations)
+    assert saved_steps(config) == ["step_00000006", "step_00000007"]
+    events = list((Path(config.logging.directory) / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(events) == 1
+    content = events[0].read_bytes()
+    assert all(name in content for name in (b"train/loss", b"evaluation/loss_swapped_images"))
+
+
+def test_steps_between_records_are_counted_in_the_checkpoint(world: World, tmp_path: Path) -> None:
+    """A save that falls between two records must know what was consumed since the last one."""
+    sections = {"training": {"train_steps": 4, "log_every_steps": 3}}
+    straight = make_run(world, tmp_path / "straight", **sections)
+    stopped = make_run(world, tmp_path / "stopped", checkpoint={"save_every_steps": 2}, **sections)
+    resumed = make_run(world, tmp_path / "resumed", **sections)
+    (expected,) = run_ranks(1, train_in_rank, straight)
+    run_ranks(1, train_in_rank, stopped)
+    crashed = Path(stopped.checkpoint.directory) / "step_00000002"
+    shutil.copytree(crashed, Path(resumed.checkpoint.directory) / "step_00000002")
+    (state,) = run_ranks(1, train_in_rank, resumed)
+    assert state == expected
+    assert records(resumed, "train")[-1]["consumed_samples"] == expected["consumed_samples"]
+
+
+def recipe_in_rank(rank: int, world_size: int, configs: list[NaViLConfig]) -> list:
+    """The phases one after the other, each from the weights of the one before; gives the first one's first weights."""
+    with start_session(rank, world_size, configs[0]) as session:
+        first = slices_of(build_model(configs[0], session.groups, session.device))
+    for config in configs:
+        train_in_rank(rank, world_size, config)
+    return first
+
+
+def is_trained(key: str, phase: str) -> bool:
+    """Tables 7 and 8 of the paper, told by the keys of a checkpoint."""
+    visual = key.startswith(TRAINED_WHEN_FROZEN) or key.endswith(".visual.weight")
+    text_attention = ".self_attention." in key and key.endswith(".text.weight")
+    return visual or (text_attention and phase == "s1.2") or phase == "s2"
+
+
+@pytest.mark.parametrize(
+    "layout", [TENSOR, PIPELINE | {"pipeline_layers": (2, 0)}], ids=["tensor", "stage_with_nothing_to_train"]
+)
+def test_each_phase_trains_exactly_its_parameters(world: World, tmp_path: Path, layout: dict[str, Any]) -> None:
+    configs: list[NaViLConfig] = []
+    for phase in ("s1.1", "s1.2", "s2"):
+        weights = {"initial_weights": configs[-1].checkpoint.directory} if configs else {}
+        folder = tmp_path / phase
+        configs.append(
+            make_run(
+                world,
+                folder,
+                parallel=layout,
+                training={"phase": phase, "train_steps": 2, "precision": "bf16"},
+                optimizer={"warmup_steps": 0},
+                checkpoint={"directory": str(folder / "checkpoints")} | weights,
+            )
+        )
+    slices = run_ranks(2, recipe_in_rank, configs)
+    before = assemble([piece for rank in slices for piece in rank])
+    for config in configs:
+        after, phase = whole(config, 2), config.training.phase
+        assert after.keys() == before.keys()
+        changed = {key for key in after if not torch.equal(after[key], before[key])}
+        assert changed == {key for key in after if is_trained(key, phase)}, phase
+        assert [record["step"] for record in records(config, "train")] == [1, 2]
+        assert all(record["grad_norm"] > 0 for record in records(config, "train"))
+        before = after
+
+
+def test_initial_weights_bring_nothing_but_weights(world: World, tmp_path: Path) -> None:
+    """A run from another's weights steps, counts and reads data from the start, with fresh moments."""
+    first = make_run(world, tmp_path / "first", parallel=TENSOR, training={"train_steps": 3})
+    run_ranks(2, train_in_rank, first)
+    given = {"initial_weights": str(Path(first.checkpoint.directory) / "step_00000003")}
+    sections: dict[str, Any] = {"parallel": TENSOR, "training": {"train_steps": 1}, "optimizer": {"warmup_steps": 0}}
+    second = make_run(world, tmp_path / "second", **sections)
+    second = replace(second, checkpoint=replace(second.checkpoint, **given))
+    (state, _) = run_ranks(2, train_in_rank, second)
+    assert state["step"] == state["loader"]["step"] == 1
+    (record,) = records(second, "train")
+    start = records(first, "train")[0]
+    assert [record[name] for name in ("step", "samples", "tokens")] == [
+        start[name] for name in ("step", "samples", "tokens")
+    ]
+    assert record["consumed_samples"] == record["samples"]
+    assert record["loss"] < start["loss"]
+    # The first step of Adam with fresh moments moves no number by more than lr * (1 + weight decay's share).
+    before, after = whole(first, 3), whole(second, 1)
+    for key in before:
+        assert 0 < (after[key] - before[key]).abs().max() <= 1.01e-2 * (1 + 0.05 * before[key].abs().max()), key
+
+
+def test_damaged_picture_is_skipped_counted_and_named(world: World, tmp_path: Path) -> None:
+    shards = tuple(map(str, write_samples(tmp_path / "shards", "rotten", 12)))
+    samples = ShardSet(shards)
+    damage_picture(samples, 4)
+    config = make_run(world, tmp_path, data={"train_shards": shards}, training={"train_steps": 4})
+    ((code, stderr),) = run_ranks(1, pretrain_in_rank, write_toml(config, tmp_path / "run.toml"))
+    assert (code, error_lines(stderr)) == (0, [])
+    found = records(config, "train")
+    assert sum(record["samples"] for record in found) > 12  # more than an epoch: the damaged one came up
+    named = [line for line in stderr.splitlines() if f"{samples.key(4)}:" in line]
+    assert sum(record["failed_samples"] for record in found) == len(named) >= 1
+    assert shards[0] in named[0] and "WARNING" in named[0]
+    assert all(0 < record["loss"] < 20 for record in found)
+
+
+def held_out_loss_in_rank(rank: int, world_size: int, config: NaViLConfig, checkpoint: Path) -> float:
+    """The engine's loss on the held-out shards with the weights of a checkpoint."""
+    with start_session(rank, world_size, config) as session:
+        chunks = build_model(config, session.groups, session.device)
+        CheckpointManager(config, session).load_weights(checkpoint, chunks)
+        rows = ValidationLoader(config, session.dp_rank, session.dp_size, decode_pixels=session.is_first_stage)
+        return evaluate(config, session, chunks, rows)
+
+
+@torch.inference_mode()
+def exported_loss(world: World, folder: Path) -> float:
+    """The same loss by transformers: every held-out sample through the exported folder's own processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = processor.tokenizer
+    shards = ShardSet(world.validation_shards)
+    total, count = 0.0, 0
+    for raw in (shards.read(number) for number in range(len(shards))):
+        pictures = [Image.open(io.BytesIO(file)) for file in raw.images]
+        text = "<image>" * len(pictures) + raw.caption + tokenizer.eos_token
+        inputs = processor(images=pictures or None, text=text)
+        num_predicted = len(tokenizer(raw.caption)["input_ids"]) + 1
+        labels = inputs["input_ids"].clone()
+        labels[:, :-num_predicted] = -100
+        # Nothing predicts the first token of a sample without a picture.
+        num_predicted -= not pictures
+        total += float(model(**inputs, labels=labels).loss) * num_predicted
+        count += num_predicted
+    return total / count
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_exported_folder_has_the_loss_of_the_engine(world: World, tmp_path: Path, precision: str) -> None:
+    config = make_run(
+        world,
+        tmp_path,
+        parallel=TENSOR,
+        training={"train_steps": 4, "precision": precision, "evaluate_every_steps": 4},
+    )
+    run_ranks(2, train_in_rank, config)
+    folder = Path(config.checkpoint.directory)
+    assert main(["convert", "to-hf", str(folder), str(tmp_path / "hf"), "--json"]) == 0
+    found = exported_loss(world, tmp_path / "hf")
+    in_fp32 = replace(config, training=replace(config.training, precision="fp32"))
+    for expected in run_ranks(2, held_out_loss_in_rank, in_fp32, folder):
+        torch.testing.assert_close(found, expected, **EXPORT)
+    recorded = records(config, "evaluation")[-1]["loss"]
+    assert recorded == pytest.approx(found, abs=EXPORT["atol"] if precision == "fp32" else 0.05)

@@ -1,0 +1,87 @@
+"""Host-side plans: segments, modality order, and who encodes which image."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from navil_megatron.config.schema import VisionConfig
+from navil_megatron.layers.modality import plan_modality_order
+from navil_megatron.layers.segments import group_segments, inverse_order
+from navil_megatron.layers.vision_plan import assign_images, block_order, encoding_cost, plan_vision
+
+ENCODER = VisionConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=2)
+WINDOWED = VisionConfig(
+    num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=2, token_order="window", window_size=4
+)
+LENGTHS = st.lists(st.integers(0, 9), max_size=12)
+GRIDS = st.lists(
+    st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 5)).map(lambda g: (g[0], 2 * g[1], 2 * g[2])),
+    max_size=8,
+)
+
+
+@given(LENGTHS)
+def test_segment_groups_cover_every_token_once_and_keep_segments_whole(lengths: list[int]) -> None:
+    order, groups = group_segments(lengths)
+    assert sorted(order.tolist()) == list(range(sum(lengths)))
+    assert [g.start for g in groups] == [0, *(g.end for g in groups)][: len(groups)]
+    starts = set(np.cumsum([0, *lengths]).tolist())
+    for group in groups:
+        for segment in range(group.num_segments):
+            tokens = order[group.start + segment * group.length :][: group.length]
+            assert tokens[0] in starts and (np.diff(tokens) == 1).all()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
+def test_modality_order_is_a_permutation_that_attention_undoes(lengths: list[int], seed: int) -> None:
+    mask = np.random.default_rng(seed).random(sum(lengths)) < 0.5
+    order = plan_modality_order(mask, lengths)
+    text, visual = np.split(order.modality_major, [order.num_text_tokens])
+    assert not mask[text].any() and mask[visual].all()
+    assert (np.diff(text) > 0).all() and (np.diff(visual) > 0).all()
+    causal_in_attention_order = order.modality_major[order.to_attention]
+    assert (causal_in_attention_order == group_segments(lengths)[0]).all()
+    assert (inverse_order(order.modality_major)[order.modality_major] == np.arange(mask.size)).all()
+
+
+def test_segments_that_do_not_cover_the_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="segments hold 3 tokens, the row holds 4"):
+        plan_modality_order(np.zeros(4, dtype=bool), [1, 2])
+
+
+@settings(deadline=None)
+@given(GRIDS, st.integers(1, 4), st.sampled_from([ENCODER, WINDOWED]))
+def test_every_patch_is_encoded_once_and_every_token_found(grids: list, num_ranks: int, config: VisionConfig) -> None:
+    plans = [plan_vision(grids, config, rank, num_ranks) for rank in range(num_ranks)]
+    patches = np.concatenate([plan.patch_index for plan in plans])
+    assert sorted(patches.tolist()) == list(range(sum(t * h * w for t, h, w in grids)))
+    # The first patch of the block behind each gathered feature, in the place where the gather puts it.
+    gathered = np.full(num_ranks * plans[0].gathered_tokens, -1)
+    for rank, plan in enumerate(plans):
+        gathered[rank * plan.gathered_tokens :][: plan.num_tokens] = plan.patch_index[::4]
+        assert sum(plan.image_segments) == sum(plan.window_segments) == plan.patch_index.size
+        assert plan.image_segments == tuple(sorted(plan.image_segments))
+    start, expected = 0, []
+    for t, h, w in grids:
+        blocks = block_order(h // 2, w // 2, config)[0]
+        for _ in range(t):
+            expected += (start + 4 * blocks).tolist()
+            start += h * w
+    assert gathered[plans[0].feature_index].tolist() == expected
+
+
+def test_raster_order_keeps_reading_order_and_windows_do_not() -> None:
+    assert block_order(3, 3, ENCODER)[0].tolist() == list(range(9))
+    order, windows = block_order(3, 3, WINDOWED)
+    assert order.tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 8]
+    assert windows == [4, 2, 2, 1]
+
+
+def test_images_are_balanced_by_cost() -> None:
+    random = np.random.default_rng(0)
+    grids = [(1, 2 * int(h), 2 * int(w)) for h, w in random.integers(4, 32, (64, 2))]
+    costs = [encoding_cost(grid, ENCODER) for grid in grids]
+    ranks = np.asarray(assign_images(costs, 8))
+    loads = np.asarray([sum(cost for cost, rank in zip(costs, ranks, strict=True) if rank == r) for r in range(8)])
+    assert loads.max() / loads.mean() < 1.05

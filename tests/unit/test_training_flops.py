@@ -1,0 +1,54 @@
+"""The FLOP count against torch's own counter on the real model."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from navil_megatron.models.build import build_model
+from navil_megatron.training.batch import build_model_inputs
+from navil_megatron.training.flops import forward_flops, step_flops, tokens_by_modality
+from tests.oracle import MIXED, SEQ_LENGTH, global_batch, oracle_config
+from tests.ranks import run_ranks, start_session
+
+FULL_ROW = ((20, ((4, 4),)), (24, ()), (5, ((2, 4),)))
+
+
+def counted_by_torch(rank: int, world_size: int) -> tuple[float, float, float]:
+    config = oracle_config()
+    with start_session(rank, world_size, config) as session:
+        (model,) = build_model(config, session.groups, session.device)
+        (microbatch,) = global_batch(config, (FULL_ROW,))
+        assert microbatch.num_tokens == SEQ_LENGTH, "padding would be counted by torch and not by us"
+        inputs = build_model_inputs(microbatch, config.model, session.device)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(inputs)
+        language, vision = config.model.language, config.model.vision
+        # torch counts attention without the causal mask; ours counts the half that is computed.
+        causal = sum(length**2 for length in microbatch.sample_lengths)
+        masked = 2.0 * language.num_layers * causal * language.num_attention_heads * language.head_dim
+        ours = sum(flops for _, flops in forward_flops(config.model, microbatch))
+        assert vision.num_layers > 0
+        return counter.get_total_flops(), ours, masked
+
+
+def test_forward_flops_equal_what_torch_counts() -> None:
+    ((counted, ours, masked),) = run_ranks(1, counted_by_torch)
+    assert ours + masked == counted
+
+
+def test_backward_costs_two_forwards_and_one_where_frozen() -> None:
+    config = oracle_config()
+    (microbatch,) = global_batch(config, (MIXED,))
+    forward = sum(flops for _, flops in forward_flops(config.model, microbatch))
+    everything = step_flops(config.model, "s2", [microbatch])
+    frozen_text = step_flops(config.model, "s1.1", [microbatch])
+    assert everything == 3 * forward
+    text_terms = [f for name, f in forward_flops(config.model, microbatch) if ".text." in name or "output" in name]
+    assert frozen_text == everything - sum(text_terms)
+
+
+def test_tokens_by_modality_leave_padding_out() -> None:
+    config = oracle_config()
+    (microbatch,) = global_batch(config, (MIXED,))
+    text, visual = tokens_by_modality(config.model, microbatch)
+    # One <img> and its context tokens for each of the three images: 4 + 1, 2 + 1, 6 + 1.
+    assert (text + visual, visual) == (microbatch.num_tokens, 15)
