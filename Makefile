@@ -5,6 +5,8 @@
 
 VENV := .venv/.installed
 BIN := .venv/bin
+# Two files of tests at a time: most of a test with ranks is waiting for processes to start.
+PARALLEL := -n 2 --dist loadfile
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,10 +20,10 @@ quickstart: $(VENV) ## shards, training, resume, export and captions, on this ma
 	$(BIN)/python examples/quickstart/run.py
 
 test: lint ## the default suite, as continuous integration runs it
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-all: lint ## the default suite and the slow tests
-	$(BIN)/python -m pytest -q -m ""
+	$(BIN)/python -m pytest -q $(PARALLEL) -m ""
 
 test-gpu: $(VENV) ## the tests that need a GPU; fails where there is none
 	NAVIL_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m gpu tests/gpu

@@ -51,7 +51,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The package called nvidia-dali, without a suffix, is a placeholder.
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "pre-commit"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["navil-megatron = navil_megatron.cli:main"]},
 )

@@ -34,7 +34,7 @@ CELL_SIDES = tuple(range(44, 65, 4))
 
 SIZE_WORDS = {"small": (0.45, 0.55), "large": (0.88, 1.0)}
 """Side of an emoji of that size, as a share of its cell's shorter side."""
-PLAIN_SIZE = (0.7, 1.0)
+PLAIN_SIZE = (0.8, 1.0)
 COUNT_WORDS = {2: "two", 3: "three"}
 PLACES = {1: ((0.5, 0.5),), 2: ((0.27, 0.3), (0.73, 0.7)), 3: ((0.27, 0.27), (0.73, 0.27), (0.5, 0.75))}
 """Centres of the copies of a counted item, as shares of its cell."""

@@ -7,6 +7,7 @@ of every rank before the step, since every rank holds the microbatches' labels.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -92,31 +93,46 @@ def run_schedule(
     """megatron-core's schedule over this rank's microbatches. -> weighted loss sum of this rank, 0 but on the last
     stage.
     """
+    inputs = [inputs_of(microbatch, config, session) for microbatch in microbatches]
+    forward = partial(forward_step, watchdog=session.watchdog)
+    losses = schedule_over(config, session, chunks, inputs, forward, forward_only=forward_only)
+    return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=session.device))
+
+
+def inputs_of(microbatch: Microbatch, config: NaViLConfig, session: Session) -> ModelInputs:
+    """A microbatch as this rank's model takes it."""
+    return build_model_inputs(
+        microbatch,
+        config.model,
+        session.device,
+        tp_rank=session.tp_rank,
+        tp_size=session.tp_size,
+        pre_process=session.is_first_stage,
+    )
+
+
+def schedule_over(
+    config: NaViLConfig,
+    session: Session,
+    chunks: Chunks,
+    inputs: Sequence[ModelInputs],
+    forward: Callable[..., Any],
+    **options: Any,
+) -> list[Any]:
+    """Run megatron-core's schedule for the layout. -> what the loss functions reported, on the last stage."""
     schedule = get_forward_backward_func(
         pp_size=session.pp_size, vp_size=config.parallel.virtual_pipeline_model_parallel_size
     )
-    inputs = [
-        build_model_inputs(
-            microbatch,
-            config.model,
-            session.device,
-            tp_rank=session.tp_rank,
-            tp_size=session.tp_size,
-            pre_process=session.is_first_stage,
-        )
-        for microbatch in microbatches
-    ]
     iterators = [iter(enumerate(inputs, 1)) for _ in chunks]
-    losses = schedule(
-        forward_step_func=partial(forward_step, watchdog=session.watchdog),
+    return schedule(
+        forward_step_func=forward,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(microbatches),
+        num_microbatches=len(inputs),
         seq_length=config.microbatch_tokens,
         micro_batch_size=1,
-        forward_only=forward_only,
+        **options,
     )
-    return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=session.device))
 
 
 def forward_step(

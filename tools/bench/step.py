@@ -26,79 +26,29 @@ import torch.multiprocessing
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
-from navil_megatron.config.load import config_from_dict
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.synthetic import synthetic_microbatch
-from navil_megatron.data.types import Microbatch
 from navil_megatron.hf.export import mcore_to_hf
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
-from navil_megatron.runtime.session import Launch, Session
+from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
 
-IMAGE_GRID = (32, 32)
-"""Patches of each image: 256 visual tokens after merging."""
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from small_run import mixed_row, one_sample_row, small_config, start_rank
 
 
 def bench_config(options: argparse.Namespace, tensor_parallel: int, threads: int) -> NaViLConfig:
-    """A small NaViL of the shape that the ratios are asked for: h 512, f 1536, a vocabulary of 16k."""
-    vocabulary = 16_384
-    return config_from_dict(
-        {
-            "model": {
-                "special_token_ids": list(range(vocabulary - 12, vocabulary)),
-                "language": {
-                    "family": "qwen3",
-                    "num_layers": options.layers,
-                    "hidden_size": 512,
-                    "ffn_hidden_size": 1536,
-                    "num_attention_heads": 8,
-                    "num_query_groups": 4,
-                    "head_dim": 64,
-                    "vocab_size": vocabulary,
-                    "qk_norm": True,
-                },
-                "vision": {
-                    "num_layers": options.layers,
-                    "hidden_size": 256,
-                    "ffn_hidden_size": 1024,
-                    "num_attention_heads": 4,
-                },
-            },
-            "data": {"train_shards": ["none"], "tokenizer": "none", "seq_length": options.tokens},
-            "training": {"train_steps": 1, "global_batch_size": 1, "precision": options.precision},
-            "optimizer": {"lr": 1e-3, "warmup_steps": 0},
-            "checkpoint": {"directory": "none"},
-            "runtime": {"device": "cpu", "cpu_threads": threads},
-            "logging": {"directory": "none"},
-            "parallel": {"tensor_model_parallel_size": tensor_parallel, "sequence_parallel": tensor_parallel > 1},
-        },
-        "the benchmark",
+    """The shape that the ratios are asked for: h 512, f 1536, a vocabulary of 16k."""
+    return small_config(
+        layers=options.layers,
+        tokens=options.tokens,
+        precision=options.precision,
+        threads=threads,
+        parallel={"tensor_model_parallel_size": tensor_parallel, "sequence_parallel": tensor_parallel > 1},
     )
-
-
-def mixed_row(config: NaViLConfig, seed: int = 0) -> Microbatch:
-    """One sample that fills the row: images for 80% of the tokens, then text."""
-    rows, columns = IMAGE_GRID
-    # Line and frame tokens and both ends of an image are text for the experts, but for <img>.
-    per_image = rows * columns // 4 + rows // 2 + 3
-    num_images = round(0.8 * config.data.seq_length / (rows * columns // 4))
-    num_text = config.data.seq_length - num_images * per_image - 1
-    return one_sample_row(config, seed, num_text, [IMAGE_GRID] * num_images)
-
-
-def one_sample_row(config: NaViLConfig, seed: int, num_text: int, grids: list[tuple[int, int]]) -> Microbatch:
-    """A row of one sample, as long as it takes to fill it."""
-    length = config.data.seq_length
-    for shorter in range(num_text, 0, -1):
-        try:
-            return synthetic_microbatch(config.model, length, seed, [(shorter, grids)], pad_segments_to=1)
-        except ValueError:
-            continue
-    raise SystemExit(f"--tokens {length} has no room for {len(grids)} images")
 
 
 def whole_tensors(model: NaViLModel) -> dict[str, torch.Tensor]:
@@ -235,14 +185,7 @@ def single_process(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def time_rank(rank: int, world_size: int, options: argparse.Namespace, folder: str) -> None:
     """Median step seconds of one layout, written by rank 0."""
     config = bench_config(options, world_size, 1 if world_size > 1 else 2)
-    launch = Launch(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        local_world_size=world_size,
-        rendezvous_file=Path(folder) / f"rendezvous-{world_size}",
-    )
-    with Session.start(config, launch) as session:
+    with start_rank(config, rank, world_size, Path(folder) / f"rendezvous-{world_size}") as session:
         (model,) = build_model(config, session.groups, session.device)
         place = {"tp_rank": session.tp_rank, "tp_size": session.tp_size}
         inputs = build_model_inputs(mixed_row(config), config.model, session.device, **place)

@@ -1,0 +1,93 @@
+"""The bytes that a layout sends are known: what ``tools/bench/layouts.py`` counts equals its formula on every rank."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle import MIXED, TEXT_ONLY, global_batch, oracle_config
+from tests.ranks import run_ranks, start_session
+from tools.bench.layouts import Trainer, compare
+from tools.bench.traffic_count import CountTraffic, Traffic
+from tools.bench.traffic_formula import buffer_size, traffic_by_formula
+
+BATCH = (MIXED, TEXT_ONLY, TEXT_ONLY, MIXED)
+NOT_SPLIT = {"optimizer": {"distributed": False}}
+TP2_SP = {"tp": 2, "sequence_parallel": True}
+TIED = {"language": {"tied_embeddings": True}}
+COMPOSED = {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}}
+
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "tp2": (2, {"parallel": {"tp": 2}}),
+    "tp2-sp": (2, {"parallel": TP2_SP}),
+    "tp2-sp-composed": (2, {"parallel": TP2_SP, "model": COMPOSED}),
+    "pp2": (2, {"parallel": {"pp": 2}}),
+    "pp2-uneven": (2, {"parallel": {"pp": 2, "pipeline_layers": (1, 3)}}),
+    "pp2-interleaved-tied": (2, {"parallel": {"pp": 2, "vpp": 2}, "model": TIED}),
+    "dp2": (2, NOT_SPLIT),
+    "dp2-distributed": (2, {}),
+    "ep2": (2, {"parallel": {"ep": 2}, **NOT_SPLIT}),
+    "ep2-distributed": (2, {"parallel": {"ep": 2}}),
+}
+AXES = {"tp2-sp": "tp", "pp2": "pp", "pp2-interleaved-tied": "embd", "dp2": "dp", "ep2": "ep"}
+
+
+def count(rank: int, world_size: int, sections: dict) -> list[dict[str, Any]]:
+    config = oracle_config(**sections)
+    with start_session(rank, world_size, config) as session:
+        trainer = Trainer(config, session, global_batch(config, BATCH))
+        return compare(trainer.counted_step(), traffic_by_formula(trainer.view()))
+
+
+@functools.cache
+def counts(layout: str) -> list[list[dict[str, Any]]]:
+    world_size, sections = LAYOUTS[layout]
+    return run_ranks(world_size, count, sections)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counted_bytes_equal_the_formula(layout: str) -> None:
+    for entries in counts(layout):
+        assert entries
+        assert [entry for entry in entries if not entry["equal"]] == []
+
+
+@pytest.mark.parametrize("layout", AXES)
+def test_the_axis_of_a_layout_carries_bytes(layout: str) -> None:
+    for entries in counts(layout):
+        assert sum(entry["bytes"] for entry in entries if entry["axis"] == AXES[layout]) > 0
+
+
+def count_known_collectives(rank: int, world_size: int) -> list[tuple[str, str, int, int]]:
+    """A tensor of 6 floats through each kind of collective."""
+    with start_session(rank, world_size) as session, CountTraffic(session.groups) as counting:
+        whole, half = torch.zeros(6), torch.zeros(3)
+        torch.distributed.all_reduce(whole, group=session.groups.dp)
+        torch.distributed.all_gather_into_tensor(whole, half, group=session.groups.dp_cp)
+        torch.distributed.reduce_scatter_tensor(half, whole, group=session.groups.dp_cp)
+        torch.distributed.all_to_all_single(torch.zeros(6), whole, group=session.groups.dp)
+        torch.distributed.all_reduce(whole, group=session.groups.tp)  # a group of one: nothing is sent
+        torch.distributed.all_reduce(whole)
+    return sorted((*key, *traffic) for key, traffic in counting.found.items())
+
+
+def test_payload_is_the_whole_tensor() -> None:
+    for found in run_ranks(2, count_known_collectives):
+        assert found == [
+            ("dp", "all-gather", 1, 24),
+            ("dp", "all-reduce", 1, 24),
+            ("dp", "all-to-all", 1, 24),
+            ("dp", "reduce-scatter", 1, 24),
+            ("world", "all-reduce", 1, 24),
+        ]
+
+
+def test_traffic_adds_up() -> None:
+    assert Traffic(1, 24) + Traffic(2, 6) == Traffic(3, 30)
+
+
+def test_the_distributed_optimizer_pads_each_parameter_and_the_buffer() -> None:
+    assert buffer_size([64, 1, 65], ranks=2) == 256
+    assert buffer_size([64, 65], ranks=2) == 256
+    assert buffer_size([128], ranks=3) == 384
