@@ -37,6 +37,7 @@ def count(rank: int, world_size: int, sections: dict) -> list[dict[str, Any]]:
     config = oracle_config(**sections)
     with start_session(rank, world_size, config) as session:
         trainer = Trainer(config, session, global_batch(config, BATCH))
+        trainer.step()
         return compare(trainer.counted_step(), traffic_by_formula(trainer.view()))
 
 

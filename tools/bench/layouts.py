@@ -97,7 +97,9 @@ class Trainer:
         train_step(self.config, self.session, self.chunks, self.optimizer, self.shares[self.session.dp_rank], lr=1e-3)
 
     def counted_step(self) -> TrafficTable:
-        """One update, and what this rank sent in it."""
+        """One update, and what this rank sent in it. In its first one megatron-core also asks around, once, whether any
+        parameter wants a gradient norm of its own.
+        """
         with CountTraffic(self.session.groups) as counting:
             self.step()
         return dict(counting.found)
