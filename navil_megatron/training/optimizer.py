@@ -44,6 +44,10 @@ def build_optimizer(config: NaViLConfig, chunks: list[DistributedDataParallel], 
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             part.init_state_fn(part.optimizer, part.config)
+    for part in optimizer.chained_optimizers[:-1]:
+        # Core keeps one optimizer for shared weights and one for experts, and each gathers all updated weights: once,
+        # after the last update, is enough.
+        part._defer_param_sync = True
     for group in optimizer.param_groups:
         # Core leaves this product to its own scheduler, which we do not use.
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]

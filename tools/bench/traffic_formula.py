@@ -79,7 +79,9 @@ class RankView:
         """Decoder layers of this stage."""
         parallel = self.config.parallel
         even = self.config.model.language.num_layers // parallel.pipeline_model_parallel_size
-        return parallel.pipeline_layers[self.pp_rank] if parallel.pipeline_layers else even
+        of_chunks = parallel.pipeline_layers or ()
+        stages = parallel.pipeline_model_parallel_size
+        return sum(of_chunks[self.pp_rank :: stages]) if of_chunks else even
 
     @property
     def is_first(self) -> bool:
@@ -160,9 +162,13 @@ def tensor_parallel_gradients(view: RankView) -> Iterator[Part]:
     if parallel.tensor_model_parallel_size == 1:
         return
     parameters = [item for chunk in view.parameters for item in chunk.items()]
-    by_rows = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm") if parallel.sequence_parallel else ()
-    norms = sum(n for name, n in parameters if any(word in name for word in ("q_layernorm", "k_layernorm", *by_rows)))
-    yield "tp", "all-reduce", int(norms > 0), norms * FP32  # core sends them as one
+    by_heads = ("q_layernorm", "k_layernorm")
+    by_rows = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+    if view.config.model.language.composed_visual_output_projection:
+        by_rows += ("linear_proj.visual",)
+    words = (*by_heads, *by_rows) if parallel.sequence_parallel else by_heads
+    summed = sum(n for name, n in parameters if any(word in name for word in words))
+    yield "tp", "all-reduce", int(summed > 0), summed * FP32  # core sends them as one
     images = [n for name, n in parameters if name.startswith(("vision_encoder.", "connector."))]
     yield "tp", "all-reduce", len(images), sum(images) * FP32
 
@@ -224,9 +230,7 @@ def data_parallel(view: RankView) -> Iterator[Part]:
                 yield axis, "all-reduce", 1, sum(numbers) * FP32
                 continue
             yield axis, "reduce-scatter", 1, buffer_size(numbers, ranks) * FP32
-            # Core keeps an optimizer for the experts and one for the rest, and each gathers all weights.
-            gathers = 1 + (expert_ranks > 1)
-            yield axis, "all-gather", gathers, gathers * buffer_size(numbers, ranks) * view.number_bytes
+            yield axis, "all-gather", 1, buffer_size(numbers, ranks) * view.number_bytes
 
 
 def buffer_size(numbers: Sequence[int], ranks: int) -> int:
