@@ -31,11 +31,11 @@ def main() -> int:
     """Runs every step; the first that fails ends it with that step's exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="where everything goes")
-    parser.add_argument("--num-train", type=int, default=20_000, help="training scenes")
+    parser.add_argument("--num-train", type=int, default=16_000, help="training scenes")
     parser.add_argument("--num-heldout", type=int, default=400, help="held-out scenes")
     parser.add_argument("--num-emoji", type=int, default=20, help="different emoji")
     parser.add_argument(
-        "--difficulty", type=int, default=2, help="1: two to a scene; 2: also three; 3: sizes; 4: counts"
+        "--difficulty", type=int, default=1, help="1: two to a scene; 2: also three; 3: sizes; 4: counts"
     )
     parser.add_argument("--steps", type=int, help="optimizer steps; default: what config.toml says")
     options = parser.parse_args()

@@ -16,17 +16,20 @@ BATCH = (MIXED, TEXT_ONLY, TEXT_ONLY, MIXED)
 NOT_SPLIT = {"optimizer": {"distributed": False}}
 TP2_SP = {"tp": 2, "sequence_parallel": True}
 TIED = {"language": {"tied_embeddings": True}}
+BF16 = {"training": {"precision": "bf16"}}
 COMPOSED = {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}}
 
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2": (2, {"parallel": {"tp": 2}}),
     "tp2-sp": (2, {"parallel": TP2_SP}),
     "tp2-sp-composed": (2, {"parallel": TP2_SP, "model": COMPOSED}),
+    "tp2-sp-bf16": (2, {"parallel": TP2_SP, **BF16}),
     "pp2": (2, {"parallel": {"pp": 2}}),
     "pp2-uneven": (2, {"parallel": {"pp": 2, "pipeline_layers": (1, 3)}}),
     "pp2-interleaved-tied": (2, {"parallel": {"pp": 2, "vpp": 2}, "model": TIED}),
     "dp2": (2, NOT_SPLIT),
     "dp2-distributed": (2, {}),
+    "dp2-distributed-bf16": (2, BF16),
     "ep2": (2, {"parallel": {"ep": 2}, **NOT_SPLIT}),
     "ep2-distributed": (2, {"parallel": {"ep": 2}}),
 }

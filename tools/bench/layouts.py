@@ -7,7 +7,9 @@ Bytes are counted during one training step and stand beside what a formula of th
 all-reduce, output of an all-gather, input of a reduce-scatter, what is sent of an all-to-all or of a message.
 
 Step times are of gloo ranks that share this machine's cores: they compare layouts no better than they would a cluster's
-network. All layouts take the same global batch, so the work of a step is the same.
+network. All layouts take the same global batch, so the work of a step is the same. State is weights, gradients and
+optimizer state; its formula leaves out the distributed optimizer's padding. Peak is resident memory above what the
+process held before the model was built, activations and allocator included (Linux only).
 """
 
 import argparse
