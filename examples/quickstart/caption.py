@@ -24,7 +24,6 @@ MAX_NEW_TOKENS = 48
 def main() -> int:
     """Writes what was generated and how much of it is exactly right."""
     hf_folder, data_folder, output = (Path(word) for word in sys.argv[1:4])
-    torch.set_num_threads(torch.get_num_threads())
     model = AutoModelForImageTextToText.from_pretrained(hf_folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(hf_folder, trust_remote_code=True)
     shards = ShardSet(expand_shards((str(data_folder / "heldout-*.tar"),), "heldout"))

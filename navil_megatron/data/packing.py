@@ -46,7 +46,7 @@ def pack_rows(num_text: np.ndarray, num_visual: np.ndarray, seq_length: int, pad
 
     A row takes samples one after another while text tokens plus visual tokens, the latter rounded up to
     ``pad_segments_to``, fit it; what is left at its end goes to the largest of the next ``LOOKAHEAD_SAMPLES`` that fit.
-    Sorting by length first would fill no better at these sizes and give rows, and so small batches, of one kind.
+    Sorting by length first would give rows, and so small batches, of one kind.
 
     Args:
         num_text: [n] text tokens, each sample small enough for a row of its own.
