@@ -43,10 +43,14 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    """The sharded weights of this rank's chunks."""
+    """The sharded weights of this rank's chunks.
+
+    Core's linear layers add an empty ``_extra_state``, which converted checkpoints lack; it is left out.
+    """
+    states = [unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA)) for chunk in chunks]  # type: ignore[operator]
     return {
-        f"model{index}": unwrap(chunk).sharded_state_dict(prefix="", metadata=dict(_METADATA))  # type: ignore[operator]
-        for index, chunk in enumerate(chunks)
+        f"model{index}": {name: entry for name, entry in state.items() if not name.endswith("._extra_state")}
+        for index, state in enumerate(states)
     }
 
 
