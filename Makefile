@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target to need it makes. PYTHON=/path/to/python chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-gpu lint format
+.PHONY: help venv quickstart test test-all test-gpu test-transformers lint format
 
 VENV := .venv/.installed
 BIN := .venv/bin
@@ -27,6 +27,9 @@ test-all: lint ## the default suite and the slow tests
 
 test-gpu: $(VENV) ## the tests that need a GPU; fails where there is none
 	NAVIL_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m gpu tests/gpu
+
+test-transformers: $(VENV) ## exported folders under the lowest and other transformers (downloads them)
+	tools/test_transformers.sh 4.51.0 4.57.6 5.0.0
 
 lint: $(VENV) ## style, format and types
 	$(BIN)/ruff check .

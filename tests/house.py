@@ -46,13 +46,16 @@ IMPORT_TABLE = {
     "training": Row(_BELOW_TRAINING, (*_ENGINE, "rich")),
     "hf": Row(
         ("checkpoint",),
-        ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "megatron.core.dist_checkpointing"),
+        ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "xxhash"),
     ),
     "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
     "launch.py": Row(),
     "doctor.py": Row(),
-    "cli.py": Row(("runtime", "data", "hf", "launch.py", "doctor.py"), ("torch", "rich")),
+    "compare_outputs.py": Row(
+        ("runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"), ("torch", "numpy", "PIL")
+    ),
+    "cli.py": Row(("runtime", "data", "hf", "launch.py", "doctor.py", "compare_outputs.py"), ("torch", "rich")),
     "__init__.py": Row(),
 }
 """Area of the package -> what it may import. A folder without a row fails."""
@@ -112,6 +115,21 @@ def check_source(source: str, path: str) -> list[str]:
 def check_script(source: str, path: str) -> list[str]:
     """The rules that hold outside the package too (tools, examples, tests)."""
     return [f"{path}:{line}: {message}" for line, message in _check_swallowed_imports(ast.parse(source))]
+
+
+def check_import(source: str, path: str) -> list[str]:
+    """Importing a script starts nothing: it calls its own functions under ``if __name__ == "__main__"`` alone."""
+    body = ast.parse(source).body
+    own = {node.name for node in body if isinstance(node, ast.FunctionDef)}
+    found = []
+    for node in body:
+        is_guard = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        if is_guard or isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
+            continue
+        calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
+        if own & {called.id for called in calls if isinstance(called, ast.Name)}:
+            found.append(f'{path}:{node.lineno}: runs when imported; guard it with if __name__ == "__main__"')
+    return found
 
 
 def area_of(path: str) -> str:

@@ -14,3 +14,10 @@ EXPORT = {"rtol": 0.0, "atol": 1e-4}
 
 RESTORED = {"rtol": 1e-6, "atol": 1e-6}
 """Losses and weights after a restore at another layout against going straight on (fp32)."""
+
+LLM_PEER = {"rtol": 0.0, "atol": 1e-4}
+"""Text-only logits against transformers' own model of the LLM that a start came from (fp32, weights of std 0.2)."""
+
+BF16_LOGITS = 0.05
+"""Relative L2 distance of the bf16 logits of a tiny random model from its fp32 logits: each value is rounded to 2^-9
+some hundred times on its way, and roundings add up as their square root."""

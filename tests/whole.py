@@ -1,10 +1,15 @@
-"""Whole tensors in and out of model chunks at any layout, through the same sharding that checkpoints use."""
+"""Whole tensors in and out of model chunks at any layout, through the same sharding that checkpoints use, and out of
+checkpoints.
+"""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
 def shards(chunk) -> Iterator[tuple[str, ShardedTensor]]:
@@ -62,3 +67,18 @@ def assemble(slices) -> dict[str, torch.Tensor]:
             whole[key] = torch.full(shape, float("nan"), dtype=values.dtype)
         whole[key][index] = values
     return whole
+
+
+def read_whole(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and optimizer state, read by torch alone in one process without any layout.
+
+    The reader that exports use leaves the optimizer state out.
+    """
+    reader = FileSystemReader(folder)
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    torch.distributed.checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.load import config_to_dict, section_from_dict
+from navil_megatron.config.schema import ModelConfig, NaViLConfig
 
 CONFIG_FILE = "navil_config.json"
 """The resolved config, inside each checkpoint folder."""
@@ -39,7 +40,7 @@ def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = 
     ignored = _ONLY_INITIAL if only_function else set()
     different = [
         text
-        for name, text in _differences("model", _stored(folder).get("model"), asdict(config.model))
+        for name, text in _differences("model", config_to_dict(_stored_model(folder)), asdict(config.model))
         if name not in ignored
     ]
     if different:
@@ -84,6 +85,11 @@ def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[
     ]
     if problems:
         raise UserError(f"checkpoint {folder} does not fit the model: {'; '.join(problems)}; use a matching config")
+
+
+def _stored_model(folder: Path) -> ModelConfig:
+    """The checkpoint's model section; a setting that is younger than the checkpoint has its default."""
+    return section_from_dict(ModelConfig, _stored(folder).get("model", {}), str(folder / CONFIG_FILE))
 
 
 def _stored(folder: Path) -> dict[str, Any]:

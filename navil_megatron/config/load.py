@@ -34,16 +34,35 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> NaViLConfig:
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong. ``validate`` checks what spans sections.
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    tables = _read_toml(Path(path))
     reader = _Reader(NaViLConfig, str(path))
     for override in overrides:
         reader.override(tables, override)
     return reader.read(tables)
+
+
+def load_tables(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A config as written, with its overrides and without a check: for those who need a part of it.
+
+    Raises:
+        ConfigError: the file cannot be read, or an override has no place.
+    """
+    tables = {} if path is None else _read_toml(path)
+    reader = _Reader(NaViLConfig, str(path))
+    for override in overrides:
+        reader.override(tables, override)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return tables
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> NaViLConfig:

@@ -3,7 +3,7 @@
 from functools import reduce
 from typing import Any, NamedTuple
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.schema import ModelConfig, NaViLConfig
 
 
 class Range(NamedTuple):
@@ -45,7 +45,13 @@ RANGES: dict[str, Range] = {
     "model.language.num_query_groups": COUNT,
     "model.language.head_dim": COUNT,
     "model.language.vocab_size": COUNT,
+    "model.language.num_experts": COUNT,
+    "model.language.experts_per_token": COUNT,
     "model.language.rope_theta": POSITIVE,
+    "model.language.rope_scaling_factor": Range(1),
+    "model.language.rope_low_freq_factor": POSITIVE,
+    "model.language.rope_high_freq_factor": POSITIVE,
+    "model.language.rope_original_length": COUNT,
     "model.language.norm_epsilon": POSITIVE,
     "model.language.max_position_embeddings": COUNT,
     "model.language.init_std": FROM_ZERO,
@@ -89,7 +95,7 @@ RANGES: dict[str, Range] = {
     "runtime.cpu_threads": COUNT,
     "parallel.tensor_model_parallel_size": COUNT,
     "parallel.pipeline_model_parallel_size": COUNT,
-    "parallel.virtual_pipeline_model_parallel_size": COUNT,
+    "parallel.virtual_pipeline_model_parallel_size": Range(2),
     "parallel.expert_model_parallel_size": COUNT,
     "parallel.context_parallel_size": COUNT,
 }
@@ -98,9 +104,19 @@ RANGES: dict[str, Range] = {
 
 def check_ranges(config: NaViLConfig) -> list[str]:
     """One line for every number outside its range."""
+    return _outside(config, "")
+
+
+def check_model_ranges(model: ModelConfig) -> list[str]:
+    """The same for a model section by itself."""
+    return _outside(model, "model.")
+
+
+def _outside(section: Any, prefix: str) -> list[str]:
     problems = []
     for key, allowed in RANGES.items():
-        value: Any = reduce(getattr, key.split("."), config)
-        if value is not None and not allowed.holds(value):
-            problems.append(f"{key} = {value}: expected {allowed}")
+        if key.startswith(prefix):
+            value: Any = reduce(getattr, key.removeprefix(prefix).split("."), section)
+            if value is not None and not allowed.holds(value):
+                problems.append(f"{key} = {value}: expected {allowed}")
     return problems

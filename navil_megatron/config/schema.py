@@ -31,7 +31,7 @@ MODALITIES: tuple[Modality, Modality] = ("text", "visual")
 class LanguageConfig:
     """The language model: a decoder whose attention and FFN hold one expert per modality (paper, section 3.2.2)."""
 
-    family: Literal["qwen3", "internlm2"]
+    family: Literal["qwen3", "qwen2", "llama", "internlm2"]
     """Names the Hugging Face layout that weights are read from and written to."""
     num_layers: int
     """Decoder layers."""
@@ -48,11 +48,25 @@ class LanguageConfig:
     vocab_size: int
     """Rows of the embedding table and of the LM head, special tokens included."""
     qk_norm: bool
-    """RMSNorm over each head's query and key, one per modality (Qwen3: true, InternLM2: false)."""
+    """RMSNorm over each head's query and key, one per modality (Qwen3: true, the others: false)."""
+    qkv_bias: bool = False
+    """Bias on query, key and value, one per modality (Qwen2: true, the others: false)."""
+    num_experts: int = 1
+    """Feed-forward experts of each modality; more than one come with a router for each modality."""
+    experts_per_token: int = 1
+    """Experts that the router of a token's modality chooses; their weights sum to 1."""
     composed_visual_output_projection: bool = False
     """Visual tokens get W_visual(W_text(attn)) as the released 2B code computes it, instead of W_visual(attn)."""
     rope_theta: float = 1_000_000.0
     """Base of the rotary position frequencies."""
+    rope_scaling_factor: float | None = None
+    """Divides the slow rotary frequencies as Llama 3.1 does; ``None``: none is scaled."""
+    rope_low_freq_factor: float = 1.0
+    """Turns over the original length up to which a frequency is slow. Read where ``rope_scaling_factor`` is set."""
+    rope_high_freq_factor: float = 4.0
+    """Turns over the original length from which a frequency is fast and stays. Read as above."""
+    rope_original_length: int = 8_192
+    """Tokens of a row before the scaling was introduced. Read as above."""
     norm_epsilon: float = 1e-6
     """Epsilon of every RMSNorm of the decoder."""
     max_position_embeddings: int = 32_768

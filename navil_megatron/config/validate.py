@@ -7,7 +7,8 @@ the world size.
 from collections.abc import Iterator
 
 from navil_megatron.config.errors import ConfigError
-from navil_megatron.config.ranges import check_ranges
+from navil_megatron.config.families import family_rules
+from navil_megatron.config.ranges import check_model_ranges, check_ranges
 from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, ModelConfig, NaViLConfig, ParallelConfig
 
 _SUGGESTED_UP_TO = 64
@@ -40,6 +41,11 @@ def validate(config: NaViLConfig, world_size: int | None = None) -> None:
         raise ConfigError(problems)
 
 
+def model_problems(model: ModelConfig) -> list[str]:
+    """Every rule that a model section breaks by itself, whatever the run."""
+    return check_model_ranges(model) or [*_language_rules(model), *_vision_rules(model)]
+
+
 def _language_rules(model: ModelConfig) -> Iterator[str]:
     language = model.language
     yield from _divides(
@@ -48,6 +54,17 @@ def _language_rules(model: ModelConfig) -> Iterator[str]:
         "model.language.num_attention_heads",
         language.num_attention_heads,
     )
+    yield from family_rules(language)
+    if language.rope_scaling_factor is not None and language.rope_low_freq_factor >= language.rope_high_freq_factor:
+        yield (
+            f"model.language.rope_low_freq_factor = {language.rope_low_freq_factor:g} is not less than "
+            f"rope_high_freq_factor = {language.rope_high_freq_factor:g}; swap or change them"
+        )
+    if language.experts_per_token > language.num_experts:
+        yield (
+            f"model.language.experts_per_token = {language.experts_per_token} is more than num_experts = "
+            f"{language.num_experts}; a token's experts are different ones"
+        )
     if language.head_dim % 2:
         yield f"model.language.head_dim = {language.head_dim}: rotary positions turn pairs of channels; make it even"
     width = language.num_attention_heads * language.head_dim
@@ -143,6 +160,11 @@ def _schedule_rules(config: NaViLConfig) -> Iterator[str]:
 def _layout_rules(config: NaViLConfig) -> Iterator[str]:
     """What tensor parallelism splits, and what no module of this version does."""
     parallel, language = config.parallel, config.model.language
+    if language.num_experts > 1:
+        yield (
+            f"model.language.num_experts = {language.num_experts}: this version converts and exports such a model, but "
+            "does not train it; set it to 1"
+        )
     tensor = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         value = getattr(language, name)

@@ -147,7 +147,8 @@ def build_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int = 102
         tokenizer_object=backend,
         eos_token=END_TOKEN,
         pad_token=PAD_TOKEN,
-        extra_special_tokens=[START_TOKEN, *SPECIAL_TOKENS],
+        # transformers 5 calls it extra_special_tokens and takes the name that 4 knows, too.
+        additional_special_tokens=[START_TOKEN, *SPECIAL_TOKENS],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )

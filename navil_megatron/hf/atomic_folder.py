@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all: written as a ``.partial`` sibling, renamed when complete."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,36 +8,95 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.hf.file_bytes import flush
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """An empty folder to fill; it becomes ``target`` if the block ends well and vanishes if it does not.
 
+    What a killed process left behind is replaced; a process that still writes is left alone.
+
+    Args:
+        target: The folder to make.
+        needed_bytes: What will be written, to be refused at once where the disk has less.
+
     Raises:
-        UserError: ``target`` exists and is not an empty folder.
+        UserError: ``target`` exists and is not an empty folder, another process is writing it, or the disk is too full.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists already; give a new folder, or delete it first")
+    require_new(target)
     target = target.absolute()
     partial = target.with_name(f"{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # left behind by a conversion that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with _held(partial):
+        _empty(partial)
+        try:
+            require_space(partial, needed_bytes)
+            yield partial
+            flush_folder(partial)
+            require_new(target)
+            partial.rename(target)
+            flush(target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
-def _flush(path: Path) -> None:
-    """Waits until a file or folder is on disk, so that the rename never overtakes the content."""
-    descriptor = os.open(path, os.O_RDONLY)
+def require_new(target: Path) -> None:
+    """Refuses a target that holds something.
+
+    Raises:
+        UserError: It does.
+    """
+    is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+    if os.path.lexists(target) and not is_empty:
+        raise UserError(f"{target} exists already; give a new folder, or delete it first")
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until all files of a folder are on disk, so that a rename never overtakes the content."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Makes the folder and locks it; the lock ends with this process, however that ends."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"{folder} is being written by another process; wait for it, or stop it") from None
+        # The other process may have renamed or removed it between the two calls: then this lock is of no use.
+        if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
+            break
+        os.close(descriptor)
     try:
-        os.fsync(descriptor)
+        yield
     finally:
         os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuses to start what cannot end.
+
+    Raises:
+        UserError: The disk under the folder has less than so many bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; free some or choose "
+            "another disk"
+        )

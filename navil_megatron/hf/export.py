@@ -4,7 +4,6 @@ The folder holds weights, config, processor settings, tokenizer, our own modelli
 with ``trust_remote_code=True`` and needs nothing of this package.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -15,23 +14,23 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import ModelConfig
-from navil_megatron.hf.atomic_folder import new_folder
+from navil_megatron.hf.atomic_folder import new_folder, require_new
+from navil_megatron.hf.checkpoint_reader import CheckpointReader
+from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.image_settings import generation_config, image_settings_to_hf, preprocessor_config
-from navil_megatron.hf.ingest import cast, require_weight_type, summary
+from navil_megatron.hf.jobs import OnProgress
+from navil_megatron.hf.json_file import values_of, write_json
 from navil_megatron.hf.model_card import model_card
-from navil_megatron.hf.param_map import Shape, table
-from navil_megatron.hf.safetensors_io import TensorFolder, write_parts
-from navil_megatron.hf.sharded_checkpoint import (
-    find_checkpoint,
-    read_config,
-    read_model_config,
-    read_signatures,
-    read_tensors,
-)
+from navil_megatron.hf.param_map import table
+from navil_megatron.hf.plan import plan_export
+from navil_megatron.hf.portable_tokenizer import settle_tokenizer
+from navil_megatron.hf.safetensors_io import TensorFolder
+from navil_megatron.hf.safetensors_writer import SafetensorsWriter
+from navil_megatron.hf.sharded_checkpoint import CONFIG_FILE, find_checkpoint, read_config, read_model_config
 from navil_megatron.hf.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids
 from navil_megatron.hf.transforms import unstack_layers
-from navil_megatron.hf.verify import require_mcore_tensors, require_same_tensors, type_name
+from navil_megatron.hf.verify import require_mcore_tensors, require_weight_type, summary, type_name
 
 MAX_PART_BYTES = 5_000_000_000
 REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -60,6 +59,8 @@ def convert_to_hf(
     dtype: torch.dtype | None = None,
     max_part_bytes: int = MAX_PART_BYTES,
     verify: bool = True,
+    jobs: int = 1,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Writes a folder that transformers loads offline.
 
@@ -71,6 +72,8 @@ def convert_to_hf(
         dtype: Type of the weights; ``None``: as stored.
         max_part_bytes: Largest safetensors file.
         verify: Read the weights back and compare every bit.
+        jobs: Processes that work at the same time.
+        on_progress: Is told the bytes that are done and the bytes in all.
 
     Returns:
         What was done, ready for JSON.
@@ -80,37 +83,50 @@ def convert_to_hf(
     """
     started = time.monotonic()
     require_weight_type(dtype)
+    require_new(folder)
     source = find_checkpoint(checkpoint)
     model = read_model_config(source)
     data = read_config(source).get("data") or {}
-    require_mcore_tensors(read_signatures(source), model, f"checkpoint {source}")
+    reader = CheckpointReader(source)
+    found = reader.signatures()
+    require_mcore_tensors(found, model, f"checkpoint {source}")
     tokenizer, notes = _find_tokenizer(tokenizer, data.get("tokenizer"))
     token_ids = {} if tokenizer is None else read_token_ids(tokenizer, model)
-    # Written before the large read, so that a model without an HF layout is refused at once.
-    config = hf_config_from_model(
-        model, dtype="float32", token_ids=token_ids, image_settings=image_settings_to_hf(data, model)
-    )
-    tensors = {key: cast(tensor, dtype) for key, tensor in read_tensors(source).items()}
-    config["torch_dtype"] = type_name(tensors["embedding.word_embeddings.weight"].dtype)
-    counts = summary(tensors)
-    with new_folder(folder) as partial:
-        parts = write_parts(partial, mcore_to_hf(tensors, model), _shapes(tensors, model), max_part_bytes)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", generation_config(token_ids))
-        _write_json(partial / "preprocessor_config.json", preprocessor_config(data, model))
-        (partial / "README.md").write_text(
-            model_card(model, counts["num_parameters"], tokenizer is not None), encoding="utf-8"
+    with values_of(source / CONFIG_FILE):
+        config = hf_config_from_model(
+            model,
+            dtype=type_name(dtype or found["embedding.word_embeddings.weight"][1]),
+            token_ids=token_ids,
+            image_settings=image_settings_to_hf(data, model),
         )
+        processor = preprocessor_config(data, model)
+    steps = with_types(plan_export(model), found, dtype)
+    counts = summary(found, dtype)
+    with new_folder(folder, total_bytes(steps)) as partial:
+        writer = SafetensorsWriter(partial, targets(steps), max_part_bytes)
+        parts = run_steps(steps, reader, writer, TensorFolder, jobs=jobs, verify=verify, on_progress=on_progress)
+        write_json(partial / "generation_config.json", generation_config(token_ids, tokenizer))
+        write_json(partial / "preprocessor_config.json", processor)
         _copy_code(partial)
+        has_chat_template = False
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
-        if verify:
-            require_same_tensors(TensorFolder(partial), dict(mcore_to_hf(tensors, model)), str(partial))
+            has_chat_template = settle_tokenizer(partial, model)
+        card = model_card(
+            model,
+            counts["num_parameters"],
+            tokenizer is not None,
+            has_chat_template=has_chat_template,
+            checkpoint=source,
+        )
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        # Last: without it, nothing loads the folder.
+        write_json(partial / "config.json", config)
     return {
         "checkpoint": str(source),
         "folder": str(folder),
         "family": model.language.family,
-        "num_hf_tensors": len(_shapes(tensors, model)),
+        "num_hf_tensors": len(targets(steps)),
         **counts,
         "parts": parts,
         "tokenizer": None if tokenizer is None else str(tokenizer),
@@ -120,23 +136,13 @@ def convert_to_hf(
     }
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict[str, tuple[Shape, int]]:
-    """Shape and bytes per number of every HF tensor, in the order in which ``mcore_to_hf`` gives them."""
-    return {
-        key: (shape, tensors[row.mcore_key].element_size())
-        for row in table(model)
-        for keys in row.hf_keys_of_layers()
-        for key, shape in zip(keys, row.hf_shapes(model), strict=True)
-    }
-
-
 def _find_tokenizer(given: Path | None, named: str | None) -> tuple[Path | None, list[str]]:
     """The tokenizer folder to export, and what to tell if there is none."""
     if given is not None:
         return given, []
     if named is None:
         return None, ["no tokenizer exported: the checkpoint names none; give one, or add its files to the folder"]
-    if not (Path(named) / TOKENIZER_FILE).is_file():
+    if not isinstance(named, str) or not (Path(named) / TOKENIZER_FILE).is_file():
         raise UserError(
             f"the checkpoint's tokenizer {named} has no {TOKENIZER_FILE} there; give the folder where it lies now"
         )
@@ -147,7 +153,3 @@ def _copy_code(folder: Path) -> None:
     for path in sorted(REMOTE_CODE.glob("*.py")):
         if path.name != "__init__.py":
             shutil.copyfile(path, folder / path.name)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from navil_megatron.config.errors import UserError
 
 type Picture = Image.Image | str | Path
+
+_VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+DTYPE_ARGUMENT = "dtype" if _VERSION >= (4, 56) else "torch_dtype"
+"""What ``from_pretrained`` calls the type of the weights; 4.56 renamed it, and older versions refuse the new name."""
 
 
 class Captioner(NamedTuple):
@@ -43,7 +48,7 @@ def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: 
         )
     settings = {"trust_remote_code": True, "local_files_only": True}
     # "auto" takes the type that the weights were stored with.
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto", **settings)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **{DTYPE_ARGUMENT: dtype or "auto"}, **settings)
     processor = AutoProcessor.from_pretrained(folder, **settings)
     return Captioner(model.to(device).eval(), processor)
 

@@ -1,13 +1,17 @@
 """How pictures become patches, and where decoding stops: the data section <-> the small JSON files of an HF folder."""
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import DataConfig, ModelConfig
+from navil_megatron.hf.chat_template import TURN_TOKENS
 from navil_megatron.hf.hf_config import AUTO_MAP
+from navil_megatron.hf.json_file import read_json
+from navil_megatron.hf.portable_tokenizer import added_tokens
 
 _IMAGE_SETTINGS = {
     "min_pixels": "min_image_pixels",
@@ -42,27 +46,73 @@ def preprocessor_config(data: Mapping[str, Any], model: ModelConfig) -> dict[str
 
 
 def image_settings_from_hf(folder: Path, config_json: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """What an HF folder tells of the data section; the authors' folders have no ``preprocessor_config.json``."""
+    """What an HF folder tells of the data section; the authors' folders have no ``preprocessor_config.json``.
+
+    Raises:
+        UserError: A setting has a value that it cannot have; all of them are named.
+    """
     patch_area = model.vision.patch_size**2
-    settings = {
-        "min_image_pixels": config_json.get("min_dynamic_patch", 256) * patch_area,
-        "max_image_pixels": config_json.get("max_dynamic_patch", 24_576) * patch_area,
-        "scale_ratio": config_json.get("scale_downsample_ratio", 0.7071),
-    }
-    for name in ("preprocessor_config.json", "processor_config.json"):  # ours, and what save_pretrained makes of it
-        if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+    patches = {"min_dynamic_patch": 256, "max_dynamic_patch": 24_576}
+    found = {name: ("config.json", name, config_json.get(name, default)) for name, default in patches.items()}
+    ratio = config_json.get("scale_downsample_ratio", 0.7071)
+    settings = {"scale_ratio": ("config.json", "scale_downsample_ratio", ratio)}
+    for file in ("preprocessor_config.json", "processor_config.json"):  # ours, and what save_pretrained makes of it
+        if (folder / file).is_file():
+            content = read_json(folder / file)
             ours = content.get("image_processor", content)
-            settings |= {theirs: ours[key] for key, theirs in _IMAGE_SETTINGS.items() if key in ours}
-    return settings
+            if not isinstance(ours, Mapping):
+                raise UserError(f"{folder / file}: image_processor is {ours!r}, expected an object")
+            settings |= {theirs: (file, key, ours[key]) for key, theirs in _IMAGE_SETTINGS.items() if key in ours}
+    problems = [*_wrong(found, dict.fromkeys(found, 1)), *_wrong(settings, _defaults())]
+    if problems:
+        raise UserError(f"the image settings of {folder} cannot be used: {'; '.join(problems)}")
+    pixels = {
+        "min_image_pixels": found["min_dynamic_patch"][2] * patch_area,
+        "max_image_pixels": found["max_dynamic_patch"][2] * patch_area,
+    }
+    return pixels | {name: value for name, (_, _, value) in settings.items()}
 
 
-def generation_config(token_ids: Mapping[str, int | None]) -> dict[str, Any]:
-    """The ``generation_config.json``: greedy, and where to stop."""
-    return {"do_sample": False, **token_ids}
+def _wrong(found: Mapping[str, tuple[str, str, Any]], examples: Mapping[str, Any]) -> list[str]:
+    """One line for every value that is not of its example's type or, being a number, not above 0."""
+    problems = []
+    for name, (file, key, value) in found.items():
+        kind = type(examples[name])
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (kind is not bool and not 0 < value < math.inf):
+            expected = "true or false" if kind is bool else f"a number ({kind.__name__}) above 0"
+            problems.append(f"{file}: {key} is {value!r}, expected {expected}")
+    return problems
+
+
+MAX_NEW_TOKENS = 1024
+"""Longest answer where the caller names none, as in the authors' demo."""
+
+
+def generation_config(token_ids: Mapping[str, int | None], tokenizer: Path | None = None) -> dict[str, Any]:
+    """The ``generation_config.json``: greedy, and where to stop.
+
+    Args:
+        token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` where they are known.
+        tokenizer: Tokenizer folder; the end of a turn stops decoding, too, where its tokenizer has one.
+    """
+    end_of_turn = None if tokenizer is None else added_tokens(tokenizer).get(TURN_TOKENS[1])
+    stops = [*dict.fromkeys(i for i in (token_ids.get("eos_token_id"), end_of_turn) if i is not None)]
+    padding = token_ids.get("pad_token_id")
+    found = {
+        "bos_token_id": token_ids.get("bos_token_id"),
+        "eos_token_id": stops if len(stops) > 1 else stops[0] if stops else None,
+        # Batches must be filled up with something: without a pad token with the end token, as transformers does.
+        "pad_token_id": stops[0] if padding is None and stops else padding,
+    }
+    known = {name: value for name, value in found.items() if value is not None}
+    return {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **known}
 
 
 def _setting(data: Mapping[str, Any], name: str) -> Any:
     """A value of the data section, or the default that the section's class has."""
-    defaults = {field.name: field.default for field in fields(DataConfig)}
-    return data.get(name, defaults[name])
+    return data.get(name, _defaults()[name])
+
+
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in fields(DataConfig)}

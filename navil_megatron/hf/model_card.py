@@ -1,14 +1,44 @@
-"""The README.md of an exported folder: what the model is, from its config. Licence and data are the owner's to add."""
+"""The README.md of an exported folder: what the model is, where it came from, how to run it.
 
-from navil_megatron.config.schema import ModelConfig
+Written from the config alone. Licence, base model, data and evaluation are the owner's to add.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.hf.families import HF_FAMILIES
+
+_ORDERS = {"raster": "row by row", "window": "window by window"}
 
 
-def model_card(model: ModelConfig, num_parameters: int, has_tokenizer: bool) -> str:
-    """Markdown with the front matter that the Hub reads."""
-    language, vision = model.language, model.vision
-    family = {"qwen3": "Qwen3", "internlm2": "InternLM2"}[language.family]
-    order = {"raster": "row by row", "window": "window by window"}[vision.token_order]
-    usage = _USAGE if has_tokenizer else "This folder has no tokenizer yet; add one to use `AutoProcessor`.\n"
+def model_card(
+    model: ModelConfig,
+    num_parameters: int,
+    has_tokenizer: bool,
+    *,
+    has_chat_template: bool = False,
+    checkpoint: Path | None = None,
+    consumed_tokens: int | None = None,
+) -> str:
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        model: The model.
+        num_parameters: Numbers in the weights.
+        has_tokenizer: The folder holds a tokenizer, so a processor can be loaded.
+        has_chat_template: The processor can write conversations.
+        checkpoint: The checkpoint folder that was exported; its config and its step are told.
+        consumed_tokens: Tokens that training read up to there, if known.
+    """
+    usage = _CAPTION if has_tokenizer else "This folder has no tokenizer yet; add one to use `AutoProcessor`.\n"
+    if has_tokenizer and has_chat_template:
+        usage += _CHAT
+    rows = {"parameters": f"{num_parameters:,}", **_language_rows(model.language), **_vision_rows(model.vision)}
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -19,18 +49,20 @@ tags:
 
 # NaViL model
 
-A native multimodal language model in the architecture of NaViL (arXiv 2510.08565), exported by navil_megatron.
-Licence, training data and evaluation are for the owner of the weights to add here.
+> **To the owner of these weights:** this card names no licence, base model, data or evaluation. Before you publish it,
+> add a `license:` line, and a `base_model:` line if training started from another model, to the block at the top of
+> this file, and describe the data here.
 
-| | |
-|---|---|
-| parameters | {num_parameters:,} |
-| language model | {family} decoder with one text and one visual expert in attention and FFN |
-| depth x width, FFN | {language.num_layers} x {language.hidden_size}, {language.ffn_hidden_size} |
-| heads, KV heads, head size | {language.num_attention_heads}, {language.num_query_groups}, {language.head_dim} |
-| vocabulary | {language.vocab_size:,} |
-| visual encoder, depth x width, FFN | {vision.num_layers} x {vision.hidden_size}, {vision.ffn_hidden_size} |
-| patch, merge | {vision.patch_size} px, {vision.merge_size} x {vision.merge_size} patches a token, ordered {order} |
+A native multimodal language model in the architecture of NaViL (arXiv 2510.08565), exported by navil_megatron. It needs
+`trust_remote_code=True` and transformers 4.51 or newer.
+
+## Architecture
+
+{_table(rows)}
+
+## Training
+
+{_table(_training_rows(checkpoint, consumed_tokens))}
 
 ## Use
 
@@ -40,14 +72,89 @@ so does the authors' code. Batches are padded on the left.
 """
 
 
-_USAGE = """```python
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a parsed ``navil_config.json`` as canonical JSON: sorted keys, no spaces, UTF-8."""
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _language_rows(language: LanguageConfig) -> dict[str, str]:
+    """The decoder, with whatever sets its family apart."""
+    extras = [
+        text
+        for text, present in (
+            ("RMSNorm on queries and keys of each head, one per modality", language.qk_norm),
+            ("bias on query, key and value, one per modality", language.qkv_bias),
+            ("visual tokens leave through W_visual(W_text(.))", language.composed_visual_output_projection),
+        )
+        if present
+    ]
+    return {
+        "language model": (
+            f"{HF_FAMILIES[language.family].title} decoder, one text and one visual expert in attention and FFN"
+        ),
+        "depth x width, FFN": f"{language.num_layers} x {language.hidden_size}, {language.ffn_hidden_size}",
+        "heads, KV heads, head size": (
+            f"{language.num_attention_heads}, {language.num_query_groups}, {language.head_dim}"
+        ),
+        "attention": "; ".join(extras) or "no bias, no norm on heads",
+        "vocabulary": f"{language.vocab_size:,}, {'tied' if language.tied_embeddings else 'untied'} embeddings",
+        "longest row": f"{language.max_position_embeddings:,} tokens, RoPE base {language.rope_theta:,.0f}",
+    }
+
+
+def _vision_rows(vision: VisionConfig) -> dict[str, str]:
+    side = vision.merge_size
+    return {
+        "visual encoder, depth x width, FFN": f"{vision.num_layers} x {vision.hidden_size}, {vision.ffn_hidden_size}",
+        "encoder heads, norm": f"{vision.num_attention_heads}, {vision.norm}",
+        "patch, merge": f"{vision.patch_size} px, {side} x {side} patches a token, {_ORDERS[vision.token_order]}",
+    }
+
+
+def _training_rows(checkpoint: Path | None, consumed_tokens: int | None) -> dict[str, str]:
+    """What tells one export of a run from another; nothing that names a machine or a path."""
+    if checkpoint is None:
+        return {"training config": "not known"}
+    config = json.loads((checkpoint / "navil_config.json").read_text(encoding="utf-8"))
+    training = config.get("training")
+    step = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    rows = {"digest of the training config": f"sha256:{config_digest(config)} (navil_config.json as canonical JSON)"}
+    if not isinstance(training, Mapping):
+        return rows | {"run": "none: the weights were converted, not trained here"}
+    rows["phase, precision"] = f"{training.get('phase')}, {training.get('precision')}"
+    if step:
+        rows["step"] = f"{int(step[1]):,} of {training.get('train_steps', 0):,}"
+    if consumed_tokens is not None:
+        rows["tokens"] = f"{consumed_tokens:,}"
+    return rows
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+_CAPTION = """```python
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
 inputs = processor(images=Image.open("picture.jpg"), text="<image>")
-tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+tokens = model.generate(**inputs, max_new_tokens=64)
+print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```
+"""
+
+_CHAT = """
+In a conversation, if the model was trained on some:
+
+```python
+messages = [
+    {"role": "user", "content": [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]}
+]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+tokens = model.generate(**inputs, max_new_tokens=64)
 print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 ```
 """

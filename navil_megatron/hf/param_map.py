@@ -1,7 +1,8 @@
 """The table: checkpoint key <-> Hugging Face keys, per language-model family, with the name of the transform.
 
-HF names are those of the authors' state dict (specification, section 5). Shapes on the checkpoint side follow from
-the config; those on the HF side follow from the transform, so no size is written twice.
+HF names are those of the authors' state dict (specification, section 5); those of the decoder layers are in
+``families``. Shapes on the checkpoint side follow from the config; those on the HF side follow from the transform, so
+no size is written twice.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.config.schema import (
+    MODALITIES,
+    SPECIAL_TOKENS,
+    LanguageConfig,
+    Modality,
+    ModelConfig,
+    VisionConfig,
+)
+from navil_megatron.hf.families import HF_FAMILIES
 from navil_megatron.hf.transforms import TRANSFORMS, Transform
 
 Shape = tuple[int, ...]
@@ -53,12 +62,11 @@ class Row:
 
 def table(model: ModelConfig) -> tuple[Row, ...]:
     """Every parameter that a model of this config has, once."""
-    families = {"qwen3": _qwen3_layers, "internlm2": _internlm2_layers}
     rows = (
         *_vision_encoder(model.vision),
         *_connector(model),
         *_language_ends(model.language),
-        *families[model.language.family](model.language),
+        *_decoder_layers(model.language),
     )
     return tuple(row for row in rows if row.num_layers != 0)
 
@@ -118,49 +126,45 @@ def _connector(model: ModelConfig) -> Iterator[Row]:
 
 def _language_ends(language: LanguageConfig) -> Iterator[Row]:
     v, h = language.vocab_size, language.hidden_size
-    names = {"qwen3": ("model.embed_tokens", "lm_head"), "internlm2": ("model.tok_embeddings", "output")}
-    embedding, head = names[language.family]
-    yield Row("embedding.word_embeddings.weight", (f"language_model.{embedding}.weight",), (v, h))
-    yield Row("decoder.final_layernorm.weight", ("language_model.model.norm.weight",), (h,))
+    family = HF_FAMILIES[language.family]
+    yield Row("embedding.word_embeddings.weight", (f"language_model.{family.embedding}.weight",), (v, h))
+    yield Row("decoder.final_layernorm.weight", (f"language_model.{family.final_norm}.weight",), (h,))
     if not language.tied_embeddings:
-        yield Row("output_layer.weight", (f"language_model.{head}.weight",), (v, h))
+        yield Row("output_layer.weight", (f"language_model.{family.head}.weight",), (v, h))
 
 
-def _qwen3_layers(language: LanguageConfig) -> Iterator[Row]:
-    h, f, d = language.hidden_size, language.ffn_hidden_size, language.head_dim
-    n, g, depth = language.num_attention_heads, language.num_query_groups, language.num_layers
-    ours, theirs = "decoder.layers", "language_model.model.layers.{i}"
-    yield Row(f"{ours}.input_layernorm.weight", (f"{theirs}.input_layernorm.weight",), (h,), depth)
-    yield Row(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), (h,), depth)
+def _decoder_layers(language: LanguageConfig) -> Iterator[Row]:
+    """The norms once, for both modalities; the experts once per modality, under the family's names."""
+    names = HF_FAMILIES[language.family].names(language.num_experts)
+
+    def row(parameter: str, shape: Shape, modality: str = "", suffix: str = "") -> Row:
+        module, _, kind = parameter.rpartition(".")
+        ours = ".".join(part for part in ("decoder.layers", module, modality, kind) if part)
+        theirs = (f"language_model.model.layers.{{i}}.{key.format(ve=suffix)}" for key in names[parameter].keys)
+        return Row(ours, tuple(theirs), shape, language.num_layers, names[parameter].transform)
+
+    for norm in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):
+        yield row(norm, (language.hidden_size,))
     for modality, suffix in zip(MODALITIES, ("", "_ve"), strict=True):
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp{suffix}"
-        qkv = tuple(f"{attention}.{part}_proj{suffix}.weight" for part in "qkv")
-        gate_up = (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight")
-        mine = f"{ours}.self_attention"
-        yield Row(f"{mine}.linear_qkv.{modality}.weight", qkv, ((n + 2 * g) * d, h), depth, "grouped_qkv")
-        yield Row(f"{mine}.linear_proj.{modality}.weight", (f"{attention}.o_proj{suffix}.weight",), (h, n * d), depth)
-        for part in "qk":
-            hf_key = f"{attention}.{part}_norm{suffix}.weight"
-            yield Row(f"{mine}.{part}_layernorm.{modality}.weight", (hf_key,), (d,), depth)
-        yield Row(f"{ours}.mlp.linear_fc1.{modality}.weight", gate_up, (2 * f, h), depth, "gate_up")
-        yield Row(f"{ours}.mlp.linear_fc2.{modality}.weight", (f"{mlp}.down_proj.weight",), (h, f), depth)
+        for parameter, shape in _expert_shapes(language, modality).items():
+            yield row(parameter, shape, modality, suffix)
 
 
-def _internlm2_layers(language: LanguageConfig) -> Iterator[Row]:
+def _expert_shapes(language: LanguageConfig, modality: Modality) -> dict[str, Shape]:
+    """What one layer holds for one modality."""
     h, f, d = language.hidden_size, language.ffn_hidden_size, language.head_dim
-    n, g, depth = language.num_attention_heads, language.num_query_groups, language.num_layers
-    ours, theirs = "decoder.layers", "language_model.model.layers.{i}"
-    yield Row(f"{ours}.input_layernorm.weight", (f"{theirs}.attention_norm.weight",), (h,), depth)
-    yield Row(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.ffn_norm.weight",), (h,), depth)
-    for modality, suffix in zip(MODALITIES, ("", "_ve"), strict=True):
-        attention, mlp = f"{theirs}.attention", f"{theirs}.feed_forward{suffix}"
-        mine = f"{ours}.self_attention"
-        # wqkv already holds, for each KV group, q_0 .. q_{n/g-1}, k, v.
-        qkv = f"{attention}.wqkv{suffix}.weight"
-        yield Row(f"{mine}.linear_qkv.{modality}.weight", (qkv,), ((n + 2 * g) * d, h), depth)
-        composed = modality == "visual" and language.composed_visual_output_projection
-        output_shape = (h, h) if composed else (h, n * d)
-        yield Row(f"{mine}.linear_proj.{modality}.weight", (f"{attention}.wo{suffix}.weight",), output_shape, depth)
-        gate_up = (f"{mlp}.w1.weight", f"{mlp}.w3.weight")
-        yield Row(f"{ours}.mlp.linear_fc1.{modality}.weight", gate_up, (2 * f, h), depth, "gate_up")
-        yield Row(f"{ours}.mlp.linear_fc2.{modality}.weight", (f"{mlp}.w2.weight",), (h, f), depth)
+    query, key_value = language.num_attention_heads * d, 2 * language.num_query_groups * d
+    composed = modality == "visual" and language.composed_visual_output_projection
+    biases = {"self_attention.linear_qkv.bias": (query + key_value,)} if language.qkv_bias else {}
+    head_norms = {f"self_attention.{part}_layernorm.weight": (d,) for part in "qk"} if language.qk_norm else {}
+    experts = () if language.num_experts == 1 else (language.num_experts,)
+    router = {"mlp.router.weight": (*experts, h)} if experts else {}
+    return {
+        "self_attention.linear_qkv.weight": (query + key_value, h),
+        **biases,
+        "self_attention.linear_proj.weight": (h, h if composed else query),
+        **head_norms,
+        **router,
+        "mlp.linear_fc1.weight": (*experts, 2 * f, h),
+        "mlp.linear_fc2.weight": (*experts, h, f),
+    }

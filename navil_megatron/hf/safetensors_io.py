@@ -1,23 +1,28 @@
-"""Folders of safetensors parts, read lazily as a mapping and written part by part.
+"""Folders of safetensors parts, read one tensor at a time.
 
-Only headers are read to know what a folder holds; a tensor is read when it is asked for.
+Only headers are read to know what a folder holds. The library checks each header; the bytes of a tensor are then read
+by its offsets instead of through the library's memory map, which would count every part as memory of this process.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.hf.checksums import raw_bytes, read_checksums, require_digest
+from navil_megatron.hf.file_bytes import read_into
 from navil_megatron.hf.param_map import Shape
+from navil_megatron.hf.plan import Slot
 from navil_megatron.hf.verify import Signature
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_TYPES = {
+TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,6 +36,16 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""The format's name of a type -> ours. A type that is not listed is known by the format's name alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    part: Path
+    position: int
+    num_bytes: int
+    shape: Shape
+    dtype: torch.dtype | str
 
 
 class TensorFolder(Mapping[str, torch.Tensor]):
@@ -40,102 +55,124 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         """Reads the headers of all parts.
 
         Raises:
-            UserError: A part is missing or damaged, or a key lies in two parts.
+            UserError: A part is missing or damaged, or a key lies in two parts or not where the index says.
         """
-        self._parts = {}
-        self._part_of_key: dict[str, Path] = {}
-        for path in _parts(folder):
-            try:
-                self._parts[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} cannot be read as safetensors ({error}): download or copy it again") from None
-            for key in self._parts[path].keys():  # noqa: SIM118  (not a mapping)
-                if key in self._part_of_key:
-                    raise UserError(f"{key} lies in {self._part_of_key[key].name} and in {path.name}: keep one of them")
-                self._part_of_key[key] = path
+        self.folder = folder
+        self._places: dict[str, _Place] = {}
+        weight_map = _weight_map(folder)
+        self.parts = [folder / SINGLE_FILE] if weight_map is None else _parts(folder, weight_map)
+        for path in self.parts:
+            for key, place in _header(path):
+                if key in self._places:
+                    raise UserError(f"{key} lies in {self._places[key].part.name} and in {path.name}: keep one of them")
+                self._places[key] = place
+        self.checksums = read_checksums(folder)
+        if weight_map is not None:
+            self._require_index(weight_map)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._parts[self._part_of_key[key]].get_tensor(key)
+        return self.read(Slot(key, self._places[key].shape))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._part_of_key)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._part_of_key)
+        return len(self._places)
 
     def signatures(self) -> dict[str, Signature]:
         """Shape and type of every tensor, from the headers."""
-        found = {}
-        for key, path in self._part_of_key.items():
-            header = self._parts[path].get_slice(key)
-            # A type that is not listed is no weight either; any type outside WEIGHT_TYPES is refused later.
-            found[key] = (tuple(header.get_shape()), _TYPES.get(header.get_dtype(), torch.uint8))
-        return found
+        return {key: (place.shape, place.dtype) for key, place in self._places.items()}
+
+    def read(self, slot: Slot) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            UserError: Its part is damaged, or its type is none that we have.
+        """
+        place = self._places[slot.key]
+        if isinstance(place.dtype, str):
+            raise UserError(f"{slot.key} in {place.part} has type {place.dtype}, which is not supported")
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        try:
+            read_into(place.part, place.position, raw_bytes(tensor))
+        except ValueError as error:
+            raise UserError(f"{slot.key} in {place.part} is cut short ({error}): download or copy it again") from None
+        if self.checksums is not None:
+            require_digest(tensor, slot.name, self.checksums, place.part)
+        return tensor
+
+    def _require_index(self, weight_map: Mapping[str, str]) -> None:
+        """The parts hold what the index says, each key where it says."""
+        found = {key: place.part.name for key, place in self._places.items()}
+        wrong = sorted(key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key))
+        if wrong:
+            shown = ", ".join(f"{key} ({found.get(key, 'nowhere')})" for key in wrong[:5])
+            raise UserError(
+                f"{self.folder / INDEX_FILE} does not fit its parts in {len(wrong)} of {len(found)} keys: {shown}; "
+                "download or copy the folder again"
+            )
 
 
-def plan_parts(sizes: Mapping[str, int], max_part_bytes: int) -> list[list[str]]:
-    """Keys in order, cut into parts of at most so many bytes; a larger tensor gets a part of its own."""
-    parts: list[list[str]] = []
-    filled = 0
-    for key, size in sizes.items():
-        if not parts or filled + size > max_part_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(key)
-        filled += size
-    return parts
-
-
-def write_parts(
-    folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    shapes: Mapping[str, tuple[Shape, int]],
-    max_part_bytes: int,
-) -> list[str]:
-    """Writes tensors as safetensors parts, with an index if there are several; gives the file names.
-
-    Args:
-        folder: Where to.
-        tensors: Key and tensor, in the order of ``shapes``; each is let go once its part is on disk.
-        shapes: Shape and bytes per number of every key, known beforehand so that parts can be named.
-        max_part_bytes: Largest part.
-    """
-    sizes = {key: torch.Size(shape).numel() * width for key, (shape, width) in shapes.items()}
-    parts = plan_parts(sizes, max_part_bytes)
-    names = [SINGLE_FILE]
-    if len(parts) > 1:
-        names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    stream = iter(tensors)
-    for name, keys in zip(names, parts, strict=True):
-        # Layers are views of one stacked tensor; safetensors wants memory that no other tensor shares.
-        part = {key: tensor.contiguous().clone() for key, tensor in (next(stream) for _ in keys)}
-        if list(part) != keys:
-            raise RuntimeError(f"tensors do not arrive in the planned order in {name}")
-        save_file(part, folder / name, metadata={"format": "pt"})
-    if len(parts) > 1:
-        weight_map = {key: name for name, keys in zip(names, parts, strict=True) for key in keys}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        names.append(INDEX_FILE)
-    return names
-
-
-def _parts(folder: Path) -> list[Path]:
-    """The folder's parts, as its index lists them, or its only file."""
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Key -> file name by the folder's index; ``None`` if a single file holds everything."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        single = folder / SINGLE_FILE
-        if not single.is_file():
+        if not (folder / SINGLE_FILE).is_file():
             raise UserError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: expected a folder with safetensors")
-        return [single]
+        require_inside(folder, [SINGLE_FILE])
+        return None
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index} is not a safetensors index: expected JSON with a weight_map") from None
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise UserError(f"{index} names {outside[0]!r}, expected file names inside the folder")
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        sound = bool(weight_map) and all(isinstance(name, str) for name in weight_map.values())
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{index} is not a safetensors index: expected JSON with a weight_map")
+    return dict(weight_map)
+
+
+def _parts(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The parts that the index names; they lie in the folder."""
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise UserError(f"{folder / INDEX_FILE} names {name[:200]!r}, expected file names inside the folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}, which its index names: download or copy them")
+    require_inside(folder, names)
     return [folder / name for name in names]
+
+
+def require_inside(folder: Path, names: list[str]) -> None:
+    """Refuses links that lead out of the folder, but for Hugging Face's own cache, which is made of such links."""
+    for name in names:
+        found = (folder / name).resolve().parent
+        if found not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
+            raise UserError(f"{folder / name} is a link to {found}, outside the folder; copy the file there instead")
+
+
+def _header(path: Path) -> Iterator[tuple[str, _Place]]:
+    """Every tensor of a part, by its header, which the library has found sound."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        length = bytearray(8)
+        read_into(path, 0, memoryview(length))
+        content = bytearray(int.from_bytes(length, "little"))
+        read_into(path, 8, memoryview(content))
+        header = json.loads(content, object_pairs_hook=_without_repeats)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}): download or copy it again") from None
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        start, end = entry["data_offsets"]
+        dtype = TYPES.get(entry["dtype"], entry["dtype"])
+        yield key, _Place(path, 8 + len(content) + start, end - start, tuple(entry["shape"]), dtype)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return content

@@ -1,16 +1,20 @@
-"""The tokenizer of an exported folder: which files are copied, which ids the model is told.
+"""The tokenizer of an exported folder, and a pretrained LLM's tokenizer with NaViL's 12 special tokens added.
 
-Python files of a tokenizer folder are neither run nor copied: only fast tokenizers (``tokenizer.json``) are exported.
+Only fast tokenizers (``tokenizer.json``) are used. Python files of a tokenizer folder are neither run nor copied.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.hf.portable_tokenizer import PORTABLE_CLASS
 
 TOKENIZER_FILE = "tokenizer.json"
 _FILES = (
@@ -24,6 +28,29 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+ADDED_ORDER = (
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<IMG_LINE_BREAK>",
+    "<IMG_FRAME_BREAK>",
+    "<img_uncond>",
+)
+"""The order in which missing tokens get the next free ids (reference: InternVL2's tokenizers); the model takes any."""
+
+_CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+_FOLDERS_OWN = ("auto_map", "tokenizer_file", "name_or_path", "backend", "is_local", "local_files_only")
+"""Keys that name code or files of the old folder."""
+_EDITING = ("add_bos_token", "add_eos_token")
+"""Keys that make transformers replace what tokenizer.json says about the ends of a text."""
 
 
 def read_token_ids(tokenizer: Path, model: ModelConfig) -> Mapping[str, int | None]:
@@ -53,3 +80,90 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     for name in _FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
+
+
+def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
+    """Writes the tokenizer in ``source``, with the special tokens that it lacks, to the new folder ``target``.
+
+    The new folder holds ``tokenizer.json``, its settings and the chat template; files of a slow tokenizer would not
+    know the new tokens. Tokens that exist keep their ids, and become special if they were not. Missing ones follow the
+    tokenizer's last id in ``ADDED_ORDER``. Without a padding token the end token pads.
+
+    Returns:
+        Name -> id of the 12 special tokens, in the order of ``SPECIAL_TOKENS``.
+
+    Raises:
+        UserError: The folder has no fast tokenizer, or it cannot be read.
+    """
+    tokenizer = _load(source / TOKENIZER_FILE)
+    config = _read_config(source / _CONFIG)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ADDED_ORDER])
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
+    target.mkdir(parents=True)
+    tokenizer.save(str(target / TOKENIZER_FILE))
+    _write(target / _CONFIG, _extended(config, tokenizer))
+    if (source / _TEMPLATE).is_file():
+        shutil.copyfile(source / _TEMPLATE, target / _TEMPLATE)
+    return ids
+
+
+def _load(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} has no {TOKENIZER_FILE}: save its tokenizer as a fast one, or give another folder with "
+            "--tokenizer"
+        )
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises bare Exception for whatever is wrong in the file
+        if isinstance(error, OSError):
+            raise
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"{path} cannot be read as a tokenizer ({reason}): save it anew") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): save the tokenizer anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def _extended(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer's settings for a class that every transformers from 4.51 on has."""
+    kept = {key: value for key, value in config.items() if key not in (*_FOLDERS_OWN, *_EDITING)}
+    listed = list(kept.pop("additional_special_tokens", None) or [])
+    if isinstance(kept.get("extra_special_tokens"), list):
+        # What transformers 5 calls the same list; version 4 expects a table under that name.
+        listed += kept.pop("extra_special_tokens")
+    names = list(dict.fromkeys([*map(_name, listed), *ADDED_ORDER]))
+    if kept.get("pad_token") is None and kept.get("eos_token") is not None:
+        kept["pad_token"] = _name(kept["eos_token"])
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    return kept | {
+        "tokenizer_class": PORTABLE_CLASS,
+        "additional_special_tokens": names,
+        "added_tokens_decoder": {str(token_id): _as_table(token) for token_id, token in added},
+    }
+
+
+def _name(token: Any) -> str:
+    """A special token is written as its text or as a table."""
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _as_table(token: AddedToken) -> dict[str, Any]:
+    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
+    return {"content": token.content} | {flag: getattr(token, flag) for flag in flags}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

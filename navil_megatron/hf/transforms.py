@@ -45,7 +45,10 @@ def _unflatten_patch(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
 
 
 def _interleave_qkv(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
-    """[n*d, h], [g*d, h], [g*d, h] -> [(n + 2g)*d, h], rows of each KV group as q_0 .. q_{n/g-1}, k, v."""
+    """[n*d, ...], [g*d, ...] twice -> [(n + 2g)*d, ...], rows of each KV group as q_0 .. q_{n/g-1}, k, v.
+
+    The rest of the shape is [h] for a matrix and nothing for a bias.
+    """
     groups = model.language.num_query_groups
     per_group = [tensor.unflatten(0, (groups, tensor.shape[0] // groups)) for tensor in tensors]
     return torch.cat(per_group, dim=1).flatten(0, 1)
@@ -68,11 +71,31 @@ def _halve(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
     return tuple(tensor.chunk(2))
 
 
+def _stack_experts(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    """k times [h, f] -> [k, h, f]."""
+    return torch.stack(tensors)
+
+
+def _unstack_experts(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
+    return tensor.unbind(0)
+
+
+def _concatenate_experts(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    """Gate [f, h], up [f, h] of the first expert, of the second, ... -> [k, 2f, h]."""
+    return torch.cat(tensors).unflatten(0, (len(tensors) // 2, -1))
+
+
+def _halve_experts(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
+    return tuple(tensor.flatten(0, 1).chunk(2 * tensor.shape[0]))
+
+
 TRANSFORMS: Mapping[str, Transform] = {
     "same": Transform(_single, _unchanged),
     "patch_convolution": Transform(_flatten_patch, _unflatten_patch),
     "grouped_qkv": Transform(_interleave_qkv, _split_qkv),
     "gate_up": Transform(_concatenate, _halve),
+    "experts": Transform(_stack_experts, _unstack_experts),
+    "experts_gate_up": Transform(_concatenate_experts, _halve_experts),
 }
 """Every transform, under the name that ``param_map`` rows use."""
 

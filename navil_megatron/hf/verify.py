@@ -1,22 +1,51 @@
 """Accounting: every tensor that should be there is, under its name, shape and type, and none besides."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.validate import model_problems
 from navil_megatron.hf.param_map import Shape, hf_shapes, mcore_shapes, table
 
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that weights may have."""
+MOST_LAYERS, LARGEST_SIZE = 10_000, 1 << 31
+"""Beyond any model: a config with more is damaged, and would only be worked on for ever."""
 
-Signature = tuple[Shape, torch.dtype]
+Signature = tuple[Shape, torch.dtype | str]
+"""Shape and type of a tensor; a type that torch does not have is a name."""
 
 
-def type_name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype | str) -> str:
     """E.g. ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+def require_valid_model(model: ModelConfig, where: str) -> None:
+    """Refuses a model section with sizes that no model has, before anything is planned by it.
+
+    Raises:
+        UserError: It is not valid; one message names all problems.
+    """
+    problems = [
+        f"model.{part}.{name} = {value} is larger than any model's"
+        for part, section in (("language", model.language), ("vision", model.vision))
+        for name in section.__dataclass_fields__
+        if type(value := getattr(section, name)) is int
+        and value > (MOST_LAYERS if name in ("num_layers", "num_experts") else LARGEST_SIZE)
+    ]
+    problems = problems or model_problems(model)
+    if problems:
+        raise UserError(f"{where} describes no model that works: {'; '.join(problems)}")
+
+
+def require_weight_type(dtype: torch.dtype | None) -> None:
+    """Refuses a type that weights cannot have."""
+    if dtype is not None and dtype not in WEIGHT_TYPES:
+        raise UserError(f"dtype {type_name(dtype)} is not supported, only {', '.join(map(type_name, WEIGHT_TYPES))}")
 
 
 def require_hf_tensors(found: Mapping[str, Signature], model: ModelConfig, where: str, casting: bool = False) -> None:
@@ -46,27 +75,35 @@ def require_mcore_tensors(found: Mapping[str, Signature], model: ModelConfig, wh
     _refuse(list(_differences(found, mcore_shapes(model))), where)
 
 
-def require_same_tensors(written: Mapping[str, torch.Tensor], intended: Mapping[str, torch.Tensor], where: str) -> None:
-    """Reads back what was written and compares it bit by bit.
+def require_tensors(
+    found: Mapping[str, Signature], expected: Mapping[str, Shape], where: str, ignored: Collection[str] = ()
+) -> None:
+    """Checks tensors against any list of shapes; ``ignored`` keys may be there too.
 
     Raises:
-        RuntimeError: A tensor came back different: the disk or a library failed, not the user.
+        UserError: As ``require_hf_tensors``.
     """
-    if written.keys() != intended.keys():
-        raise RuntimeError(
-            f"{where} holds other keys than were written: {sorted(written.keys() ^ intended.keys())[:5]}"
-        )
-    for key, tensor in intended.items():
-        if not same_bits(written[key], tensor):
-            raise RuntimeError(f"{where}: {key} reads back different from what was written; the disk may be failing")
+    _refuse(list(_differences({key: found[key] for key in found if key not in ignored}, expected)), where)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal in type, shape and every bit, NaN payloads and signed zeros included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    bits = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+
+
+def summary(found: Mapping[str, Signature], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Counts of a set of tensors for a report; ``dtype``: the type that they are cast to."""
+    sizes = {key: torch.Size(shape).numel() for key, (shape, _) in found.items()}
+    types = {key: dtype or stored for key, (_, stored) in found.items()}
+    return {
+        "num_tensors": len(found),
+        "num_parameters": sum(sizes.values()),
+        "num_bytes": sum(sizes[key] * kind.itemsize for key, kind in types.items() if isinstance(kind, torch.dtype)),
+        "types": sorted(set(map(type_name, types.values()))),
+    }
 
 
 def _differences(found: Mapping[str, Signature], expected: Mapping[str, Shape]) -> Iterator[str]:

@@ -77,7 +77,9 @@ class ModalitySelfAttention(MegatronModule):
         self.heads_per_group = divide(config.num_attention_heads, config.num_query_groups)
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_query_groups * self.head_dim
-        self.linear_qkv = ModalityColumnParallelLinear(config, query_size + 2 * kv_size, config.hidden_size, tp_group)
+        self.linear_qkv = ModalityColumnParallelLinear(
+            config, query_size + 2 * kv_size, config.hidden_size, tp_group, bias=config.add_qkv_bias
+        )
         projection = (
             ComposedRowParallelLinear if submodules.composed_visual_output_projection else ModalityRowParallelLinear
         )

@@ -23,7 +23,6 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
-from navil_megatron.config.schema import MODALITIES
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 
 type Offsets = tuple[tuple[int, int, int], ...]
@@ -32,6 +31,8 @@ type Offsets = tuple[tuple[int, int, int], ...]
 
 class _ModalityMatmul(torch.autograd.Function):
     """y[:n] = x[:n] W_text^T and y[n:] = x[n:] W_visual^T, with the tensor-parallel collectives of a column layer.
+
+    Where there are biases, b_text and b_visual are added to their rows inside the same GEMM.
 
     Under sequence parallelism x is this rank's share: it is gathered, not kept, and gathered again in the backward pass
     while the input gradient is computed; that gradient is reduced while the weight gradients are. ``group`` None: no
@@ -44,23 +45,25 @@ class _ModalityMatmul(torch.autograd.Function):
         x: Tensor,
         weight_text: Tensor,
         weight_visual: Tensor,
+        bias_text: Tensor | None,
+        bias_visual: Tensor | None,
         num_text: int,
         group: ProcessGroup | None,
         sequence_parallel: bool,
     ) -> Tensor:
-        """x [t, in] or this rank's share of it, weights [out, in] -> [t, out]."""
+        """x [t, in] or this rank's share of it, weights [out, in], biases [out] -> [t, out]."""
         ctx.save_for_backward(x, weight_text, weight_visual)
         ctx.num_text, ctx.group, ctx.sequence_parallel = num_text, group, sequence_parallel
         if group is not None and sequence_parallel:
             x, _ = _start_gather(x, group, async_op=False)
-        return _matmul_by_modality(x, weight_text.t(), weight_visual.t(), num_text)
+        return _matmul_by_modality(x, weight_text.t(), weight_visual.t(), num_text, bias_text, bias_visual)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of both weights, where they are wanted."""
+        """Gradients of x, of both weights and of both biases, where they are wanted."""
         x, weight_text, weight_visual = ctx.saved_tensors
         num_text, group = ctx.num_text, ctx.group
-        needs_input, needs_text, needs_visual = ctx.needs_input_grad[:3]
+        needs_input, needs_text, needs_visual, needs_bias_text, needs_bias_visual = ctx.needs_input_grad[:5]
         grad_output = grad_output.contiguous()
         gathering = None
         if ctx.sequence_parallel and (needs_text or needs_visual):
@@ -74,16 +77,31 @@ class _ModalityMatmul(torch.autograd.Function):
             gathering.wait()
         grad_text = grad_output[:num_text].t() @ x[:num_text] if needs_text else None
         grad_visual = grad_output[num_text:].t() @ x[num_text:] if needs_visual else None
+        grad_bias_text = grad_output[:num_text].sum(0) if needs_bias_text else None
+        grad_bias_visual = grad_output[num_text:].sum(0) if needs_bias_visual else None
         if reducing is not None:
             reducing.wait()
-        return grad_input, grad_text, grad_visual, None, None, None
+        return grad_input, grad_text, grad_visual, grad_bias_text, grad_bias_visual, None, None, None
 
 
-def _matmul_by_modality(x: Tensor, right_text: Tensor, right_visual: Tensor, num_text: int) -> Tensor:
+def _matmul_by_modality(
+    x: Tensor,
+    right_text: Tensor,
+    right_visual: Tensor,
+    num_text: int,
+    bias_text: Tensor | None = None,
+    bias_visual: Tensor | None = None,
+) -> Tensor:
     """[t, in] and two [in, out] -> [t, out], without a copy of either half."""
     output = x.new_empty(x.shape[0], right_text.shape[1])
-    torch.mm(x[:num_text], right_text, out=output[:num_text])
-    torch.mm(x[num_text:], right_visual, out=output[num_text:])
+    for rows, right, bias in (
+        (slice(None, num_text), right_text, bias_text),
+        (slice(num_text, None), right_visual, bias_visual),
+    ):
+        if bias is None:
+            torch.mm(x[rows], right, out=output[rows])
+        else:
+            torch.addmm(bias, x[rows], right, out=output[rows])
     return output
 
 
@@ -101,11 +119,14 @@ def _start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) ->
 
 
 class ModalityWeight(nn.Module):
-    """One modality's matrix; a module of its own, so that freezing and checkpoints name it ``<layer>.<modality>``."""
+    """One modality's matrix, and its bias if it has one; a module of its own, so that freezing and checkpoints name it
+    ``<layer>.<modality>``.
+    """
 
-    def __init__(self, output_size: int, input_size: int, dtype: torch.dtype):
+    def __init__(self, output_size: int, input_size: int, dtype: torch.dtype, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(output_size, dtype=dtype)) if bias else None)
 
 
 class ModalityLinear(MegatronModule):
@@ -118,6 +139,7 @@ class ModalityLinear(MegatronModule):
         tp_group: Tensor-parallel ranks.
         partition_dim: 0 splits the output, 1 the input.
         partition_stride: Blocks of the output that are split each on its own (2 for [gate; up]).
+        bias: A bias per modality, split like the rows; only where the output is split.
     """
 
     def __init__(
@@ -128,6 +150,7 @@ class ModalityLinear(MegatronModule):
         tp_group: ProcessGroup,
         partition_dim: int,
         partition_stride: int = 1,
+        bias: bool = False,
     ):
         super().__init__(config=config)
         self.tp_group = tp_group
@@ -136,20 +159,22 @@ class ModalityLinear(MegatronModule):
             output_size = divide(output_size, tp_group.size())
         else:
             input_size = divide(input_size, tp_group.size())
-        self.text = ModalityWeight(output_size, input_size, config.params_dtype)
-        self.visual = ModalityWeight(output_size, input_size, config.params_dtype)
-        for modality in MODALITIES:
-            weight = getattr(self, modality).weight
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=partition_stride)
+        self.text = ModalityWeight(output_size, input_size, config.params_dtype, bias)
+        self.visual = ModalityWeight(output_size, input_size, config.params_dtype, bias)
+        for parameter in self.parameters():
+            set_tensor_model_parallel_attributes(
+                parameter, is_parallel=True, dim=partition_dim, stride=partition_stride
+            )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Both matrices as shards of the whole ones."""
+        """Both matrices, and biases, as shards of the whole ones."""
+        state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
+            state,
             prefix,
-            {f"{modality}.weight": self.partition_dim for modality in MODALITIES},
+            dict.fromkeys(state, self.partition_dim),
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
@@ -166,8 +191,9 @@ class ModalityColumnParallelLinear(ModalityLinear):
         input_size: int,
         tp_group: ProcessGroup,
         partition_stride: int = 1,
+        bias: bool = False,
     ):
-        super().__init__(config, output_size, input_size, tp_group, 0, partition_stride)
+        super().__init__(config, output_size, input_size, tp_group, 0, partition_stride, bias)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix."""
@@ -175,6 +201,8 @@ class ModalityColumnParallelLinear(ModalityLinear):
             hidden_states.flatten(0, 1),
             self.text.weight,
             self.visual.weight,
+            self.text.bias,
+            self.visual.bias,
             packed_seq_params.num_text_tokens,
             self.tp_group if self.tp_group.size() > 1 else None,
             self.config.sequence_parallel,
@@ -192,7 +220,7 @@ class ModalityRowParallelLinear(ModalityLinear):
         """Project each token with its modality's matrix and sum over the ranks."""
         num_text = packed_seq_params.num_text_tokens
         partial = _ModalityMatmul.apply(
-            hidden_states.flatten(0, 1), self.text.weight, self.visual.weight, num_text, None, False
+            hidden_states.flatten(0, 1), self.text.weight, self.visual.weight, None, None, num_text, None, False
         )
         return reduce_over_tensor_parallel(partial.unsqueeze(1), self.config, self.tp_group)
 

@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from navil_megatron.config.initial_values import initial_values
 from navil_megatron.config.schema import ModelConfig, NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.models.freezing import apply_phase
@@ -42,24 +43,17 @@ def build_model(config: NaViLConfig, pg_collection: ProcessGroupCollection, devi
 
 @torch.no_grad()
 def initialize_weights(chunk: NaViLModel, model: ModelConfig, seed: int) -> None:
-    """Matrices and embeddings N(0, std), norms 1, biases 0, LayerScale its constant (reference: ``_init_weights``).
+    """Fills a chunk as ``config.initial_values`` says.
 
     Every whole tensor has a generator of its own, seeded by (seed, name, layer), and a tensor-parallel rank keeps its
     slice. Text and visual experts start different; copying one from the other is the converter's business.
     """
     first_layer = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     for name, parameter in chunk.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf.startswith("layer_scale"):
-            parameter.fill_(model.vision.layer_scale_init)
-        elif leaf == "bias":
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
+        mean, std = initial_values(name, parameter.dim(), model)
+        if std == 0:
+            parameter.fill_(mean)
         else:
-            std = (
-                model.vision.init_std if name.startswith(("vision_encoder.", "connector.")) else model.language.init_std
-            )
             whole_name = _whole_name(name, first_layer, model.language.tied_embeddings)
             parameter.copy_(_random_slice(parameter, std, seed, whole_name, chunk.tp_group))
 

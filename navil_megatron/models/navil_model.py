@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.feature_gather import gather_features
-from navil_megatron.layers.rope import cos_sin, rotary_angles
+from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.connector import Connector
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.models.layer_specs import decoder_block_spec
@@ -129,10 +129,7 @@ class NaViLModel(LanguageModule):
             On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v/tp] where
             ``labels`` is None; else the activations for the next stage.
         """
-        language = self.model.language
-        rotary = cos_sin(
-            rotary_angles(inputs.position_ids, language.head_dim, language.rope_theta), self.config.params_dtype
-        )
+        rotary = cos_sin(decoder_angles(inputs.position_ids, self.model.language), self.config.params_dtype)
         hidden_states = self.decoder(
             hidden_states=self.embed(inputs.first_stage) if inputs.first_stage and self.pre_process else None,
             attention_mask=None,

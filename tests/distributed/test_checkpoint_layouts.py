@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.hf.sharded_checkpoint import read_tensors
@@ -18,6 +15,7 @@ from tests.distributed.test_layouts import BATCH, LAYOUTS
 from tests.oracle import global_batch, global_loss, merge_sections, oracle_config
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import RESTORED
+from tests.whole import read_whole
 
 ONE_RANK = (1, {})
 SAVED_AFTER, STEPS = 2, 3
@@ -51,23 +49,10 @@ def run(rank: int, world_size: int, sections: dict, source: str | None, target: 
         return losses
 
 
-def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, weights and optimizer state, whole, read by one process without any layout."""
-    reader = FileSystemReader(folder)
-    metadata = reader.read_metadata().state_dict_metadata
-    tensors = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in metadata.items()
-        if hasattr(entry, "size")
-    }
-    _load_state_dict(tensors, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
-    return tensors
-
-
-def check_pair(source: str, target: str, tmp_path: Path) -> None:
+def check_pair(source: tuple[int, dict], target: tuple[int, dict], tmp_path: Path) -> None:
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
-    source_ranks, source_sections = PLACES[source]
-    target_ranks, target_sections = PLACES[target]
+    source_ranks, source_sections = source
+    target_ranks, target_sections = target
     optimizer = source_sections.get("optimizer", {})
     target_sections = merge_sections(
         target_sections, {"optimizer": {"distributed": optimizer.get("distributed", True)}}
@@ -76,7 +61,7 @@ def check_pair(source: str, target: str, tmp_path: Path) -> None:
     straight = run_ranks(source_ranks, run, source_sections, None, str(tmp_path / "straight"), STEPS)[0]
     resumed = run_ranks(target_ranks, run, target_sections, first, again, STEPS)[0]
 
-    saved, restored = (whole_tensors(Path(folder) / f"step_{SAVED_AFTER:08d}") for folder in (first, again))
+    saved, restored = (read_whole(Path(folder) / f"step_{SAVED_AFTER:08d}") for folder in (first, again))
     assert saved.keys() == restored.keys()
     assert any(key.startswith("optimizer.") for key in saved)
     for key, tensor in saved.items():
@@ -97,15 +82,24 @@ def drawn_pairs(count: int) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("source", "target"), [("tp2-sp-pp2", "one-rank"), ("one-rank", "pp2-interleaved")])
 def test_one_rank_and_many(source: str, target: str, tmp_path: Path) -> None:
-    check_pair(source, target, tmp_path)
+    check_pair(PLACES[source], PLACES[target], tmp_path)
+
+
+@pytest.mark.parametrize(("distributed", "saves"), [(True, "stages"), (False, "one rank")])
+def test_a_stage_with_nothing_to_train(distributed: bool, saves: str, tmp_path: Path) -> None:
+    """In the first phase a last stage without decoder layers holds frozen weights alone."""
+    frozen = {"training": {"phase": "s1.1"}, "optimizer": {"distributed": distributed}}
+    stages = (2, {**frozen, "parallel": {"pp": 2, "pipeline_layers": (4, 0)}})
+    one_rank = (1, frozen)
+    check_pair(*((stages, one_rank) if saves == "stages" else (one_rank, stages)), tmp_path)
 
 
 @pytest.mark.parametrize(("source", "target"), drawn_pairs(PAIRS_IN_CI))
 def test_drawn_pairs(source: str, target: str, tmp_path: Path) -> None:
-    check_pair(source, target, tmp_path)
+    check_pair(PLACES[source], PLACES[target], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), drawn_pairs(PAIRS_IN_ALL)[PAIRS_IN_CI:])
 def test_many_more_drawn_pairs(source: str, target: str, tmp_path: Path) -> None:
-    check_pair(source, target, tmp_path)
+    check_pair(PLACES[source], PLACES[target], tmp_path)

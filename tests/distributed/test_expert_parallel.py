@@ -19,7 +19,6 @@ from navil_megatron.models.mcore_config import build_transformer_config
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
-from tests.distributed.test_checkpoint import _plain_tensors
 from tests.oracle import (
     IMAGE_ONLY,
     MIXED,
@@ -34,7 +33,7 @@ from tests.oracle import (
 )
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import RANKS
-from tests.whole import assemble, load_whole, slices_of
+from tests.whole import assemble, load_whole, read_whole, slices_of
 
 ROWS, HIDDEN, INNER = 12, 32, 48
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -178,7 +177,7 @@ def test_frozen_experts_leave_checkpoints_those_of_one_rank(
     for number, layout in enumerate(hand_over):
         world_size, parallel = LAYOUTS.get(layout, (1, {}))
         run_ranks(world_size, _resave, {**sections, "parallel": parallel}, 0 if number else 2, number)
-        saved.append(_plain_tensors(tmp_path / f"step_{number:08d}"))
+        saved.append(read_whole(tmp_path / f"step_{number:08d}"))
     moment = "optimizer.state.exp_avg_sq.decoder.layers.mlp.linear_fc1.visual.weight"
     assert float(saved[0][moment].abs().max()) > 0
     assert not any("chained" in key for key in saved[0])

@@ -55,6 +55,17 @@ MODELS: dict[str, dict] = {
     "untied": {},
     "tied": {"language": {"tied_embeddings": True}},
     "composed": {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}},
+    "qwen2": {"language": {"family": "qwen2", "qk_norm": False, "qkv_bias": True}},
+    "tied llama": {
+        "language": {
+            "family": "llama",
+            "qk_norm": False,
+            "tied_embeddings": True,
+            "head_dim": 12,
+            "rope_scaling_factor": 8.0,
+            "rope_original_length": 16,
+        }
+    },
     "windowed": {
         "vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,), "qkv_bias": True}
     },
@@ -94,3 +105,8 @@ def test_every_kind_of_model_at_the_main_layouts(layout: str, model: str) -> Non
 @pytest.mark.parametrize("layout", PHASES_AT)
 def test_phases_that_freeze_at_the_main_layouts(layout: str, phase: str) -> None:
     check(layout, phase=phase)
+
+
+@pytest.mark.parametrize(("layout", "phase"), [("ep2", "s2"), ("tp2-sp", "s1.1"), ("tp2-sp", "s1.2")])
+def test_biases_split_freeze_and_reduce_like_their_matrices(layout: str, phase: str) -> None:
+    check(layout, model="qwen2", phase=phase)

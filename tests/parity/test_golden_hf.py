@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.hf.generate import DTYPE_ARGUMENT
 from navil_megatron.hf.remote_code import modeling_navil_chat
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
@@ -42,7 +43,7 @@ def load_model(folder: Path) -> NaViL:
     config = NaViLChatConfig.from_pretrained(folder)
     ids = json.loads((folder / "special_tokens.json").read_text())["special_token_ids"]
     config.special_token_ids = [ids[token] for token in SPECIAL_TOKENS]
-    return NaViL.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    return NaViL.from_pretrained(folder, config=config, **{DTYPE_ARGUMENT: torch.float32}).eval()
 
 
 class Case:

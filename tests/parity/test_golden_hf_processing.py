@@ -14,7 +14,12 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from navil_megatron.data.image_plan import ImagePlanner
+from navil_megatron.hf.chat_template import AUTHORS_SYSTEM_MESSAGE, chat_template
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor, image_tokens
+from tests.unit.hf_examples import tiny_model, tiny_tokenizer
+
+TEMPLATES = [("internlm2-chat", "internlm2"), ("Hermes-2", "internlm2"), ("qwen3-chat", "qwen3")]
+"""The authors' templates and a family whose models use it."""
 
 
 def processor_of(**settings: Any) -> NaViLImageProcessor:
@@ -99,3 +104,40 @@ def test_prompts_expand_as_the_reference_does(golden_dir: Path) -> None:
         if placeholders != len(images):
             with pytest.raises(ValueError, match="1 <image> placeholders in the text but 2 images"):
                 NaViLProcessor.expand(expander, written, images)
+
+
+@pytest.mark.parametrize(("template", "family"), TEMPLATES)
+def test_chats_become_the_references_prompts(golden_dir: Path, tmp_path: Path, template: str, family: str) -> None:
+    tokenizer = tiny_tokenizer(tmp_path).hugging_face
+    model = tiny_model(family, token_order="window")
+    processor = NaViLProcessor(NaViLImageProcessor(min_pixels=1024), tokenizer, chat_template=chat_template(model))
+    pictures = [Image.new("RGB", size) for size in ((100, 66), (40, 40))]  # of the grids that the prompts are for
+    prompts = json.loads((golden_dir / "public" / "preprocess" / "prompts.json").read_text())["prompts"]
+    cases = [prompt for prompt in prompts if prompt["template"] == template]
+    assert len(cases) == 6
+    for case in cases:
+        expected = tokenizer("".join(part if name == "text" else name * part for name, part in case["prompt"]))
+        question, system = case["question"], {"role": "system", "content": case["system_message"]}
+        pieces = question.removeprefix("<image>\n").split("<image>")
+        count = max(question.count("<image>"), 1) if "<image>" in question else len(case["num_scales"])
+        images = [{"type": "image", "image": picture} for picture in pictures[:count]]
+        content: list[Any] = [{"type": "text", "text": pieces[0]}]
+        if len(pieces) == 1:
+            content = [*images, *content]
+        for image, piece in zip(images, pieces[1:], strict=False):
+            content += [image, {"type": "text", "text": piece}]
+        chats = [[system, {"role": "user", "content": content}]]
+        if case["system_message"] == AUTHORS_SYSTEM_MESSAGE:
+            chats.append([{"role": "user", "content": content}])
+        for chat in chats:
+            inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+            assert inputs["input_ids"].tolist() == [expected["input_ids"]]
+            if count == 2:
+                assert inputs["image_grid_thw"].tolist() == case["image_grid_thw"]
+
+
+def test_only_the_authors_models_get_their_system_message() -> None:
+    theirs, own = (chat_template(tiny_model("qwen3", token_order=order)) for order in ("window", "raster"))
+    assert AUTHORS_SYSTEM_MESSAGE in theirs
+    assert AUTHORS_SYSTEM_MESSAGE not in own
+    assert AUTHORS_SYSTEM_MESSAGE not in chat_template(tiny_model("llama", token_order="window"))

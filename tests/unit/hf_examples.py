@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from navil_megatron.config.families import FAMILIES as FAMILY_TRAITS
 from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from navil_megatron.data.tokenizer import CaptionTokenizer, build_tokenizer
 from navil_megatron.hf.atomic_folder import new_folder
@@ -14,13 +15,13 @@ from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes
 from navil_megatron.hf.sharded_checkpoint import write_tensors
 
-FAMILIES = ("qwen3", "internlm2")
+FAMILIES = tuple(FAMILY_TRAITS)
 CAPTIONS = ("a red square", "a blue circle left of a green star")
 
 
 def tiny_model(family: str = "qwen3", **vision: Any) -> ModelConfig:
     """Every size differs from every other, so that a swapped axis shows."""
-    qwen3 = family == "qwen3"
+    internlm2, llama = family == "internlm2", family == "llama"
     language = LanguageConfig(
         family=family,
         num_layers=2,
@@ -28,11 +29,15 @@ def tiny_model(family: str = "qwen3", **vision: Any) -> ModelConfig:
         ffn_hidden_size=56,
         num_attention_heads=6,
         num_query_groups=2,
-        head_dim=16 if qwen3 else 8,
+        head_dim=8 if internlm2 else 16,
         vocab_size=400,
-        qk_norm=qwen3,
-        composed_visual_output_projection=not qwen3,
-        norm_epsilon=1e-6 if qwen3 else 1e-5,
+        qk_norm=FAMILY_TRAITS[family].qk_norm,
+        qkv_bias=FAMILY_TRAITS[family].qkv_bias,
+        composed_visual_output_projection=internlm2,
+        norm_epsilon=1e-5 if internlm2 else 1e-6,
+        rope_scaling_factor=8.0 if llama else None,
+        rope_original_length=32 if llama else 8_192,
+        tied_embeddings=llama,
     )
     settings: dict[str, Any] = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 72, "num_attention_heads": 4}
     return ModelConfig(

@@ -86,6 +86,20 @@ def test_key_of_another_section(config_path: Path) -> None:
     assert problem == "override training.beta1=0.1: training.beta1 is not a setting; it belongs in optimizer.beta1"
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.precision=fp8",
+        "training.fp8=true",
+        "runtime.kernels=transformer_engine",
+        "model.language.moe_router_topk=2",
+    ],
+)
+def test_what_this_version_cannot_do_is_refused(config_path: Path, override: str) -> None:
+    """FP8 and Transformer Engine's modules wait for their code, not for a silent no-op."""
+    assert len(problems_of(config_path, override)) == 1
+
+
 def test_key_near_nothing_lists_the_section(config_path: Path) -> None:
     (problem,) = problems_of(config_path, "parallel.zzz=1")
     assert "[parallel] has tensor_model_parallel_size, pipeline_model_parallel_size" in problem

@@ -13,6 +13,8 @@ from navil_megatron.config.validate import validate
 from tests.unit.config_examples import example_tables
 
 IDS = list(range(84, 96))
+INTERNLM2 = {"model__language__family": "internlm2", "model__language__qk_norm": False}
+LLAMA = {"model__language__family": "llama", "model__language__qk_norm": False}
 
 
 def configured(**settings: Any) -> NaViLConfig:
@@ -49,7 +51,9 @@ def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str
         ({"model__vision__num_layers": 0}, 1),
         ({"model__vision__token_order": "window", "model__vision__full_attention_layers": [0, 1]}, 1),
         ({"model__vision__token_order": "window", "model__vision__full_attention_layers": []}, 1),
-        ({"model__language__composed_visual_output_projection": True}, 1),
+        ({**INTERNLM2, "model__language__composed_visual_output_projection": True}, 1),
+        ({"model__language__family": "qwen2", "model__language__qk_norm": False, "model__language__qkv_bias": True}, 1),
+        ({**LLAMA, "model__language__rope_scaling_factor": 8.0}, 1),
     ],
 )
 def test_good_runs_pass(settings: dict[str, Any], world_size: int | None) -> None:
@@ -64,9 +68,25 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     ),
     ({"model__language__head_dim": 7}, None, "model.language.head_dim = 7: rotary positions turn pairs"),
     (
-        {"model__language__composed_visual_output_projection": True, "model__language__head_dim": 16},
+        {**INTERNLM2, "model__language__composed_visual_output_projection": True, "model__language__head_dim": 16},
         None,
         "found 64 and 32; change head_dim or switch it off",
+    ),
+    (
+        {"model__language__qk_norm": False},
+        None,
+        "model.language.qk_norm is false, but models of the qwen3 family have true; change it or model.language.family",
+    ),
+    ({**LLAMA, "model__language__qkv_bias": True}, None, "model.language.qkv_bias is true, but models of the llama"),
+    (
+        {"model__language__composed_visual_output_projection": True},
+        None,
+        "the qwen3 family has no such output; set it to false or use family internlm2",
+    ),
+    (
+        {**LLAMA, "model__language__rope_scaling_factor": 8.0, "model__language__rope_low_freq_factor": 4.0},
+        None,
+        "model.language.rope_low_freq_factor = 4 is not less than rope_high_freq_factor = 4; swap or change them",
     ),
     ({"model__special_token_ids": IDS[:-1]}, None, "model.special_token_ids holds 11 ids, expected 12"),
     ({"model__special_token_ids": [*IDS[:-1], 84]}, None, "model.special_token_ids holds 84 more than once"),
@@ -132,6 +152,8 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         2,
         "world size 2 does not hold whole sets of experts: one takes tensor * pipeline * expert = 4 ranks",
     ),
+    ({"model__language__num_experts": 2}, 1, "num_experts = 2: this version converts and exports such a model, but"),
+    ({"model__language__experts_per_token": 2}, 1, "experts_per_token = 2 is more than num_experts = 1"),
     ({"parallel__context_parallel_size": 2}, 2, "context_parallel_size = 2 is not supported by this version"),
     ({"parallel__virtual_pipeline_model_parallel_size": 2}, 1, "interleaving needs at least 2 stages"),
     ({"parallel__pipeline_model_parallel_size": 3}, 3, "num_layers = 4 does not divide evenly over 3 pipeline chunks"),

@@ -6,30 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.generate import generate_captions, load_for_generation
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import CONTEXT, NaViL
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
-from tests.unit.hf_examples import FAMILIES, tiny_model, tiny_tokenizer, with_tokenizer, write_checkpoint
+from tests.unit.hf_examples import FAMILIES
+from tests.unit.hf_folders import PICTURES, exported_folder, picture
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
-    tokenizer = tiny_tokenizer(root / "tokenizer")
-    data = {"tokenizer": str(root / "tokenizer"), "min_image_pixels": 1024, "max_image_pixels": 8192}
-    write_checkpoint(root / "checkpoint", with_tokenizer(tiny_model(request.param), tokenizer), data=data)
-    convert_to_hf(root / "checkpoint", root / "hf")
-    return root / "hf"
+    return exported_folder(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +38,6 @@ def processor(exported: Path) -> NaViLProcessor:
     return NaViLProcessor(NaViLImageProcessor(**settings), AutoTokenizer.from_pretrained(exported))
 
 
-def picture(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-PICTURES = [picture(64, 90), picture(100, 40), picture(33, 33)]
 PROMPTS = ["<image>a", "<image>a red square left of", "<image>"]
 
 
@@ -124,6 +112,45 @@ def test_left_padded_batch_equals_single_rows(model: NaViL, processor: NaViLProc
         assert alone.sequences[0, length:].tolist() == together.sequences[row, -6:][:count].tolist()
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_batch_of_none_to_three_images_equals_single_rows(
+    model: NaViL, processor: NaViLProcessor, use_cache: bool
+) -> None:
+    images = [[], PICTURES[:1], PICTURES[1:], PICTURES]
+    texts = ["a red square left of", "<image>a", "a <image> and <image>", "<image><image><image>"]
+    batch = processor(images=images, text=texts)
+    assert len(batch["image_grid_thw"]) > 6  # several scales of the larger pictures
+    settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    together = model.generate(**batch, use_cache=use_cache, **settings)
+    for row, (pictures, text) in enumerate(zip(images, texts, strict=True)):
+        single = processor(images=pictures, text=text)
+        alone = model.generate(**single, **settings)
+        count = len(alone.logits)
+        assert together.sequences[row, -6:][:count].tolist() == alone.sequences[0, -count:].tolist()
+        for step in range(count):
+            torch.testing.assert_close(together.logits[step][row], alone.logits[step][0], **CLOSE)
+
+
+def test_static_cache_equals_the_growing_one(model: NaViL, processor: NaViLProcessor) -> None:
+    inputs = processor(images=[PICTURES[:1], []], text=["<image>a", "a red square"])
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**inputs, **settings)
+    if hasattr(model, "_supports_static_cache"):  # transformers up to 4.5x asks, and is told no
+        with pytest.raises(ValueError, match="static"):
+            model.generate(**inputs, cache_implementation="static", **settings)
+        return
+    found = model.generate(**inputs, cache_implementation="static", **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+
+
+def test_looking_ahead_equals_one_by_one(model: NaViL, processor: NaViLProcessor) -> None:
+    inputs = processor(images=PICTURES[0], text="<image>a red a red a")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    found = model.generate(**inputs, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, expected)
+
+
 def test_right_padding_changes_no_logits(model: NaViL, processor: NaViLProcessor) -> None:
     batch = processor(images=[[image] for image in PICTURES], text=PROMPTS, padding_side="right")
     with torch.no_grad():
@@ -140,6 +167,9 @@ def test_beams_repeat_rows_with_their_images(model: NaViL, processor: NaViLProce
     torch.manual_seed(0)
     beams = model.generate(**batch, max_new_tokens=4, num_beams=2, do_sample=False)
     assert len(beams) == 3
+    several = model.generate(**batch, max_new_tokens=4, num_beams=4, num_return_sequences=2, do_sample=False)
+    sampled = model.generate(**batch, max_new_tokens=4, num_return_sequences=2, do_sample=True)
+    assert len(several) == len(sampled) == 6
     expanded = model._repeat_images(batch["input_ids"], batch["pixel_values"], batch["image_grid_thw"], 2)
     ids = batch["input_ids"].repeat_interleave(2, 0)
     with torch.no_grad():

@@ -1,13 +1,16 @@
 """Transforms between HF and checkpoint tensors lose nothing and put rows where they belong."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from navil_megatron.config.families import FAMILIES
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.hf.param_map import table
 from navil_megatron.hf.transforms import TRANSFORMS, stack_layers, unstack_layers
 from tests.unit.hf_examples import tiny_model
 
@@ -30,29 +33,80 @@ def models(draw: st.DrawFn) -> ModelConfig:
     return dataclasses.replace(model, language=language, vision=vision)
 
 
-def mcore_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
-    language = model.language
-    rows = (language.num_attention_heads + 2 * language.num_query_groups) * language.head_dim
+Shapes = list[tuple[int, ...]]
+
+
+def hf_shapes(name: str, model: ModelConfig, bias: bool) -> Shapes:
+    """What the Hugging Face side of a row holds; a bias is a matrix without columns."""
+    language, vision = model.language, model.vision
+    n, g, d = language.num_attention_heads, language.num_query_groups, language.head_dim
+    columns = () if bias else (language.hidden_size,)
     return {
-        "same": (3, language.hidden_size),
-        "patch_convolution": (model.vision.hidden_size, model.vision.patch_dim),
-        "grouped_qkv": (rows, language.hidden_size),
-        "gate_up": (2 * language.ffn_hidden_size, language.hidden_size),
+        "same": [(3, *columns)],
+        "patch_convolution": [(vision.hidden_size, 3, vision.patch_size, vision.patch_size)],
+        "grouped_qkv": [(n * d, *columns), (g * d, *columns), (g * d, *columns)],
+        "gate_up": [(language.ffn_hidden_size, *columns)] * 2,
+        "experts": [(language.ffn_hidden_size, *columns)] * 3,
+        "experts_gate_up": [(language.ffn_hidden_size, *columns)] * 6,
     }[name]
 
 
+def numbered(shapes: Shapes, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Every element another bit pattern, as far as the type has them."""
+    sizes = [math.prod(shape) for shape in shapes]
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    flat = torch.arange(sum(sizes), dtype=bits).view(dtype)
+    return tuple(part.reshape(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
+
+
+def same_bits(ones: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
+    bits = {2: torch.int16, 4: torch.int32}[ones[0].dtype.itemsize]
+    return all(
+        one.dtype == other.dtype and torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+        for one, other in zip(ones, others, strict=True)
+    )
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
-@given(model=models())
+@given(model=models(), bias=st.booleans(), dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+@settings(max_examples=200, deadline=None)
+def test_inverse_both_ways(name: str, model: ModelConfig, bias: bool, dtype: torch.dtype) -> None:
+    """From the files to the checkpoint and back, and the other way round, bit for bit."""
+    transform = TRANSFORMS[name]
+    parts = numbered(hf_shapes(name, model, bias), dtype)
+    tensor = transform.to_mcore(parts, model)
+    assert tensor.numel() == sum(part.numel() for part in parts)
+    assert same_bits(transform.to_hf(tensor, model), parts)
+    (renumbered,) = numbered([tuple(tensor.shape)], dtype)
+    assert same_bits((transform.to_mcore(transform.to_hf(renumbered, model), model),), (renumbered,))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(sizes=models(), layout=st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_inverse_both_ways(name: str, model: ModelConfig) -> None:
-    shape = mcore_shape(name, model)
-    tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
-    parts = TRANSFORMS[name].to_hf(tensor, model)
-    assert sum(part.numel() for part in parts) == tensor.numel()
-    again = TRANSFORMS[name].to_mcore(parts, model)
-    assert torch.equal(again, tensor)
-    for part, expected in zip(TRANSFORMS[name].to_hf(again, model), parts, strict=True):
-        assert torch.equal(part, expected)
+def test_every_row_of_every_family_inverts(family: str, sizes: ModelConfig, layout: bool) -> None:
+    """The shapes that the table derives fit its transforms, whatever the sizes."""
+    model = of_family(family, sizes, layout)
+    for row in table(model):
+        parts = numbered(list(row.hf_shapes(model)), torch.float32)
+        tensor = row.function.to_mcore(parts, model)
+        assert tuple(tensor.shape) == row.shape, row.mcore_key
+        assert same_bits(row.function.to_hf(tensor, model), parts), row.mcore_key
+
+
+def of_family(family: str, sizes: ModelConfig, layout: bool) -> ModelConfig:
+    """The sizes of one model in the layout of a family, with either choice of what is optional."""
+    traits = FAMILIES[family]
+    language = dataclasses.replace(
+        sizes.language,
+        family=family,
+        qk_norm=traits.qk_norm,
+        qkv_bias=traits.qkv_bias,
+        tied_embeddings=layout,
+        composed_visual_output_projection=layout and traits.may_compose_visual_output,
+    )
+    vision = dataclasses.replace(sizes.vision, qkv_bias=layout, norm="layernorm" if layout else "rmsnorm")
+    return dataclasses.replace(sizes, language=language, vision=vision)
 
 
 @given(model=models())

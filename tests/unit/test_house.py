@@ -6,6 +6,7 @@ from tests.house import (
     IMPORT_TABLE,
     PACKAGE,
     REPOSITORY,
+    check_import,
     check_package,
     check_script,
     check_source,
@@ -25,6 +26,22 @@ def test_scripts_swallow_no_import_error(folder: str) -> None:
     for path in sorted((REPOSITORY / folder).rglob("*.py")):
         problems += check_script(path.read_text(encoding="utf-8"), path.relative_to(REPOSITORY).as_posix())
     assert problems == []
+
+
+def test_importing_a_script_does_nothing() -> None:
+    """Spawned workers, such as those of core's checkpoint writer, import the main module again: without its guard a
+    script would launch itself in each of them.
+    """
+    paths = [path for folder in (PACKAGE, "tools", "examples") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    scripts = [path for path in paths if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")]
+    assert {path.name for path in scripts} >= {"cli.py", "pretrain.py", "run.py", "layouts.py"}
+    assert [problem for path in paths for problem in check_import(path.read_text(encoding="utf-8"), path.name)] == []
+
+
+@pytest.mark.parametrize("body", ["main()", "if True:\n    main()", "raise SystemExit(main())"])
+def test_checker_catches_work_at_import(body: str) -> None:
+    (problem,) = check_import(f"def main(): pass\n{body}\n", "run.py")
+    assert problem.startswith("run.py:2: runs when imported")
 
 
 def test_contributing_carries_the_import_table() -> None:

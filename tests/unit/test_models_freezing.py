@@ -5,41 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.config.schema import ModelConfig
 from navil_megatron.hf.param_map import mcore_shapes
 from navil_megatron.models.freezing import is_trainable
-
-NAVIL_2B = ModelConfig(
-    language=LanguageConfig(
-        family="internlm2",
-        num_layers=24,
-        hidden_size=2048,
-        ffn_hidden_size=8192,
-        num_attention_heads=16,
-        num_query_groups=8,
-        head_dim=128,
-        vocab_size=92_544,
-        qk_norm=False,
-        composed_visual_output_projection=True,
-    ),
-    vision=VisionConfig(num_layers=24, hidden_size=1472, ffn_hidden_size=5888, num_attention_heads=23),
-    special_token_ids=tuple(range(92_532, 92_544)),
-)
-NAVIL_9B = ModelConfig(
-    language=LanguageConfig(
-        family="qwen3",
-        num_layers=36,
-        hidden_size=4096,
-        ffn_hidden_size=12_288,
-        num_attention_heads=32,
-        num_query_groups=8,
-        head_dim=128,
-        vocab_size=151_936,
-        qk_norm=True,
-    ),
-    vision=VisionConfig(num_layers=32, hidden_size=1792, ffn_hidden_size=7168, num_attention_heads=28),
-    special_token_ids=tuple(range(151_924, 151_936)),
-)
+from tests.real_sizes import NAVIL_2B, NAVIL_9B
 
 
 def count(model: ModelConfig, phase: str) -> int:
@@ -67,8 +36,15 @@ def test_trainable_parameters_of_each_phase(model: ModelConfig, phase: str, bill
     assert round(count(model, phase) / 1e9, 2) == billions
 
 
+@pytest.mark.parametrize(("phase", "text"), [("s1.1", False), ("s1.2", True), ("s2", True)])
+def test_biases_are_trained_with_their_matrices(phase: str, text: bool) -> None:
+    linear = "decoder.layers.0.self_attention.linear_qkv"
+    assert is_trainable(f"{linear}.visual.bias", phase)
+    assert is_trainable(f"{linear}.text.bias", phase) is text
+
+
 def test_all_parameters_are_counted_exactly() -> None:
-    assert count(NAVIL_2B, "s2") == 4_040_871_872
+    assert count(NAVIL_2B, "s2") == 4_040_921_024
     assert count(NAVIL_9B, "s2") == 16_417_797_888
 
 

@@ -78,14 +78,19 @@ class NaViLLanguageConfig(PretrainedConfig):
         max_position_embeddings: int = 32_768,
         initializer_range: float = 0.02,
         composed_visual_output_projection: bool | None = None,
+        num_experts: int = 1,
+        num_experts_per_tok: int = 1,
         **kwargs: Any,
     ) -> None:
-        """Keeps every setting; dynamic-NTK scaling is dropped, for it only acts beyond ``max_position_embeddings``."""
+        """Keeps every setting; dynamic-NTK scaling is dropped, for it only acts beyond ``max_position_embeddings``.
+
+        ``rope_parameters`` exists where the rotary frequencies are scaled, as Llama 3.1's are.
+        """
         architectures = architectures or ["Qwen3VEForCausalLM"]
         scaling = {**(kwargs.pop("rope_scaling", None) or {}), **(kwargs.pop("rope_parameters", None) or {})}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "dynamic"):
-            raise ValueError(f"rope scaling {kind!r} is not supported, only 'default' and 'dynamic'")
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind not in ("default", "dynamic", "llama3"):
+            raise ValueError(f"rope scaling {kind!r} is not supported, only 'default', 'dynamic' and 'llama3'")
         self.num_hidden_layers = num_hidden_layers
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -95,8 +100,12 @@ class NaViLLanguageConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = scaling.get("rope_theta", rope_theta)
+        if kind == "llama3":
+            self.rope_parameters = {**scaling, "rope_type": kind, "rope_theta": self.rope_theta}
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
         if composed_visual_output_projection is None:
             composed_visual_output_projection = architectures[0] == "InternLM2VEForCausalLM"
         self.composed_visual_output_projection = composed_visual_output_projection
@@ -152,3 +161,10 @@ class NaViLChatConfig(PretrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> NaViLLanguageConfig:
         """The part that transformers sizes caches and vocabularies by."""
         return self.llm_config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What ``save_pretrained`` writes: every value of both parts.
+
+        transformers 4 leaves out what equals a default, and the readers of a folder need not share this class's.
+        """
+        return super().to_diff_dict() | {name: getattr(self, name).to_dict() for name in self.sub_configs}

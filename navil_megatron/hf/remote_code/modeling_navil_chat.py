@@ -44,11 +44,14 @@ class NaViL(PreTrainedModel, GenerationMixin):
     config_class = NaViLChatConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
+    _auto_class = "AutoModelForImageTextToText"  # save_pretrained copies this code; transformers 4 would leave it out
+    _supports_cache_class = True  # asked by transformers 4
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _skip_keys_device_placement = "past_key_values"
     _no_split_modules: ClassVar[list[str]] = [
         "NaViLVisionEncoderLayer",
-        "Qwen3VEDecoderLayer",
-        "InternLM2VEDecoderLayer",
+        *sorted({model.layer_class.__name__ for model in LANGUAGE_MODELS.values()}),
     ]
 
     def __init__(self, config: NaViLChatConfig) -> None:
@@ -86,6 +89,14 @@ class NaViL(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Linear | None:
         """The head; none where it is tied."""
         return getattr(self.language_model, self.language_model.head_name, None)
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replaces the plain token table, e.g. by a longer one."""
+        self.language_model.model[self.language_model.embedding_name] = value
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replaces the head."""
+        setattr(self.language_model, self.language_model.head_name, value)
 
     def init_special_token_ids(self, tokenizer: Any) -> None:
         """Takes the ids of the special tokens from a tokenizer; needed where config.json lacks them."""
@@ -133,7 +144,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
                 Default: all without a cache, none of ``input_ids`` with one.
             return_dict: ``False``: a plain tuple.
         """
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         length = input_ids.shape[1]
         if prompt_length is None:
             prompt_length = cached or length
@@ -148,7 +159,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
         cos, sin = rotary_tables(position_ids, self.config.llm_config, inputs_embeds.dtype)
         mask = _attention_mask(input_ids, attention_mask, cu_seqlens, cached)
         text, visual = self._modalities(input_ids, in_prompt)
-        context = DecoderContext(cos, sin, mask, text, visual, past_key_values)
+        context = DecoderContext(cos, sin, mask, text, visual, past_key_values, cached + length)
         hidden_states = self.language_model(inputs_embeds, context)
         if isinstance(logits_to_keep, torch.Tensor):
             hidden_states = hidden_states[:, logits_to_keep]
@@ -189,7 +200,8 @@ class NaViL(PreTrainedModel, GenerationMixin):
         features = self.extract_feature(pixel_values, image_grid_thw)
         if len(features) != num_context:
             raise ValueError(f"the prompt holds {num_context} <IMG_CONTEXT> tokens, the images give {len(features)}")
-        return embeds.masked_scatter(is_context[..., None], features.to(embeds.dtype))
+        # The encoder may lie on another device than the table (device_map).
+        return embeds.masked_scatter(is_context[..., None], features.to(embeds))
 
     def _modalities(self, input_ids: torch.Tensor, in_prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Flat positions of text and of visual tokens; ``<img>`` is visual, the break tokens are text."""
@@ -208,6 +220,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Mean next-token cross entropy in float32 over the labels that count."""
         context = self.config.special_token_ids[CONTEXT]
+        labels, input_ids = labels.to(logits.device), input_ids.to(logits.device)
         targets = labels[:, 1:].masked_fill(input_ids[:, :-1] == context, IGNORED_LABEL)
         total = functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
@@ -235,7 +248,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
         **unused: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward: tokens not yet cached, pixels only while the cache is empty."""
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         return {
             "input_ids": input_ids[:, cached:],
             "attention_mask": attention_mask,

@@ -191,6 +191,8 @@ class NaViLVisionEncoder(nn.Module):
 class NaViLVisionModelAnyRes(nn.Module):
     """Patches of any number of images and scales in, one vector per patch out."""
 
+    gradient_checkpointing = False  # transformers sets it, and the function below, on every module that has it
+
     def __init__(self, config: NaViLVisionConfig) -> None:
         """Builds embedding and layers."""
         super().__init__()
@@ -225,5 +227,9 @@ class NaViLVisionModelAnyRes(nn.Module):
         windows = whole if full_layers is None else group_segments(plan.window_lengths, x.device)
         for index, layer in enumerate(self.encoder.layers):
             full = full_layers is None or index in full_layers
-            x = layer(x, cos, sin, whole if full else windows)
+            arguments = (x, cos, sin, whole if full else windows)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                x = layer(*arguments)
         return x

@@ -9,13 +9,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
 PLACEHOLDER = "<image>"
 MAX_ASPECT_RATIO = 200
+_IMAGE_SOURCES = ("image", "url", "path", "base64", "image_url")
+"""Keys under which a content part of a chat may name its picture."""
+_TOKENIZER_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "add_special_tokens", "return_tensors")
+"""What ``apply_chat_template`` hands on to the processor's call; the rest is for the template."""
 _NORMALISED = ((np.arange(256) / 255).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
 """[256] float32: what each 8-bit value becomes."""
 
@@ -102,7 +107,8 @@ class NaViLImageProcessor(BaseImageProcessor):
         """Patches and grids of the images of one text.
 
         Args:
-            images: One picture or several: Pillow images, or arrays and tensors [h, w, 3] or [3, h, w] of uint8.
+            images: One picture or several: Pillow images, arrays and tensors [h, w, 3] or [3, h, w] of uint8, or
+                paths and addresses.
             return_tensors: Kept for transformers; the result holds torch tensors.
             **unused: Other settings that transformers passes along.
 
@@ -150,9 +156,11 @@ class NaViLImageProcessor(BaseImageProcessor):
 
 
 def _as_rgb(image: Any) -> Image.Image:
-    """Pillow's RGB of a picture; transparency is dropped, not blended."""
+    """Pillow's RGB of a picture, upright as in training; transparency is dropped, not blended."""
+    if isinstance(image, str):  # a path, an address or base64, as everywhere in transformers
+        image = load_image(image)
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(f"an image is an array of {array.dtype}, expected uint8 values from 0 to 255")
@@ -215,19 +223,66 @@ class NaViLProcessor(ProcessorMixin):
             expanded.append(self.expand(prompt, layout))
         if padding is None:
             padding = len(texts) > 1
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "images_kwargs")}
+        ignored = {*_TOKENIZER_SETTINGS, "return_dict", "images_kwargs", "text_kwargs"}
+        unknown = [name for name in kwargs if name not in ignored and kwargs[name] is not None]
+        if unknown:
+            raise ValueError(f"the processor takes images and text, it cannot use {', '.join(unknown)}")
+        settings = {name: kwargs[name] for name in _TOKENIZER_SETTINGS if name in kwargs}
         encoded = self.tokenizer(
             expanded,
             padding=padding,
             padding_side=padding_side,
             return_tensors="pt",
             return_token_type_ids=False,
-            **kwargs,
+            **settings,
         )
         data = dict(encoded)
         if grids:
             data |= {"pixel_values": torch.cat(pixel_values), "image_grid_thw": torch.cat(grids)}
         return BatchFeature(data)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's; transformers 4 leaves it to each processor."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The prompt of a conversation, or the model inputs with its images in place.
+
+        Every version of transformers has its own idea of what content may look like; this takes the same in all:
+        a string, or a list of parts ``{"type": "text", "text": ...}`` and ``{"type": "image", ...}``.
+
+        Args:
+            conversation: A list of messages with ``role`` and ``content``, or a list of such lists.
+            chat_template: A template to use in place of the folder's.
+            tokenize: Give model inputs; the picture of an image part is its ``image``, ``url``, ``path`` or ``base64``.
+            return_dict: With ``tokenize``: all inputs, not only ``input_ids``.
+            processor_kwargs: Settings of the processor's call, e.g. ``padding``.
+            **kwargs: ``add_generation_prompt``, ``continue_final_message`` and variables of the template.
+        """
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            raise ValueError("return_assistant_tokens_mask is not supported: the template marks no answers")
+        settings = {name: kwargs.pop(name) for name in _TOKENIZER_SETTINGS if name in kwargs} | (processor_kwargs or {})
+        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        chats, images = zip(*map(_split_chat, conversation if is_batch else [conversation]), strict=True)
+        prompts = super().apply_chat_template(list(chats), chat_template=chat_template, tokenize=False, **kwargs)
+        if not tokenize:
+            return prompts if is_batch else prompts[0]
+        if self.tokenizer.bos_token and prompts[0].startswith(self.tokenizer.bos_token):
+            settings["add_special_tokens"] = False  # as transformers does: the template wrote them
+        inputs = self(images=[list(pictures) for pictures in images], text=prompts, **settings)
+        return inputs if return_dict else inputs["input_ids"]
 
     def expand(self, text: str, grids_of_images: list[list[list[int]]]) -> str:
         """The text with the tokens of each image, given by the grids of its scales, in place of its placeholder."""
@@ -244,6 +299,26 @@ class NaViLProcessor(ProcessorMixin):
         return pieces[0] + "".join(
             image_tokens(grids, merge_size) + piece for grids, piece in zip(grids_of_images, pieces[1:], strict=True)
         )
+
+
+def _split_chat(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages whose content is a list of parts without pictures, and their pictures in order."""
+    chat, pictures = [], []
+    for message in messages:
+        content = message.get("content") or ""
+        parts = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            elif part["type"] in ("image", "image_url"):
+                parts.append({"type": "image"})
+                source = next((part[name] for name in _IMAGE_SOURCES if part.get(name) is not None), None)
+                source = source.get("url") if isinstance(source, dict) else source
+                pictures += [] if source is None else [source]
+            else:
+                raise ValueError(f"content of type {part['type']!r} is not supported, expected 'text' or 'image'")
+        chat.append({**message, "content": parts})
+    return chat, pictures
 
 
 def _pictures_of_texts(images: Any, texts: list[str]) -> list[list[Any]]:

@@ -1,0 +1,160 @@
+"""A checkpoint written tensor by tensor, without ranks: what megatron-core loads at any layout.
+
+megatron-core's ``torch_dist`` format is PyTorch's distributed checkpoint plus ``metadata.json`` and one object that
+holds the common state. Every layer is a chunk of its own, as core itself saves it, in files of about a gigabyte so that
+several processes can write at the same time.
+"""
+
+import io
+import json
+import pickle
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from navil_megatron.hf.checkpoint_metadata import METADATA_FILE
+from navil_megatron.hf.checkpoint_reader import LAYOUT_FILE
+from navil_megatron.hf.checksums import raw_bytes
+from navil_megatron.hf.file_bytes import WriteBehind
+from navil_megatron.hf.param_map import Shape
+from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
+
+COMMON_STATE_KEY = "common_state/shard_0_1"
+"""Where core keeps what is not a tensor: a list with one object per process that saved."""
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+"""What core calls the format in ``metadata.json``."""
+_FILE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A chunk that was written, and where."""
+
+    key: str
+    shape: Shape
+    """Of the whole tensor."""
+    dtype: torch.dtype
+    offsets: Shape
+    sizes: Shape
+    file: str
+    start: int
+    length: int
+
+
+class CheckpointWriter:
+    """Writes the tensors of a checkpoint folder."""
+
+    def __init__(
+        self, folder: Path, targets: Sequence[tuple[Slot, torch.dtype]], file_bytes: int = _FILE_BYTES
+    ) -> None:
+        """Knows every tensor with its type beforehand; ``file_bytes`` is about the size of a file."""
+        self.folder = folder
+        self._targets = {slot.name: (slot, dtype) for slot, dtype in targets}
+        self._file_bytes = file_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all numbers; what the format adds is about a kilobyte a tensor."""
+        return sum(num_bytes(slot, dtype) + 2048 for slot, dtype in self._targets.values())
+
+    def shares(self, steps: Sequence[Step]) -> list[list[Step]]:
+        """The steps in pieces that different processes may do at the same time: one file each."""
+        sizes = {
+            index: sum(num_bytes(*self._targets[slot.name]) for slot in step.targets)
+            for index, step in enumerate(steps)
+        }
+        return [[steps[index] for index in piece] for piece in cut(sizes, self._file_bytes)]
+
+    def prepare(self) -> None:
+        """Nothing has to be there beforehand."""
+
+    def write(self, share: int, tensors: Iterable[tuple[Slot, torch.Tensor]]) -> list[Written]:
+        """Writes tensors, in order, as one file; says where each went."""
+        name = f"__0_{share}.distcp"
+        written = []
+        with (self.folder / name).open("wb") as stream, ExitStack() as stack:
+            behind = WriteBehind(stack)
+            for slot, tensor in tensors:
+                for first_row, piece in _pieces(tensor, self._file_bytes):
+                    offsets = (first_row, *(0 for _ in slot.shape[1:])) if slot.shape else ()
+                    if slot.layer is None:
+                        written.append(save_chunk(stream, slot.key, slot.shape, offsets, piece))
+                    else:
+                        shape = (slot.num_layers or 1, *slot.shape)
+                        written.append(save_chunk(stream, slot.key, shape, (slot.layer, *offsets), piece[None]))
+                    stream.flush()
+                    behind.wrote(stream.fileno(), written[-1].length)
+            behind.catch_up()
+        return written
+
+    def finish(self, places: Iterable[Iterable[Written]]) -> list[str]:
+        """Writes what makes the files a checkpoint; gives the names of all files."""
+        shares = [list(share) for share in places]
+        return finish_checkpoint(
+            self.folder, [chunk for share in shares for chunk in share], f"__0_{len(shares)}.distcp"
+        )
+
+
+def save_chunk(stream: BinaryIO, key: str, shape: Shape, offsets: Shape, chunk: torch.Tensor) -> Written:
+    """Appends a chunk of a tensor of that shape to a file."""
+    start = stream.tell()
+    torch.save(_alone(chunk), stream)
+    name = Path(stream.name).name
+    return Written(key, shape, chunk.dtype, offsets, tuple(chunk.shape), name, start, stream.tell() - start)
+
+
+def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str) -> list[str]:
+    """Writes the common state into a file of that name, and the metadata; gives the names of all files."""
+    # These take a second and a half to import, which an export need not wait for.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    common = io.BytesIO()
+    # Core reads a list with one object per process that saved; weights alone have no common state.
+    torch.save([{}], common)
+    (folder / common_file).write_bytes(common.getbuffer())
+    entries: dict[str, Any] = {}
+    storage: dict[Any, Any] = {}
+    for chunk in chunks:
+        # A pickle stores an object once, so names that went through another process must become one again.
+        key, file = sys.intern(chunk.key), sys.intern(chunk.file)
+        if key not in entries:
+            properties = TensorProperties(dtype=chunk.dtype)
+            entries[key] = TensorStorageMetadata(properties, torch.Size(chunk.shape), [])
+        entries[key].chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+        storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(file, chunk.start, chunk.length)
+    files = sorted({info.relative_path for info in storage.values()})
+    entries[COMMON_STATE_KEY] = BytesStorageMetadata()
+    storage[MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
+    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    (folder / LAYOUT_FILE).write_text(json.dumps(FORMAT) + "\n")
+    return [*files, common_file, METADATA_FILE, LAYOUT_FILE]
+
+
+def _pieces(tensor: torch.Tensor, most: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensor as blocks of rows of about so many bytes, with the first row of each."""
+    if tensor.nbytes <= most or not tensor.dim():
+        yield 0, tensor
+        return
+    rows = max(1, most // (tensor.nbytes // tensor.shape[0]))
+    yield from ((first, tensor[first : first + rows]) for first in range(0, tensor.shape[0], rows))
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that owns nothing else, because ``torch.save`` writes all that a tensor owns."""
+    content = torch.frombuffer(raw_bytes(tensor), dtype=tensor.dtype) if tensor.numel() else tensor.clone()
+    return content.view(tensor.shape)

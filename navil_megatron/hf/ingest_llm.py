@@ -1,0 +1,147 @@
+"""From the folder of a pretrained LLM to a checkpoint that a NaViL's training starts from."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.load import config_to_dict, load_tables
+from navil_megatron.config.schema import TrainingConfig
+from navil_megatron.hf.atomic_folder import new_folder, require_new, require_space
+from navil_megatron.hf.checkpoint_reader import CheckpointReader
+from navil_megatron.hf.checkpoint_writer import CheckpointWriter
+from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
+from navil_megatron.hf.jobs import OnProgress
+from navil_megatron.hf.json_file import read_json, values_of
+from navil_megatron.hf.llm_start import expected_llm_tensors, ignored_llm_tensors, model_config_for_llm, plan_llm_start
+from navil_megatron.hf.safetensors_io import TensorFolder
+from navil_megatron.hf.sharded_checkpoint import write_config
+from navil_megatron.hf.tokenizer_files import extend_tokenizer
+from navil_megatron.hf.verify import (
+    WEIGHT_TYPES,
+    Signature,
+    require_tensors,
+    require_valid_model,
+    require_weight_type,
+    summary,
+    type_name,
+)
+
+TOKENIZER_FOLDER = "tokenizer"
+"""The LLM's tokenizer with the special tokens, inside the checkpoint."""
+MODEL_FILE = "model.toml"
+"""The model section for the config of the run that starts from the checkpoint."""
+
+
+def convert_llm(
+    folder: Path,
+    checkpoint: Path,
+    config: Path | None,
+    overrides: Iterable[str] = (),
+    *,
+    seed: int | None = None,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    jobs: int = 1,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Writes a checkpoint whose text experts are the LLM's (``checkpoint.initial_weights``).
+
+    Args:
+        folder: The LLM's Hugging Face folder.
+        checkpoint: The checkpoint folder to make. It also gets ``model.toml`` and the tokenizer.
+        config: TOML file with ``[model.vision]`` and whatever else of the run is set.
+        overrides: ``section.field=value``, over the file.
+        seed: Of what is drawn; default: ``training.seed``.
+        tokenizer: The LLM's tokenizer, if it is not in ``folder``.
+        dtype: Type of all weights; ``None``: the LLM's.
+        verify: Read the checkpoint back and compare every bit.
+        jobs: Processes that work at the same time.
+        on_progress: Is told the bytes that are done and the bytes in all.
+
+    Returns:
+        What was done, ready for JSON.
+
+    Raises:
+        UserError: The folder is incomplete or does not fit the config; nothing is written then.
+    """
+    started = time.monotonic()
+    require_weight_type(dtype)
+    require_new(checkpoint)
+    llm, tables = read_json(folder / "config.json"), load_tables(config, overrides)
+    wanted = tables.get("model")
+    if not isinstance(wanted, Mapping) or "vision" not in wanted:
+        raise UserError(
+            f"{folder} is a language model alone; give the encoder's sizes: --config with [model.vision], or settings "
+            "as model.vision.num_layers=24"
+        )
+    seed = _seed(tables) if seed is None else seed
+    reader = TensorFolder(folder)
+    found = reader.signatures()
+    with new_folder(checkpoint) as partial:
+        ids = extend_tokenizer(tokenizer or folder, partial / TOKENIZER_FOLDER)
+        with values_of(folder / "config.json"):
+            model = model_config_for_llm(llm, wanted, ids)
+            require_valid_model(model, "the LLM with the run's [model]")
+        require_tensors(found, expected_llm_tensors(llm, model, found), str(folder), ignored_llm_tensors(found))
+        plan = plan_llm_start(llm, model, seed=seed, dtype=dtype or _only_type(found, folder), stored=found)
+        steps = with_types(plan, found, None)
+        require_space(partial, total_bytes(steps))
+        writer = CheckpointWriter(partial, targets(steps))
+        run_steps(steps, reader, writer, CheckpointReader, jobs=jobs, verify=verify, on_progress=on_progress)
+        named = str(checkpoint.absolute() / TOKENIZER_FOLDER)
+        (partial / MODEL_FILE).write_text("\n".join(_toml("model", config_to_dict(model))) + "\n", encoding="utf-8")
+        write_config(partial, model, {"tokenizer": named})
+        written = CheckpointReader(partial).signatures()
+    return {
+        "folder": str(folder),
+        "checkpoint": str(checkpoint),
+        "family": model.language.family,
+        "num_hf_tensors": len(found),
+        **summary(written),
+        "seed": seed,
+        "tokenizer": named,
+        "verified": verify,
+        "notes": [f"{checkpoint / MODEL_FILE} holds the [model] section for the run's config"],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _seed(tables: Mapping[str, Any]) -> int:
+    """The run's seed."""
+    training = tables.get("training", {})
+    default = TrainingConfig.__dataclass_fields__["seed"].default
+    seed = training.get("seed", default) if isinstance(training, Mapping) else None
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise UserError(f"training.seed is {seed!r}, expected a whole number from 0 on")
+    return seed
+
+
+def _only_type(found: Mapping[str, Signature], folder: Path) -> torch.dtype:
+    """The type of all weights; ``require_tensors`` has seen that each is one that weights may have."""
+    ignored = ignored_llm_tensors(found)
+    types = {dtype for key, (_, dtype) in found.items() if key not in ignored}
+    single = next((dtype for dtype in WEIGHT_TYPES if types == {dtype}), None)
+    if single is None:
+        raise UserError(f"{folder} holds {', '.join(sorted(map(type_name, types)))}; choose one type with --dtype")
+    return single
+
+
+def _toml(section: str, values: Mapping[str, Any]) -> list[str]:
+    """A section and those inside it, as lines of a config file."""
+    lines = [f"[{section}]"]
+    lines += [f"{name} = {_value(value)}" for name, value in values.items() if not isinstance(value, Mapping)]
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            lines += ["", *_toml(f"{section}.{name}", value)]
+    return lines
+
+
+def _value(value: Any) -> str:
+    """TOML has no null; a config file says "none"."""
+    return json.dumps("none" if value is None else value)

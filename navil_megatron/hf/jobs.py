@@ -1,0 +1,114 @@
+"""Shares of a long work, done here or by several processes that end with this one."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context, parent_process
+from queue import Empty
+from typing import Any
+
+import torch
+
+from navil_megatron.hf.memory import keep_freed_memory
+
+OnProgress = Callable[[int, int], None]
+"""Is told the bytes that are done and the bytes in all."""
+Work = Callable[[int, Any, Callable[[int], None]], Any]
+"""Number of a share, the share, and whom to tell how many bytes were done -> the result. Pickles."""
+_POLL_SECONDS = 0.1
+
+
+class Meter:
+    """Adds up the bytes that are done over all phases of a work."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        """Tells ``on_progress`` of every addition; ``total`` bytes make the whole."""
+        self.total, self.done, self._told = total, 0, on_progress
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self.done += count
+        if self._told is not None:
+            self._told(self.done, self.total)
+
+
+def run_shares(work: Work, shares: Sequence[Any], jobs: int, meter: Meter) -> list[Any]:
+    """What ``work`` gives for every share, in order.
+
+    Args:
+        work: Is called once for each share, in any order.
+        shares: Each is done whole by one process.
+        jobs: Processes; 1: this one alone.
+        meter: Adds up what they do.
+
+    Raises:
+        ChildProcessError: A process was killed.
+    """
+    if jobs == 1 or len(shares) < 2:
+        return [work(number, share, meter.add) for number, share in enumerate(shares)]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["navil_megatron.hf.convert"])
+    told, stop = context.Queue(), context.Event()
+    with ProcessPoolExecutor(min(jobs, len(shares)), context, _start_worker, (work, told, stop)) as pool:
+        futures: list[Future[Any]] = [pool.submit(_do_share, number, share) for number, share in enumerate(shares)]
+        try:
+            unfinished = set(futures)
+            while unfinished:
+                finished, unfinished = wait(unfinished, _POLL_SECONDS, FIRST_EXCEPTION)
+                _drain(told, meter)
+                for future in finished:
+                    future.result()
+        except BrokenExecutor:
+            raise ChildProcessError(
+                "a process of the conversion was killed, perhaps for lack of memory; use fewer --jobs"
+            ) from None
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    _drain(told, meter)
+    return [future.result() for future in futures]
+
+
+def _drain(told: Any, meter: Meter) -> None:
+    try:
+        while True:
+            meter.add(told.get_nowait())
+    except Empty:
+        return
+
+
+class _Worker:
+    """What a worker process was started with."""
+
+    work: Work
+    told: Any
+    stop: Any
+
+
+def _start_worker(work: Work, told: Any, stop: Any) -> None:
+    _Worker.work, _Worker.told, _Worker.stop = staticmethod(work), told, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and says stop
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, workers of a killed conversion would go on writing."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _do_share(number: int, share: Any) -> Any:
+    return _Worker.work(number, share, _tell)
+
+
+def _tell(count: int) -> None:
+    if _Worker.stop.is_set():
+        raise KeyboardInterrupt
+    _Worker.told.put(count)

@@ -1,0 +1,220 @@
+"""A pretrained language model as the start of a NaViL: its weights for the text experts, the rest copied or drawn.
+
+- Text experts, norms, embedding and head equal the LLM bit for bit, up to the order of rows. For text alone the model
+  therefore computes what the LLM does.
+- Visual experts are copies of the text ones, or random (``model.language.visual_expert_init``). Under the released 2B's
+  composed output projection W_visual(W_text x) the copy that does as the text expert does is the identity; a start
+  composes nothing unless the run's config says so.
+- Encoder, connector and special tokens are drawn as ``config.initial_values`` says. Each layer of each parameter has a
+  generator of its own, seeded by (seed, key, layer), so any order of steps and any number of processes draw the same.
+- The vocabulary grows by as many rows as the special tokens' ids need, none where they fit, as in Qwen's padded tables.
+  A new row of the embedding table and of the head is the mean of the old ones.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.load import config_to_dict, section_from_dict
+from navil_megatron.config.schema import LanguageConfig, ModelConfig
+from navil_megatron.config.validate import model_problems
+from navil_megatron.hf.families import HF_FAMILIES
+from navil_megatron.hf.hf_config import MODEL_TYPE, ordered_ids
+from navil_megatron.hf.language_config import language_from_hf, language_problems
+from navil_megatron.hf.param_map import Row, Shape, table
+from navil_megatron.hf.plan import Slot, Step
+from navil_megatron.hf.start_values import draw, identity, take, take_table
+
+_PREFIX = "language_model."
+"""Stands before the LLM's own names in a NaViL's files."""
+_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.(original_)?inv_freq")
+_FREE = ("visual_expert_init", "init_std", "composed_visual_output_projection")
+"""Settings of the language section that an LLM does not decide."""
+
+
+def is_bare_llm(config_json: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of a language model alone, of a supported family or not."""
+    parts = ("llm_config", "vision_config", "text_config")
+    kind = config_json.get("model_type")
+    return isinstance(kind, str) and kind != MODEL_TYPE and not any(part in config_json for part in parts)
+
+
+def model_config_for_llm(
+    config_json: Mapping[str, Any],
+    wanted: Mapping[str, Any] | ModelConfig,
+    special_token_ids: Mapping[str, int] | tuple[int, ...],
+) -> ModelConfig:
+    """The model that starts from a pretrained LLM.
+
+    Args:
+        config_json: The LLM's parsed ``config.json``.
+        wanted: The ``[model]`` table of the run's config, as written or as loaded. It holds the encoder's settings.
+            What it says about the language model must agree with the LLM, and it may say nothing. A ``vocab_size``
+            larger than needed is taken: more rows, so that tensor-parallel ranks can split them.
+        special_token_ids: Ids of the 12 special tokens, by name or in the order of ``SPECIAL_TOKENS``.
+
+    Raises:
+        UserError: The LLM asks for something that the model does not have, or the two disagree; all problems at once.
+    """
+    family = _family(config_json)
+    _refuse("the LLM's config.json cannot be used", [*_llm_problems(config_json, family)])
+    language = language_from_hf(
+        config_json, family, composed=False, default_theta=10_000.0, source="the LLM's config.json"
+    )
+    ids = ordered_ids(special_token_ids)
+    num_needed = max(language.vocab_size, max(ids) + 1)
+    tables = config_to_dict(wanted) if isinstance(wanted, ModelConfig) else dict(wanted)
+    stated = tables.pop("language", {})
+    if not isinstance(stated, Mapping):
+        raise UserError(f"model.language is {stated!r}, expected a table [model.language]")
+    _refuse(
+        "the run's config does not fit the LLM",
+        [*_disagreements(stated, language, num_needed), *_other_ids(tables.pop("special_token_ids", ids), ids)],
+    )
+    values = config_to_dict(language) | {name: stated[name] for name in _FREE if name in stated}
+    values["vocab_size"] = stated.get("vocab_size", num_needed)
+    model = section_from_dict(
+        ModelConfig, {**tables, "language": values, "special_token_ids": list(ids)}, "the run's [model]"
+    )
+    _refuse("the model that would start from this LLM is not valid", model_problems(model))
+    return model
+
+
+def plan_llm_start(
+    config_json: Mapping[str, Any],
+    model: ModelConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    stored: Collection[str] = (),
+) -> list[Step]:
+    """The steps from a pretrained LLM's folder to a checkpoint.
+
+    Args:
+        config_json: The LLM's parsed ``config.json``.
+        model: What ``model_config_for_llm`` gave.
+        seed: Decides what is drawn.
+        dtype: Type of every tensor of the checkpoint.
+        stored: Keys that the folder holds. A head stored beside the embedding table that it is tied to is read too, and
+            refused by its step if it differs.
+    """
+    return [
+        step
+        for row in table(model)
+        for layer, keys in enumerate(row.hf_keys_of_layers())
+        for step in _steps(row, layer, keys, config_json["vocab_size"], model, seed, dtype, stored)
+    ]
+
+
+def expected_llm_tensors(
+    config_json: Mapping[str, Any], model: ModelConfig, stored: Collection[str] = ()
+) -> dict[str, Shape]:
+    """Key and shape of every tensor that the LLM's folder must hold.
+
+    Args:
+        config_json: The LLM's parsed ``config.json``.
+        model: What ``model_config_for_llm`` gave.
+        stored: Keys that the folder holds; a tied head is expected only if it is among them.
+    """
+    steps = plan_llm_start(config_json, model, seed=0, dtype=torch.float32, stored=stored)
+    return {slot.key: slot.shape for step in steps for slot in step.sources}
+
+
+def ignored_llm_tensors(stored: Collection[str]) -> set[str]:
+    """Keys of an LLM's folder that are rightly left unread: rotary frequencies, which follow from its config."""
+    return {key for key in stored if _ROTARY_BUFFER.fullmatch(key)}
+
+
+def _steps(
+    row: Row,
+    layer: int,
+    keys: tuple[str, ...],
+    num_stored_rows: int,
+    model: ModelConfig,
+    seed: int,
+    dtype: torch.dtype,
+    stored: Collection[str],
+) -> Iterator[Step]:
+    """What fills one layer of one parameter; nothing for a visual expert that its text expert fills."""
+    language = model.language
+    target = _slot(row.mcore_key, row, layer)
+    drawn = partial(draw, key=target.key, layer=target.layer, shape=target.shape, model=model, seed=seed, dtype=dtype)
+    is_visual_expert = ".visual." in row.mcore_key
+    copies = language.visual_expert_init == "copy"
+    composed = language.composed_visual_output_projection and ".linear_proj." in row.mcore_key
+    if not keys[0].startswith(_PREFIX) or (is_visual_expert and not copies):
+        yield Step((), (target,), drawn, dtype)
+    elif is_visual_expert:
+        if composed:
+            yield Step((), (target,), partial(identity, size=language.hidden_size, dtype=dtype), dtype)
+    elif row.mcore_key in _TABLES:
+        names = [keys[0].removeprefix(_PREFIX)]
+        head = f"{HF_FAMILIES[language.family].head}.weight"
+        if language.tied_embeddings and head in stored:
+            names.append(head)
+        sources = tuple(Slot(name, (num_stored_rows, language.hidden_size)) for name in names)
+        yield Step(sources, (target,), partial(take_table, num_rows=language.vocab_size, dtype=dtype), dtype)
+    else:
+        sources = tuple(
+            Slot(key.removeprefix(_PREFIX), shape) for key, shape in zip(keys, row.hf_shapes(model), strict=True)
+        )
+        targets = [target]
+        if copies and ".text." in row.mcore_key and not composed:
+            targets.append(_slot(row.mcore_key.replace(".text.", ".visual."), row, layer))
+        taken = partial(take, transform=row.transform, model=model, dtype=dtype, copies=len(targets))
+        yield Step(sources, tuple(targets), taken, dtype)
+
+
+def _slot(key: str, row: Row, layer: int) -> Slot:
+    return Slot(key, row.shape, None if row.num_layers is None else layer, row.num_layers)
+
+
+def _family(config_json: Mapping[str, Any]) -> str:
+    kind = config_json.get("model_type")
+    if kind not in HF_FAMILIES:
+        raise UserError(f"the LLM's config.json has model_type {kind!r}, supported: {', '.join(sorted(HF_FAMILIES))}")
+    return str(kind)
+
+
+def _llm_problems(config_json: Mapping[str, Any], family: str) -> Iterator[str]:
+    names = HF_FAMILIES[family]
+    architecture = (config_json.get("architectures") or [names.llm_architecture])[0]
+    if architecture != names.llm_architecture:
+        yield f"architectures is {architecture!r}, expected {names.llm_architecture!r}"
+    yield from (f"{key} is missing" for key in names.stated if config_json.get(key) is None)
+    yield from language_problems(config_json, family)
+    if config_json.get("attention_dropout"):
+        yield f"attention_dropout is {config_json['attention_dropout']!r}, supported: 0.0"
+    # Qwen's switch stands beside the window; the window of a config without one is in use.
+    in_use = config_json.get("use_sliding_window", True)
+    if in_use and config_json.get("sliding_window") is not None:
+        yield f"sliding_window is {config_json['sliding_window']!r} and in use, supported: none"
+
+
+def _disagreements(stated: Mapping[str, Any], language: LanguageConfig, num_needed: int) -> Iterator[str]:
+    of_the_llm = config_to_dict(language)
+    for name, value in stated.items():
+        if name in _FREE:
+            continue
+        if name not in of_the_llm:
+            yield f"model.language.{name} is not a setting"
+        elif name == "vocab_size":
+            if not isinstance(value, int) or value < num_needed:
+                yield f"model.language.vocab_size is {value!r}, but {num_needed} rows are needed; remove it or raise it"
+        elif value != of_the_llm[name] and (value, of_the_llm[name]) != ("none", None):
+            yield f"model.language.{name} is {value!r}, but the LLM has {of_the_llm[name]!r}; remove it or set it so"
+
+
+def _other_ids(stated: Any, ids: tuple[int, ...]) -> Iterator[str]:
+    if not isinstance(stated, list | tuple) or tuple(stated) != ids:
+        yield f"model.special_token_ids is {stated!r}, but the tokenizer has {list(ids)}; remove it or set it so"
+
+
+def _refuse(what: str, problems: list[str]) -> None:
+    if problems:
+        raise UserError(f"{what}, {len(problems)} problem(s): {'; '.join(problems)}")

@@ -1,0 +1,90 @@
+"""A checkpoint or a Hugging Face folder as a set of tensors under Hugging Face names, whichever of the two it is."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.config.schema import ModelConfig
+from navil_megatron.hf.checkpoint_metadata import METADATA_FILE
+from navil_megatron.hf.checkpoint_reader import CheckpointReader
+from navil_megatron.hf.convert import targets, with_types
+from navil_megatron.hf.ingest import model_of_folder
+from navil_megatron.hf.json_file import read_json
+from navil_megatron.hf.llm_start import is_bare_llm
+from navil_megatron.hf.plan import Slot, Step, plan_export
+from navil_megatron.hf.safetensors_io import TensorFolder
+from navil_megatron.hf.sharded_checkpoint import CONFIG_FILE, find_checkpoint, read_model_config
+from navil_megatron.hf.verify import Signature, require_mcore_tensors
+
+Kind = Literal["checkpoint", "NaViL folder", "LLM folder"]
+
+
+def kind_of(path: Path) -> Kind:
+    """What lies at a path.
+
+    Raises:
+        UserError: Nothing that can be converted.
+    """
+    if (path / "config.json").is_file():
+        return "LLM folder" if is_bare_llm(read_json(path / "config.json")) else "NaViL folder"
+    marks = (CONFIG_FILE, METADATA_FILE)
+    if any((path / mark).is_file() for mark in marks) or any(path.glob("step_*")):
+        return "checkpoint"
+    raise UserError(
+        f"{path} is neither a checkpoint ({CONFIG_FILE}) nor a Hugging Face folder (config.json); give the path of one"
+    )
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The tensors of a model, wherever they are."""
+
+    kind: Kind
+    path: Path
+    """The folder that holds them."""
+    model: ModelConfig | None
+    """``None`` for a bare LLM."""
+    reader: CheckpointReader | TensorFolder
+    steps: dict[str, Step]
+    """Hugging Face key -> what makes its tensor; empty for a folder, which holds them as they are."""
+
+    @cached_property
+    def _signatures(self) -> dict[str, Signature]:
+        return self.reader.signatures()
+
+    def signatures(self) -> dict[str, Signature]:
+        """Shape and type of every tensor, under Hugging Face names."""
+        if not self.steps:
+            return self._signatures
+        return {slot.key: (slot.shape, dtype) for slot, dtype in targets(self.steps.values())}
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """The tensor of a key, with those that are made of the same source."""
+        step = self.steps.get(key)
+        if step is None:
+            return {key: self.reader.read(Slot(key, self._signatures[key][0]))}
+        made = step.function(tuple(map(self.reader.read, step.sources)))
+        return {slot.key: tensor.contiguous() for slot, tensor in zip(step.targets, made, strict=True)}
+
+
+def open_source(path: Path) -> ModelSource:
+    """Opens a checkpoint or a folder; only headers are read.
+
+    Raises:
+        UserError: It is incomplete or damaged.
+    """
+    kind = kind_of(path)
+    if kind != "checkpoint":
+        config = read_json(path / "config.json")
+        described = None if kind == "LLM folder" else model_of_folder(path, config)
+        return ModelSource(kind, path, described, TensorFolder(path), {})
+    folder = find_checkpoint(path)
+    model, reader = read_model_config(folder), CheckpointReader(folder)
+    found = reader.signatures()
+    require_mcore_tensors(found, model, f"checkpoint {folder}")
+    steps = with_types(plan_export(model), found, None)
+    return ModelSource(kind, folder, model, reader, {slot.key: step for step in steps for slot in step.targets})
