@@ -82,6 +82,7 @@ def test_sizes_are_those_of_the_real_model() -> None:
     assert count == 4_040_921_024  # the key list of the published sizes
 
 
+@pytest.mark.slow
 def test_bench_runs_from_a_checkout(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--scale", "0.01", "--folder", str(tmp_path), "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)

@@ -451,6 +451,10 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _metadata(f, lambda m: setattr(_place(m), "offset", _place(m, "connector.norm.weight").offset + 8)),
         "has entries of __0_0.distcp that overlap",
     ),
+    "entry over the next one": (
+        lambda f: _metadata(f, lambda m: setattr(_place(m), "length", _place(m).length + 3000)),
+        "has entries of __0_0.distcp that overlap",
+    ),
     "chunks that overlap": (lambda f: _metadata(f, _overlap), "has chunks of connector.norm.bias that overlap"),
     "chunks with a gap": (
         lambda f: _metadata(f, lambda m: m.state_dict_metadata["connector.norm.bias"].chunks.clear()),
