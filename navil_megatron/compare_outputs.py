@@ -170,7 +170,7 @@ def compare(one: Sequence[Activations], other: Sequence[Activations]) -> dict[st
         likeliest next token.
     """
     places = []
-    for name in dict.fromkeys(name for prompt in one for name in prompt):
+    for name in max(one, key=len):  # a prompt with an image has all places
         pairs = [(a[name], b[name]) for a, b in zip(one, other, strict=True) if name in a]
         places.append(
             {
