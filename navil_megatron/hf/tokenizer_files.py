@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
@@ -61,6 +60,8 @@ def read_token_ids(tokenizer: Path, model: ModelConfig) -> Mapping[str, int | No
     """
     if not (tokenizer / TOKENIZER_FILE).is_file():
         raise UserError(f"{tokenizer} has no {TOKENIZER_FILE}: expected a folder with a fast tokenizer")
+    from transformers import AutoTokenizer  # a second, which a checkpoint without a tokenizer need not wait for
+
     loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
     vocabulary = loaded.get_vocab()
     different = [

@@ -14,6 +14,8 @@ WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that weights may have."""
 MOST_LAYERS, LARGEST_SIZE = 10_000, 1 << 31
 """Beyond any model: a config with more is damaged, and would only be worked on for ever."""
+MOST_EXPERTS = 50_000
+"""Layers times experts of a modality, likewise."""
 
 Signature = tuple[Shape, torch.dtype | str]
 """Shape and type of a tensor; a type that torch does not have is a name."""
@@ -35,8 +37,11 @@ def require_valid_model(model: ModelConfig, where: str) -> None:
         for part, section in (("language", model.language), ("vision", model.vision))
         for name in section.__dataclass_fields__
         if type(value := getattr(section, name)) is int
-        and value > (MOST_LAYERS if name in ("num_layers", "num_experts") else LARGEST_SIZE)
+        and value > (MOST_LAYERS if name == "num_layers" else LARGEST_SIZE)
     ]
+    experts = model.language.num_layers * model.language.num_experts
+    if not problems and experts > MOST_EXPERTS:
+        problems = [f"model.language has {experts} experts in all its layers, more than any model's"]
     problems = problems or model_problems(model)
     if problems:
         raise UserError(f"{where} describes no model that works: {'; '.join(problems)}")

@@ -412,6 +412,11 @@ def _archive_with_bomb(folder: Path) -> None:
     _metadata(folder, point_to_it)
 
 
+def _exchange(metadata: Any) -> None:
+    one, other = _place(metadata), _place(metadata, "vision_encoder.patch_embedding.bias")
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__
+
+
 def _overlap(metadata: Any) -> None:
     entry = metadata.state_dict_metadata["connector.norm.bias"]
     entry.chunks.append(entry.chunks[0])
@@ -455,6 +460,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: _metadata(f, lambda m: setattr(_place(m), "length", _place(m).length + 3000)),
         "has entries of __0_0.distcp that overlap",
     ),
+    "entries exchanged": (lambda f: _metadata(f, _exchange), "holds [128], where the metadata says [32]"),
     "chunks that overlap": (lambda f: _metadata(f, _overlap), "has chunks of connector.norm.bias that overlap"),
     "chunks with a gap": (
         lambda f: _metadata(f, lambda m: m.state_dict_metadata["connector.norm.bias"].chunks.clear()),

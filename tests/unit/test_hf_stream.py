@@ -108,6 +108,9 @@ def test_types_may_differ_between_parameters(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         TensorFolder(tmp_path)  # the header comes last
     writer.finish([None])
+    header = (tmp_path / "model.safetensors").read_bytes()[8:].partition(b"}}")[0] + b"}}"
+    offsets = {key: entry["data_offsets"] for key, entry in json.loads(header).items() if key != "__metadata__"}
+    assert all(offsets[slot.key][0] % dtype.itemsize == 0 for slot, dtype in slots)
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(same_bits(loaded[slot.key], tensor) for slot, tensor in tensors.items())
     assert all(same_bits(TensorFolder(tmp_path)[slot.key], tensor) for slot, tensor in tensors.items())
@@ -174,22 +177,25 @@ def test_what_core_calls_its_files_is_what_we_write(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metadata.json").read_text()) == FORMAT
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "folder", "training checkpoint"])
+@pytest.mark.parametrize("where", ["checkpoint", "folder", "training checkpoint", "stack of layers"])
 def test_a_flipped_bit_is_named(tmp_path: Path, where: str) -> None:
+    """A stack of layers is one chunk, of which a conversion reads the rows of one layer at a time."""
     write_checkpoint(tmp_path / "saved", tiny_model())
     convert_to_hf(tmp_path / "saved", tmp_path / "hf")
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
     file = {
         "checkpoint": tmp_path / "again" / "__0_0.distcp",
         "folder": tmp_path / "hf" / "model.safetensors",
-        "training checkpoint": tmp_path / "saved" / "__0_0.distcp",
-    }[where]
-    tensor = read_tensors(tmp_path / "saved")["output_layer.weight"]
+    }.get(where, tmp_path / "saved" / "__0_0.distcp")
+    key = "decoder.layers.mlp.linear_fc2.text.weight" if where == "stack of layers" else "output_layer.weight"
+    tensor = read_tensors(tmp_path / "saved")[key]
     content = bytearray(file.read_bytes())
     place = content.find(tensor.numpy().tobytes())
     content[place + 1000] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"(output_layer\.weight|lm_head\.weight) in .*(checksum|CRC)") as error:
+    with pytest.raises(
+        UserError, match=r"(output_layer\.weight|lm_head\.weight|fc2.*\[\d\]) in .*(checksum|CRC)"
+    ) as error:
         if where == "folder":
             convert_from_hf(tmp_path / "hf", tmp_path / "target")
         else:
@@ -199,7 +205,29 @@ def test_a_flipped_bit_is_named(tmp_path: Path, where: str) -> None:
     assert not list(tmp_path.glob("target*"))
 
 
-def test_what_reads_back_different_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_description_of_a_tensor(tmp_path: Path) -> None:
+    """Its pickle still makes sense, but is not what was saved."""
+    write_checkpoint(tmp_path / "saved", tiny_model())
+    path = tmp_path / "saved" / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    place = content.find(b"\x89ccollections")  # requires_grad
+    content[place] = 0x88
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"has a damaged data\.pkl"):
+        read_tensors(tmp_path / "saved")
+
+
+def _flip_a_number(content: bytearray) -> None:
+    content[-5] ^= 64
+
+
+def _turn_a_matrix(content: bytearray) -> None:
+    place = content.find(b'"shape":[48,56]')
+    content[place : place + 15] = b'"shape":[56,48]'
+
+
+@pytest.mark.parametrize("damage", [_flip_a_number, _turn_a_matrix])
+def test_what_reads_back_different_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage) -> None:
     """The file changes between the write and the check, as on a failing disk."""
     write_checkpoint(tmp_path / "checkpoint", tiny_model())
     finish = SafetensorsWriter.finish
@@ -208,12 +236,12 @@ def test_what_reads_back_different_is_refused(tmp_path: Path, monkeypatch: pytes
         files = finish(self, places)
         path = self.folder / files[0]
         content = bytearray(path.read_bytes())
-        content[-5] ^= 64
+        damage(content)
         path.write_bytes(content)
         return files
 
     monkeypatch.setattr(SafetensorsWriter, "finish", finish_and_break)
-    with pytest.raises(OSError, match="reads back different"):
+    with pytest.raises(OSError, match="read.? back different"):
         convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf")
     assert not list(tmp_path.glob("hf*"))
 

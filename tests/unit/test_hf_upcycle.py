@@ -104,6 +104,8 @@ def test_what_cannot_be_upcycled_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "experts_per_token = 3 is more than num_experts = 2" in capsys.readouterr().err
     assert main([*words, "--experts", "1"]) == 2
     assert "expected 2 or more" in capsys.readouterr().err
+    assert main([*words, "--experts", "100000"]) == 2
+    assert "experts in all its layers, more than any model's" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert main([*words, "--experts", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_experts"] == 2

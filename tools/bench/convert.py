@@ -175,15 +175,17 @@ def _against_cp(
     source: Path, target: Path, command: list[str], options: argparse.Namespace, num_bytes: int
 ) -> dict[str, Any]:
     """One direction in turns with cp."""
-    copies, conversions, peaks = [], [], []
+    copies, conversions, peaks, started = [], [], [], []
     for _ in range(options.repeats):
         shutil.rmtree(target, ignore_errors=True)
         copies.append(_copy(source, target.with_name("copied")))
-        seconds, peak = _convert(source, target, command, options.jobs)
+        seconds, peak, inside = _convert(source, target, command, options.jobs)
         conversions.append(seconds)
         peaks.append(peak)
+        started.append(seconds - inside)
     return {
         "ratio_vs_cp": round(min(copies) / min(conversions), 3),
+        "startup_seconds": round(min(started), 2),
         "peak_rss_gb": round(max(peaks) / 1e9, 3),
         "gb_per_s": round(num_bytes / 1e9 / min(conversions), 3),
         "cp_gb_per_s": round(num_bytes / 1e9 / min(copies), 3),
@@ -203,8 +205,8 @@ def _copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def _convert(source: Path, target: Path, command: list[str], jobs: int) -> tuple[float, int]:
-    """Seconds and peak memory of the converter, a process of its own."""
+def _convert(source: Path, target: Path, command: list[str], jobs: int) -> tuple[float, int, float]:
+    """Seconds and peak memory of the converter, a process of its own, and the seconds that it converted for."""
     _drop_from_cache(source)
     program = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *command, "--jobs", str(jobs), "--json"]
     started = time.monotonic()
@@ -212,13 +214,13 @@ def _convert(source: Path, target: Path, command: list[str], jobs: int) -> tuple
     largest: dict[int, int] = {}
     watcher = threading.Thread(target=_watch_memory, args=(process, largest))
     watcher.start()
-    _, errors = process.communicate()
+    output, errors = process.communicate()
     watcher.join()
     flush_folder(target)
     seconds = time.monotonic() - started
     if process.returncode:
         raise RuntimeError(f"the converter failed: {errors[-2000:]}")
-    return seconds, sum(largest.values())
+    return seconds, sum(largest.values()), json.loads(output.splitlines()[-1])["seconds"]
 
 
 def _watch_memory(process: "subprocess.Popen[str]", largest: dict[int, int]) -> None:
@@ -260,7 +262,7 @@ def _drop_from_cache(folder: Path) -> None:
 def _line(found: dict[str, Any]) -> str:
     return (
         f"{found['seconds']} s, {found['gb_per_s']} GB/s; cp {found['cp_seconds']} s, {found['cp_gb_per_s']} GB/s; "
-        f"ratio {found['ratio_vs_cp']}, peak memory {found['peak_rss_gb']} GB"
+        f"ratio {found['ratio_vs_cp']}, peak memory {found['peak_rss_gb']} GB, {found['startup_seconds']} s to start"
     )
 
 
