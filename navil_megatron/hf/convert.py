@@ -5,8 +5,9 @@ processes share the steps; what they write does not depend on their number.
 """
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.verify import Signature
 
 _CHECK_BYTES = 256_000_000
+_AHEAD = 2
 
 
 class Reader(Protocol):
@@ -122,16 +124,19 @@ def run_steps(
 
 
 def ahead[T, R](items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:
-    """Every item with what was read of it; the next one is read meanwhile."""
-    waiting: Any = None
-    with ThreadPoolExecutor(1) as thread:
+    """Every item with what was read of it; the next ones are read meanwhile."""
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    with ThreadPoolExecutor(_AHEAD) as threads:
         for item in items:
-            following = (item, thread.submit(read, item))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            waiting.append((item, threads.submit(read, item)))
+            if len(waiting) > _AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+                del future  # and with it what was read
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+            del future
 
 
 def _write_share(

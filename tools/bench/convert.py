@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--part-size", default="1GB", help="largest safetensors file (1GB)")
     parser.add_argument("--json", action="store_true", help="print the last line alone")
     options = parser.parse_args()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="navil-convert-", dir=options.folder) as folder:
         result = measure(Path(folder), options)
     print(json.dumps(result))
