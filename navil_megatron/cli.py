@@ -10,17 +10,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from navil_megatron import __version__
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
+from navil_megatron.data.command import add_data_verbs
 from navil_megatron.hf.command import add_convert_verbs
 
 Report = dict[str, Any]
 OnProgress = Callable[[int, int], None]
-RunConvert = Callable[[argparse.Namespace, OnProgress], tuple[Report, str, int]]
+Verb = Callable[[argparse.Namespace], int]
+RunVerb = Callable[[argparse.Namespace, OnProgress], tuple[Report, str, int]]
 _PLACEHOLDER = "<image>"
 
 
@@ -60,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_verb(
-    verbs: Any, name: str, verb: Callable[[argparse.Namespace], int], what: str, example: str, reports: bool = True
+    verbs: Any, name: str, verb: Verb, what: str, example: str, reports: bool = True
 ) -> argparse.ArgumentParser:
     """A verb whose help ends in an example; ``--json`` where it reports something."""
     parser: argparse.ArgumentParser = verbs.add_parser(
@@ -99,41 +102,15 @@ def _add_train(verbs: Any) -> None:
 
 
 def _add_data(verbs: Any) -> None:
-    build = _add_verb(
-        verbs,
-        "build",
-        run_data_build,
-        "write indexed tar shards from images and captions",
-        "navil-megatron data build images.jsonl shards/ --tokenizer tokenizer/",
-    )
-    build.add_argument("manifest", type=Path, metavar="MANIFEST", help='JSON lines of {"image": path, "caption": text}')
-    build.add_argument("output", type=Path, metavar="FOLDER", help="where the shards go")
-    build.add_argument("--prefix", default="shard", help="start of the shards' names (shard)")
-    build.add_argument("--samples-per-shard", type=_count, default=10_000, metavar="N", help="of a full shard (10000)")
-    build.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="store caption lengths in the index")
-    index = _add_verb(
-        verbs,
-        "index",
-        run_data_index,
-        "index WebDataset tars that exist already",
-        "navil-megatron data index 'shards/*.tar' --tokenizer tokenizer/",
-    )
-    index.add_argument("shards", nargs="+", metavar="TAR", help="paths or glob patterns")
-    index.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="store caption lengths in the index")
-    index.add_argument(
-        "--headers-only", action="store_true", help="do not decode the images: faster, finds less damage"
-    )
+    def add_verb(name: str, run: RunVerb, what: str, example: str) -> argparse.ArgumentParser:
+        return _add_verb(verbs, name, _with_bar(run, partial(_shards_bar, name)), what, example)
+
+    add_data_verbs(add_verb)
 
 
 def _add_convert(verbs: Any) -> None:
-    def add_verb(name: str, run: RunConvert, what: str, example: str) -> argparse.ArgumentParser:
-        def verb(options: argparse.Namespace) -> int:
-            with _bytes_bar(name) as on_progress:
-                report, text, status = run(options, on_progress)
-            _tell(options, report, text)
-            return status
-
-        return _add_verb(verbs, name, verb, what, example)
+    def add_verb(name: str, run: RunVerb, what: str, example: str) -> argparse.ArgumentParser:
+        return _add_verb(verbs, name, _with_bar(run, partial(_bytes_bar, name)), what, example)
 
     add_convert_verbs(add_verb, _compare_outputs)
 
@@ -179,33 +156,6 @@ def run_train(options: argparse.Namespace) -> int:
     os.execv(sys.executable, [sys.executable, "-m", "navil_megatron.pretrain", *arguments])
 
 
-def run_data_build(options: argparse.Namespace) -> int:
-    """Writes shards and says what was left out."""
-    from navil_megatron.data.build_shards import build_shards
-
-    with _progress_bar("samples") as on_progress:
-        report = build_shards(
-            options.manifest,
-            options.output,
-            prefix=options.prefix,
-            samples_per_shard=options.samples_per_shard,
-            tokenizer=options.tokenizer,
-            on_progress=on_progress,
-        )
-    return _tell(options, report, _describe_shards(report))
-
-
-def run_data_index(options: argparse.Namespace) -> int:
-    """Indexes shards and says what was left out."""
-    from navil_megatron.data.build_shards import index_shards
-
-    with _progress_bar("shards") as on_progress:
-        report = index_shards(
-            options.shards, tokenizer=options.tokenizer, decode=not options.headers_only, on_progress=on_progress
-        )
-    return _tell(options, report, _describe_shards(report))
-
-
 def _compare_outputs(options: argparse.Namespace) -> tuple[Report, str, int]:
     """Runs both models of ``convert verify --logits``."""
     from navil_megatron.runtime.logs import quiet_known_warnings
@@ -241,11 +191,16 @@ def run_doctor(options: argparse.Namespace) -> int:
     return int(any(check.is_problem for check in checks))
 
 
-def _describe_shards(report: Report) -> str:
-    """The report of a data verb for a terminal."""
-    lines = [f"{report['num_samples']} samples in {len(report['shards'])} shards, {report['bytes']} bytes"]
-    lines += [f"left out {count}: {reason}" for reason, count in report["rejected_reasons"].items()]
-    return "\n".join(lines)
+def _with_bar(run: RunVerb, bar: Callable[[], AbstractContextManager[OnProgress]]) -> Verb:
+    """A verb that shows a bar while it runs, and then its report."""
+
+    def verb(options: argparse.Namespace) -> int:
+        with bar() as on_progress:
+            report, text, status = run(options, on_progress)
+        _tell(options, report, text)
+        return status
+
+    return verb
 
 
 def _tell(options: argparse.Namespace, report: Report, text: str) -> int:
@@ -263,24 +218,30 @@ def _count(text: str) -> int:
 
 
 @contextmanager
-def _progress_bar(what: str) -> Iterator[OnProgress]:
-    """A bar with rate and time left on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _shards_bar(what: str) -> Iterator[OnProgress]:
+    """A bar with shards and time left on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with _bar(what, TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as show:
+        yield show
 
 
 @contextmanager
 def _bytes_bar(what: str) -> Iterator[OnProgress]:
-    """A bar with bytes, rate and time left on stderr; it shows once there is something to tell."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    """A bar with bytes, rate and time left on stderr."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _bar(what, *columns) as show:
+        yield show
+
+
+@contextmanager
+def _bar(what: str, *columns: Any) -> Iterator[OnProgress]:
+    """A bar that shows once there is something to tell."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     bar = Progress(*columns, console=Console(stderr=True))
     task = bar.add_task(what, total=None)
 

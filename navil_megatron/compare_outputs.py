@@ -32,7 +32,7 @@ from navil_megatron.config.schema import (
 )
 from navil_megatron.data.image_plan import visual_tokens
 from navil_megatron.data.tokenizer import load_tokenizer
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.image_settings import image_settings_from_hf
 from navil_megatron.hf.json_file import read_json
@@ -264,7 +264,9 @@ def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:
         image_grid_thw=prompt.image_grid_thw.numpy(),
         pixel_values=prompt.pixel_values.flatten(1),
         num_tokens=ids.size,
-        sample_indices=(0,),
+        has_pixels=np.ones(len(prompt.image_grid_thw), dtype=bool),
+        samples=(SampleId(0, 0),),
+        sample_starts=(0,),
         sample_lengths=(ids.size,),
     )
 
@@ -342,7 +344,7 @@ def _one_rank(model: ModelConfig, logs: str) -> NaViLConfig:
     """A run on one CPU rank that never trains."""
     return NaViLConfig(
         model=model,
-        data=DataConfig(train_shards=(), tokenizer=""),
+        data=DataConfig(train_sources=(), tokenizer=""),
         training=TrainingConfig(train_steps=1, global_batch_size=1, precision="fp32"),
         optimizer=OptimizerConfig(lr=0.0),
         checkpoint=CheckpointConfig(directory=logs),

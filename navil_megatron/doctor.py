@@ -175,7 +175,7 @@ def check_dali() -> Check:
         # Both unpack into the same folder, so removing the placeholder may take files of the real one along.
         return Check("dali", "wrong", found, f"pip uninstall nvidia-dali; if DALI is wanted: {INSTALL_DALI}")
     if not real:
-        return Check("dali", "absent", "not installed; no image decoder of this version uses it")
+        return Check("dali", "absent", 'not installed: data.image_decoder = "pillow" only', INSTALL_DALI)
     return Check("dali", "ok", f"{real[0]} {installed_version(real[0])}")
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, ModelConfig
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import table
@@ -51,7 +51,9 @@ class GoldenCase:
             image_grid_thw=inputs["image_grid_thw"].numpy() if has_image else np.zeros((0, 3), np.int64),
             pixel_values=patches if has_image else patches[:0],
             num_tokens=length,
-            sample_indices=(0,),
+            has_pixels=np.ones(len(inputs["image_grid_thw"]) if has_image else 0, dtype=bool),
+            samples=(SampleId(0, 0),),
+            sample_starts=(0,),
             sample_lengths=(length,),
         )
 

@@ -39,7 +39,7 @@ IMPORT_TABLE = {
     "models": Row(("runtime", "kernels", "layers"), _ENGINE),
     "data": Row(
         (),
-        ("torch", "numpy", "PIL", "webdataset", "tokenizers", "transformers", "nvidia.dali"),
+        ("torch", "numpy", "PIL", "webdataset", "tokenizers", "transformers", "fsspec", "pyarrow", "nvidia.dali"),
         ("torch.distributed",),
     ),
     "checkpoint": Row(("runtime",), _ENGINE),
@@ -64,7 +64,7 @@ ONLY_IN = {
     "torch.cuda": "runtime",
     "transformer_engine": "kernels",
     "apex": "kernels",
-    "nvidia.dali": "data/image_decode.py",
+    "nvidia.dali": "data/dali_decode.py",
 }
 """Module prefix -> the one place that may name it."""
 

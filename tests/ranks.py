@@ -30,6 +30,7 @@ from navil_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RuntimeConfig,
+    SourceConfig,
     TrainingConfig,
     VisionConfig,
 )
@@ -192,7 +193,7 @@ def tiny_config(**sections: Any) -> NaViLConfig:
     """
     base = NaViLConfig(
         model=_tiny_model(),
-        data=DataConfig(train_shards=("none",), tokenizer="none", seq_length=64),
+        data=DataConfig(train_sources=(SourceConfig(index="none"),), tokenizer="none", seq_length=64),
         training=TrainingConfig(train_steps=8, global_batch_size=4, precision="fp32"),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0),
         checkpoint=CheckpointConfig(directory="none"),

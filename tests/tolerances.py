@@ -18,6 +18,9 @@ RESTORED = {"rtol": 1e-6, "atol": 1e-6}
 LLM_PEER = {"rtol": 0.0, "atol": 1e-4}
 """Text-only logits against transformers' own model of the LLM that a start came from (fp32, weights of std 0.2)."""
 
+DALI_PIXELS = 2
+"""Steps of 255 between a patch decoded and resized by DALI and torch and the reference's: each rounds on its own."""
+
 BF16_LOGITS = 0.05
 """Relative L2 distance of the bf16 logits of a tiny random model from its fp32 logits: each value is rounded to 2^-9
 some hundred times on its way, and roundings add up as their square root."""

@@ -14,7 +14,8 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from navil_megatron.data.shards import ShardSet, expand_shards
+from navil_megatron.data.source import Source
+from navil_megatron.data.types import SampleId
 from navil_megatron.data.validation import swapped_pictures
 
 BATCH_SIZE = 40
@@ -26,10 +27,12 @@ def main() -> int:
     hf_folder, data_folder, output = (Path(word) for word in sys.argv[1:4])
     model = AutoModelForImageTextToText.from_pretrained(hf_folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(hf_folder, trust_remote_code=True)
-    shards = ShardSet(expand_shards((str(data_folder / "heldout-*.tar"),), "heldout"))
-    images = [Image.open(io.BytesIO(shards.read(number).images[0])).convert("RGB") for number in range(len(shards))]
-    truth = [shards.caption(number) for number in range(len(shards))]
-    swapped = swapped_pictures(shards)
+    source = Source(data_folder / "heldout.index")
+    samples = [source.read(number) for number in range(len(source))]
+    images = [Image.open(io.BytesIO(sample.images[0])).convert("RGB") for sample in samples]
+    truth = [sample.content for sample in samples]
+    swap = swapped_pictures(source)
+    swapped = [swap(SampleId(0, number)).number for number in range(len(source))]
     started = time.perf_counter()
     columns = (TextColumn("captions"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns) as progress:

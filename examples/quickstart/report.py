@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from navil_megatron.data.shards import ShardSet, expand_shards
+from navil_megatron.data.source import Source
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 TAIL_BYTES = 16_384
@@ -119,12 +119,12 @@ def draw_contact_sheet(folder: Path, columns: int = 6, rows: int = 5) -> None:
     wrong = [sample for sample in samples if sample["generated"] != sample["caption"]]
     right = [sample for sample in samples if sample["generated"] == sample["caption"]]
     chosen = (wrong[: columns * rows // 3] + right)[: columns * rows]
-    shards = ShardSet(expand_shards((str(folder / "data" / "heldout-*.tar"),), "heldout"))
+    source = Source(folder / "data" / "heldout.index")
     figure, grid = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.35 * rows), layout="constrained")
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, sample in zip(grid.flat, chosen, strict=False):
-        image = Image.open(io.BytesIO(shards.read(sample["index"]).images[0])).convert("RGB")
+        image = Image.open(io.BytesIO(source.read_image(sample["index"], 0))).convert("RGB")
         axes.imshow(image)
         is_right = sample["generated"] == sample["caption"]
         axes.set_title(wrap(sample["generated"]), fontsize=8.5, color=RIGHT if is_right else WRONG)

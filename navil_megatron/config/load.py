@@ -193,6 +193,8 @@ class _Reader[T]:
         return self._note(key, f"{key}: found {_found(value)}, expected {_NOUNS[annotation]}{hint}")
 
     def _array(self, annotation: Any, value: Any, key: str) -> Any:
+        if not isinstance(value, list | tuple) and dataclasses.is_dataclass(annotation):
+            return self._note(key, f"{key}: found {_found(value)}, expected an array of tables [[{key}]]")
         if not isinstance(value, list | tuple):
             example = '["a", "b"]' if annotation is str else "[1, 2]"
             expected = f"an array of {_PLURALS[annotation]}, e.g. {example}"

@@ -70,6 +70,7 @@ RANGES: dict[str, Range] = {
     "data.seq_length": COUNT,
     "data.min_image_pixels": COUNT,
     "data.max_image_pixels": COUNT,
+    "data.max_source_pixels": COUNT,
     "data.scale_ratio": Range(0, 1, above=True, below=True),
     "data.num_workers": COUNT,
     "data.prefetch_steps": COUNT,

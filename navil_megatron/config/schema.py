@@ -151,15 +151,25 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """One source of training samples: a ``[[data.train_sources]]`` table."""
+
+    index: str
+    """File that ``navil-megatron data build`` or ``data index`` wrote."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources' weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Where samples come from and how they become packed rows."""
 
-    train_shards: tuple[str, ...]
-    """Glob patterns of the training shards (WebDataset tars)."""
+    train_sources: tuple[SourceConfig, ...]
+    """The mixture; every global stretch of samples holds each source's share to within one sample."""
     tokenizer: str
     """Folder with a Hugging Face tokenizer that holds the 12 special tokens."""
-    validation_shards: tuple[str, ...] = ()
-    """Glob patterns of held-out shards; empty: no evaluation."""
+    validation_sources: tuple[str, ...] = ()
+    """Index files of held-out sources; empty: no evaluation."""
     seq_length: int = 16_384
     """Tokens of one packed row, padding included."""
     min_image_pixels: int = 65_536
@@ -172,8 +182,11 @@ class DataConfig:
     """tau, the side ratio of successive scales."""
     share_shrunk_limit: bool = False
     """Reproduce the released demo: the limit left by one image's smallest scale caps the next image of the sample."""
-    image_decoder: Literal["pillow"] = "pillow"
-    """What decodes and resizes images."""
+    image_decoder: Literal["pillow", "dali"] = "pillow"
+    """What decodes and resizes images: ``pillow`` as the reference does, to the bit; ``dali`` NVIDIA DALI, on the GPU
+    where ``runtime.device`` is ``cuda``, with the rest as tensor operations, within 2/255 of it."""
+    max_source_pixels: int = 67_108_864
+    """Largest image file that is decoded, in pixels, read from its header first; a larger one is a failed sample."""
     num_workers: int = 1
     """Background threads that read, decode and pack ahead of the step."""
     prefetch_steps: int = 2

@@ -119,8 +119,11 @@ def _vision_rules(model: ModelConfig) -> Iterator[str]:
 
 def _row_rules(config: NaViLConfig) -> Iterator[str]:
     data, vision = config.data, config.model.vision
-    if not data.train_shards:
-        yield 'data.train_shards is empty; name the shards, e.g. ["shards/train-*.tar"]'
+    if not data.train_sources:
+        yield 'data.train_sources is empty; name the sources, e.g. [[data.train_sources]] index = "shards/train.index"'
+    for number, source in enumerate(data.train_sources):
+        if not 0 < source.weight < float("inf"):
+            yield f"data.train_sources[{number}].weight = {source.weight}: expected more than 0; or leave it out"
     if data.min_image_pixels > data.max_image_pixels:
         yield (
             f"data.min_image_pixels = {data.min_image_pixels} is more than data.max_image_pixels = "
@@ -150,9 +153,9 @@ def _schedule_rules(config: NaViLConfig) -> Iterator[str]:
         )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} is more than optimizer.lr = {optimizer.lr}; lower the floor"
-    if training.evaluate_every_steps is not None and not config.data.validation_shards:
+    if training.evaluate_every_steps is not None and not config.data.validation_sources:
         yield (
-            f"training.evaluate_every_steps = {training.evaluate_every_steps}, but data.validation_shards is empty; "
+            f"training.evaluate_every_steps = {training.evaluate_every_steps}, but data.validation_sources is empty; "
             'name held-out shards or set evaluate_every_steps = "none"'
         )
 

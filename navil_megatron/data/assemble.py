@@ -4,8 +4,8 @@ A row is its samples in causal order, then one block of visual padding, then tex
 multiple in both modalities, with pad tokens and never by stretching a sample. Padding has segments of its own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,28 +40,32 @@ class _Piece:
     labels: np.ndarray
     loss_weights: np.ndarray
     visual: np.ndarray
+    is_sample: bool = False
+    """Not padding."""
 
 
 def assemble(
     rows: Sequence[PackedSequence],
     row_format: RowFormat,
     pixel_values: torch.Tensor | None,
-    failed: frozenset[int] = frozenset(),
+    has_pixels: np.ndarray | None = None,
 ) -> Microbatch:
     """The microbatch of some rows, laid end to end.
 
     Args:
         rows: what each row holds.
         row_format: lengths and ids.
-        pixel_values: patches of all images in order of appearance, or None where they are not decoded.
-        failed: sample indices whose images are blank: they keep their place and lose their loss.
+        pixel_values: patches of the decoded scale images in order of appearance, or None where there are none.
+        has_pixels: [num_scales] bool: which those are; by default all where there are pixels.
 
     Raises:
         ValueError: the samples of a row do not fit it.
     """
-    pieces = [piece for row in rows for piece in _row_pieces(row, row_format, failed)]
+    pieces = [piece for row in rows for piece in _row_pieces(row, row_format)]
     lengths = tuple(len(piece.input_ids) for piece in pieces)
     samples = [sample for row in rows for sample in row.samples]
+    grids = image_grid_thw([scales for sample in samples for scales in sample.scales])
+    starts = np.cumsum([0, *lengths])[:-1]
     return Microbatch(
         input_ids=np.concatenate([piece.input_ids for piece in pieces]),
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
@@ -69,17 +73,31 @@ def assemble(
         loss_weights=np.concatenate([piece.loss_weights for piece in pieces]),
         visual_token_mask=np.concatenate([piece.visual for piece in pieces]),
         segment_lengths=lengths,
-        image_grid_thw=image_grid_thw([scales for sample in samples for scales in sample.scales]),
+        image_grid_thw=grids,
         pixel_values=pixel_values,
+        has_pixels=np.full(len(grids), pixel_values is not None) if has_pixels is None else has_pixels,
         num_tokens=sum(len(sample.input_ids) for sample in samples),
-        sample_indices=tuple(sample.sample_index for sample in samples),
+        samples=tuple(sample.sample for sample in samples),
+        sample_starts=tuple(int(start) for start, piece in zip(starts, pieces, strict=True) if piece.is_sample),
         sample_lengths=tuple(len(sample.input_ids) for sample in samples),
     )
 
 
-def _row_pieces(row: PackedSequence, row_format: RowFormat, failed: frozenset[int]) -> list[_Piece]:
+def drop_loss(microbatch: Microbatch, failed: Collection[int]) -> Microbatch:
+    """The microbatch with no loss on these samples, given by their place in it."""
+    if not failed:
+        return microbatch
+    labels, loss_weights = microbatch.labels.copy(), microbatch.loss_weights.copy()
+    for position in failed:
+        start = microbatch.sample_starts[position]
+        tokens = slice(start, start + microbatch.sample_lengths[position])
+        labels[tokens], loss_weights[tokens] = IGNORED_LABEL, 0.0
+    return replace(microbatch, labels=labels, loss_weights=loss_weights)
+
+
+def _row_pieces(row: PackedSequence, row_format: RowFormat) -> list[_Piece]:
     """Samples, visual padding, text padding."""
-    pieces = [_sample_piece(sample, row_format, sample.sample_index in failed) for sample in row.samples]
+    pieces = [_sample_piece(sample, row_format) for sample in row.samples]
     num_visual = sum(int(piece.visual.sum()) for piece in pieces)
     visual_padding = -num_visual % row_format.pad_segments_to
     text_padding = row.seq_length - sum(len(piece.input_ids) for piece in pieces) - visual_padding
@@ -91,17 +109,17 @@ def _row_pieces(row: PackedSequence, row_format: RowFormat, failed: frozenset[in
     return pieces
 
 
-def _sample_piece(sample: EncodedSample, row_format: RowFormat, failed: bool) -> _Piece:
+def _sample_piece(sample: EncodedSample, row_format: RowFormat) -> _Piece:
     """One sample: labels are the tokens that follow, weighted as the sample says."""
     loss_weights = np.zeros(len(sample.input_ids), dtype=np.float32)
-    if not failed:
-        loss_weights[:-1] = sample.loss_weights[1:]
+    loss_weights[:-1] = sample.loss_weights[1:]
     following = np.roll(sample.input_ids, -1)
     return _Piece(
         input_ids=sample.input_ids,
         labels=np.where(loss_weights > 0, following, IGNORED_LABEL),
         loss_weights=loss_weights,
         visual=visual_tokens(sample.input_ids, row_format.special_token_ids),
+        is_sample=True,
     )
 
 

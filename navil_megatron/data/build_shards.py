@@ -1,162 +1,181 @@
-"""From what people have to indexed shards: a folder of images with JSON lines, or tars that exist already.
+"""From what people have to shards with an index: JSON lines over image files, conversations, or pure text.
 
-Behind ``navil-megatron data build`` and ``data index``. Bad samples are left out and counted by reason.
+Behind ``navil-megatron data build``. Every chunk of the manifest becomes one shard, so the files depend neither on how
+many processes work nor on how often they were interrupted.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import stat
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.image_decode import ImageDecodeError, open_image
-from navil_megatron.data.index_build import IndexReport, RejectedSample, TokenCounter, check_image, index_shard
-from navil_megatron.data.shards import ShardWriter, expand_shards
-from navil_megatron.data.tokenizer import load_tokenizer
+from navil_megatron.data.content import RejectedSample, parse_content
+from navil_megatron.data.index_build import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TokenCounter, check_image, index_shard
+from navil_megatron.data.index_report import report_index
+from navil_megatron.data.manifest import Chunk, Manifest
+from navil_megatron.data.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shard_index import SourceIndex
+from navil_megatron.data.shard_writer import tar_sample, write_tar
 
-type OnProgress = Callable[[int, int], None]
-"""Called with (done, total) after every item; whoever has a terminal draws a bar with it."""
-
-MAX_NAMED_REJECTIONS = 100
-"""Rejected samples that a report names; it counts all."""
+type Task = tuple[Chunk, Path, PartFiles]
+"""Rows, the shard that they become, and its part of the index."""
 
 
 def build_shards(
     manifest: Path,
     output: Path,
+    counter: TokenCounter,
     *,
     prefix: str = "shard",
     samples_per_shard: int = 10_000,
-    tokenizer: Path | None = None,
+    text_column: str = "text",
+    jobs: int = 1,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Writes indexed tar shards from JSON lines of ``{"image": path, "caption": text}``.
-
-    Images are stored as the files they are. A line without ``image`` is a sample of text alone.
+    """Writes tar shards and the index over them; what an unfinished run did is not done again.
 
     Args:
-        manifest: the JSON lines; image paths are relative to its folder.
+        manifest: JSON lines, or parquet for pure text. A line has a ``caption`` or ``text``, or ``conversations`` or
+            ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the
+            manifest's folder. Image files are stored as they are.
         output: folder of the shards, made if needed.
-        prefix: shards are called ``<prefix>-000000.tar`` and so on.
-        samples_per_shard: samples of a full shard.
-        tokenizer: Hugging Face folder; stores caption lengths in the indexes, so that a run need not count them.
-        on_progress: called with (done, total) after every line.
-
-    Returns:
-        A report: counts, sizes, shards, and rejected samples with reasons.
-
-    Raises:
-        UserError: the manifest cannot be read, the output holds such shards already, or no sample is any good.
-    """
-    if any(output.glob(f"{prefix}-*.tar")):
-        raise UserError(f"{output} already holds {prefix}-*.tar: remove them, or choose another folder or prefix")
-    report = IndexReport()
-    tokens = _token_counter(tokenizer)
-    lines = _read_lines(manifest)
-    with ShardWriter(output, prefix, samples_per_shard=samples_per_shard, decode=False, tokens=tokens) as writer:
-        for number, line in enumerate(lines):
-            try:
-                caption, image, extension = _read_pair(line, manifest.parent)
-                writer.write(f"{number:09d}", caption, image, extension)
-            except RejectedSample as rejection:
-                report.reject(f"{manifest}:{number + 1}", str(rejection))
-            if on_progress is not None:
-                on_progress(number + 1, len(lines))
-    report.num_samples = writer.report.num_samples
-    for where, reason in writer.report.rejected:
-        report.reject(where, reason)
-    return _summary(report, [str(shard) for shard in writer.shards])
-
-
-def index_shards(
-    patterns: Sequence[str],
-    *,
-    tokenizer: Path | None = None,
-    decode: bool = True,
-    on_progress: OnProgress | None = None,
-) -> dict[str, Any]:
-    """Builds the index of existing WebDataset tars, e.g. img2dataset's, beside each of them.
-
-    Args:
-        patterns: glob patterns or paths of tars.
-        tokenizer: as in ``build_shards``.
-        decode: decode every picture in full; off, only headers are read (faster; damage then shows up in training).
+        counter: counts tokens; pickles where ``jobs`` is more than 1.
+        prefix: shards are called ``<prefix>-000000.tar`` and so on, the index ``<prefix>.index``.
+        samples_per_shard: lines of a shard; those that are left out are missing from it.
+        text_column: which column of parquet.
+        jobs: processes that share the shards.
         on_progress: called with (done, total) after every shard.
 
     Returns:
-        A report as of ``build_shards``.
+        A report: what the index holds, and what was left out why.
 
     Raises:
-        UserError: a tar is missing or damaged, or no sample is any good.
+        UserError: the manifest cannot be read, the output holds other shards of this name, or no sample is any good.
     """
-    shards = expand_shards(patterns, "shards")
-    report, tokens = IndexReport(), _token_counter(tokenizer)
-    for number, shard in enumerate(shards):
-        index_shard(Path(shard), report, decode=decode, tokens=tokens)
-        if on_progress is not None:
-            on_progress(number + 1, len(shards))
-    return _summary(report, shards)
+    index = output / f"{prefix}.index"
+    rows = Manifest(manifest, text_column)
+    chunks = _resume_or_start(index, rows, samples_per_shard, counter.fingerprint)
+    tasks: list[Task] = [
+        (
+            chunk,
+            output / f"{prefix}-{chunk.number:06d}.tar",
+            PartFiles(parts_folder(index) / f"{chunk.number:06d}.index"),
+        )
+        for chunk in chunks
+    ]
+    left = [task for task in tasks if not _is_done(task)]
+    run_tasks(partial(_build_one, manifest=rows, counter=counter), left, len(tasks), jobs, on_progress)
+    reasons = merge_parts(index, [files for _, _, files in tasks], bytes.fromhex(counter.fingerprint))
+    return report_index(index, reasons, rejected_path(index))
 
 
-def _token_counter(tokenizer: Path | None) -> TokenCounter | None:
-    return load_tokenizer(tokenizer).counter if tokenizer is not None else None
+def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[Chunk]:
+    """The chunks of a build that was interrupted, or of a new one.
+
+    Raises:
+        UserError: the build that was interrupted was another one, or the output holds a finished one.
+    """
+    plan = parts_folder(index) / "build.json"
+    made_from = [manifest.version, samples_per_shard, tokenizer]
+    named = f"{index.with_suffix('')}*"
+    if plan.exists():
+        known = json.loads(plan.read_bytes())
+        if known["made_from"] != made_from:
+            raise UserError(
+                f"{index.parent} holds an unfinished build of another manifest, tokenizer or shard size than now: "
+                f"give the same to go on, or remove {named} to start anew"
+            )
+        return [Chunk(*row) for row in known["chunks"]]
+    if index.exists() or any(index.parent.glob(f"{index.stem}-*.tar")):
+        raise UserError(f"{index.parent} already holds {index.stem} shards: remove {named}, or choose another prefix")
+    shutil.rmtree(plan.parent, ignore_errors=True)  # a finished build may have been killed as it tidied up
+    chunks = manifest.chunks(samples_per_shard)
+    plan.parent.mkdir(parents=True)
+    begun = plan.with_suffix(".partial")
+    begun.write_text(json.dumps({"made_from": made_from, "chunks": [astuple(chunk) for chunk in chunks]}))
+    os.replace(begun, plan)
+    return chunks
 
 
-def _read_lines(manifest: Path) -> list[bytes]:
-    """The lines of the manifest that are not blank."""
+def _task(index: Path, chunk: Chunk) -> Task:
+    number = f"{chunk.number:06d}"
+    return chunk, index.with_name(f"{index.stem}-{number}.tar"), PartFiles(parts_folder(index) / f"{number}.index")
+
+
+def _is_done(task: Task) -> bool:
+    """The part is there, and the shard with it unless it would hold nothing."""
+    _, path, files = task
+    if not files.is_complete():
+        return False
+    (shard,) = SourceIndex(files.index).shards
+    return not shard.num_samples or (path.exists() and path.stat().st_size == shard.num_bytes)
+
+
+def _build_one(task: Task, *, manifest: Manifest, counter: TokenCounter) -> None:
+    """Writes one shard and its part of the index; images are decoded here, once."""
+    chunk, path, files = task
+    rejected: list[tuple[str, str]] = []
+    with write_tar(path) as tar:
+        for number, row in manifest.read(chunk):
+            try:
+                if isinstance(row, RejectedSample):
+                    raise row
+                tar.write(_read_row(f"{number:09d}", row, manifest.path.parent))
+            except RejectedSample as rejection:
+                rejected.append((f"line {number + 1}", str(rejection)))
+    part = index_shard(str(path), counter, decode=False, name=path.name)
+    part.rejected[:0] = rejected
+    files.save(part, str(manifest.path), bytes.fromhex(counter.fingerprint))
+    if not len(part.samples):
+        path.unlink()
+
+
+def _read_row(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One row as a sample of a tar, checked.
+
+    Raises:
+        RejectedSample: it cannot be trained on.
+    """
+    named = fields.get("image", fields.get("images"))
+    paths = [] if named is None else named if isinstance(named, list) else [named]
+    extension, text = _text_member(fields)
+    if len(text) > MAX_TEXT_BYTES:
+        raise RejectedSample(f"text of more than {MAX_TEXT_BYTES} bytes")
+    parse_content(text, extension == "json", len(paths))
+    images = [_read_image(folder, path) for path in paths]
+    for image in images:
+        check_image(image, decode=True)
+    return tar_sample(key, extension, text, images)
+
+
+def _text_member(fields: dict[str, Any]) -> tuple[str, bytes]:
+    """(extension, bytes) of what the row says."""
     try:
-        return [line for line in manifest.read_bytes().splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(
-            f"manifest {manifest} cannot be read ({error.strerror}): give a file with one JSON object a line"
-        ) from None
+        for name in ("conversations", "messages"):
+            if name in fields:
+                return "json", json.dumps({name: fields[name]}, ensure_ascii=False, separators=(",", ":")).encode()
+        text = fields.get("caption", fields.get("text"))
+        if not isinstance(text, str):
+            raise RejectedSample("line without a caption")
+        return "txt", text.encode()
+    except UnicodeEncodeError:
+        raise RejectedSample("text is not Unicode") from None
 
 
-def _read_pair(line: bytes, folder: Path) -> tuple[str, bytes | None, str]:
-    """(caption, image bytes or None, extension) of one line."""
+def _read_image(folder: Path, name: Any) -> bytes:
+    """The bytes of an image file; what is no regular file, or too large, is not opened."""
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        raise RejectedSample("line is not JSON") from None
-    caption = fields.get("caption") if isinstance(fields, dict) else None
-    if not isinstance(caption, str):
-        raise RejectedSample("line without a caption")
-    if not caption.strip():
-        raise RejectedSample("empty caption")
-    name = fields.get("image")
-    if name is None:
-        return caption, None, ""
-    try:
-        image = (folder / name).read_bytes()
+        path = folder / name
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RejectedSample("image file cannot be read")
+        if status.st_size > MAX_IMAGE_BYTES:
+            raise RejectedSample(f"image of more than {MAX_IMAGE_BYTES} bytes")
+        return path.read_bytes()
     except (OSError, TypeError, ValueError):
         raise RejectedSample("image file cannot be read") from None
-    check_image(image, decode=True)
-    return caption, image, image_extension(image)
-
-
-def image_extension(file: bytes) -> str:
-    """The file name extension that fits the content, whatever the file was called.
-
-    Raises:
-        RejectedSample: no image.
-    """
-    try:
-        kind = (open_image(file).format or "").lower()
-    except ImageDecodeError as error:
-        raise RejectedSample(f"image: {error}") from None
-    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
-
-
-def _summary(report: IndexReport, shards: list[str]) -> dict[str, Any]:
-    """The report as plain data."""
-    if report.num_samples == 0:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in report.reasons.most_common())
-        raise UserError(f"no sample is any good ({reasons or 'there are none'}): check paths and format")
-    return {
-        "num_samples": report.num_samples,
-        "num_rejected": report.reasons.total(),
-        "rejected_reasons": dict(report.reasons.most_common()),
-        "rejected": [{"where": where, "reason": reason} for where, reason in report.rejected[:MAX_NAMED_REJECTIONS]],
-        "shards": shards,
-        "bytes": sum(Path(shard).stat().st_size for shard in shards),
-    }

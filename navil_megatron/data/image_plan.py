@@ -6,7 +6,6 @@ aspect ratio kept, padded to whole merge blocks, and each smaller scale is cut f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, sqrt
 
 import numpy as np
 
@@ -22,16 +21,20 @@ class ImageSizeError(UserError):
     """An image whose size the model cannot take."""
 
 
-def bounded_size(height: int, width: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
-    """The size of an image brought between two areas with its aspect ratio kept; a size already inside is untouched."""
-    area = height * width
-    if area > max_pixels:
-        shrink = sqrt(area / max_pixels)
-        return max(1, floor(height / shrink)), max(1, floor(width / shrink))
-    if area < min_pixels:
-        grow = sqrt(min_pixels / area)
-        return ceil(height * grow), ceil(width * grow)
-    return height, width
+@dataclass(frozen=True, slots=True)
+class Pyramids:
+    """Every scale that some images can have; n images, k scales of the image that has most."""
+
+    resized: np.ndarray
+    """[n, k, 2] int64: height and width in pixels after resizing, large to small."""
+    grid: np.ndarray
+    """[n, k, 2] int64: patch rows and columns after padding; 0 behind an image's last scale."""
+    num_scales: np.ndarray
+    """[n] int64: scales of each image; 0 where the aspect ratio is refused."""
+
+    def patches(self, keep: np.ndarray) -> np.ndarray:
+        """[n, k] int64: patches of the scales that ``keep`` [n, k] marks, 0 elsewhere."""
+        return self.grid.prod(axis=2) * keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,48 +69,118 @@ class ImagePlanner:
             share_shrunk_limit=data.share_shrunk_limit,
         )
 
-    def plan_images(self, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[ScalePlan, ...], ...]:
+    def plan_images(self, sizes: Sequence[tuple[int, int]], dropped: int = 0) -> tuple[tuple[ScalePlan, ...], ...]:
         """The scales, small to large, of each (height, width) of one sample.
+
+        Args:
+            sizes: of the images, in order of appearance.
+            dropped: largest scales that each image does without; the smallest always stays.
 
         Raises:
             ImageSizeError: an image is empty or longer than 200 times its width.
         """
-        plans = []
-        limit: float = self.max_pixels
-        for height, width in sizes:
-            scales, shrunk_limit = self._plan_scales(height, width, limit)
-            plans.append(scales)
-            if self.share_shrunk_limit:
-                limit = shrunk_limit
-        return tuple(plans)
-
-    def _plan_scales(self, height: int, width: int, limit: float) -> tuple[tuple[ScalePlan, ...], float]:
-        """One image's scales, small to large, and the area limit that was in force when the search for more ended."""
-        if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise ImageSizeError(
-                f"an image of {height} x {width} pixels has an aspect ratio beyond {MAX_ASPECT_RATIO}: crop it"
-            )
-        scales = [self._plan_scale(height, width, limit)]
-        while self.multi_scale:
-            limit = num_patches(scales[0]) * self.patch_size**2 * self.scale_ratio**2
-            if limit < self.min_pixels:
-                break
-            smaller = self._plan_scale(height, width, limit)
-            if num_patches(smaller) >= num_patches(scales[0]):
-                break
-            scales.insert(0, smaller)
-        return tuple(scales), limit
-
-    def _plan_scale(self, height: int, width: int, limit: float) -> ScalePlan:
-        """One scale: the bounded size, and its grid padded to whole merge blocks."""
-        resized_height, resized_width = bounded_size(height, width, self.min_pixels, limit)
-        block = self.patch_size * self.merge_size
-        return ScalePlan(
-            resized_height=resized_height,
-            resized_width=resized_width,
-            grid_height=ceil(resized_height / block) * self.merge_size,
-            grid_width=ceil(resized_width / block) * self.merge_size,
+        heights, widths = (np.array([size[axis] for size in sizes], dtype=np.int64) for axis in (0, 1))
+        pyramids = self.plan_pyramids(heights, widths, np.arange(len(sizes)))
+        for (height, width), num_scales in zip(sizes, pyramids.num_scales, strict=True):
+            if not num_scales:
+                raise ImageSizeError(
+                    f"an image of {height} x {width} pixels has an aspect ratio beyond {MAX_ASPECT_RATIO}: crop it"
+                )
+        kept = self.kept_scales(pyramids, np.full(len(sizes), dropped))
+        return tuple(
+            tuple(ScalePlan(*map(int, resized[scale]), *map(int, grid[scale])) for scale in np.flatnonzero(keep)[::-1])
+            for resized, grid, keep in zip(pyramids.resized, pyramids.grid, kept, strict=True)
         )
+
+    def count_tokens(self, images: Sequence[Sequence[ScalePlan]]) -> int:
+        """Tokens of all images of a sample."""
+        return sum(sum(count_image_tokens(scales, self.merge_size)) for scales in images)
+
+    def plan_pyramids(self, heights: np.ndarray, widths: np.ndarray, numbers: np.ndarray) -> Pyramids:
+        """All scales of many images at once.
+
+        Args:
+            heights: [n] int64, in pixels.
+            widths: [n] int64.
+            numbers: [n] int64: place of each image in its sample, from 0.
+        """
+        if not (self.share_shrunk_limit and self.multi_scale) or not len(numbers):
+            limits = np.full(len(heights), float(self.max_pixels))
+            return self._plan_pyramids(heights, widths, limits)[0]
+        # one image's limit follows from the image before it in the sample, so a sample is planned front to back
+        limit, planned = float(self.max_pixels), []
+        for height, width, number in zip(heights, widths, numbers, strict=True):
+            limit = float(self.max_pixels) if number == 0 else limit
+            pyramid, limits = self._plan_pyramids(height[None], width[None], np.array([limit]))
+            limit = float(limits[0])
+            planned.append(pyramid)
+        return _stack(planned)
+
+    def kept_scales(self, pyramids: Pyramids, dropped: np.ndarray) -> np.ndarray:
+        """[n, k] bool: the scales that images get when each does without its ``dropped`` [n] largest."""
+        scale = np.arange(pyramids.grid.shape[1])
+        first = np.minimum(dropped, pyramids.num_scales - 1)[:, None]
+        keep = scale >= first if self.multi_scale else scale == first
+        return keep & (scale < pyramids.num_scales[:, None])
+
+    def _plan_pyramids(
+        self, heights: np.ndarray, widths: np.ndarray, limits: np.ndarray
+    ) -> tuple[Pyramids, np.ndarray]:
+        """The pyramids under these area limits, and the limits in force when the search for more scales ended."""
+        block = self.patch_size * self.merge_size
+        short, long = np.minimum(heights, widths), np.maximum(heights, widths)
+        images = np.flatnonzero((short >= 1) & (long <= MAX_ASPECT_RATIO * short))  # whose search goes on
+        limits, num_scales = limits.copy(), np.zeros(len(heights), dtype=np.int64)
+        fewest = np.full(len(heights), np.iinfo(np.int64).max)
+        resized_scales: list[np.ndarray] = []
+        grid_scales: list[np.ndarray] = []
+        while len(images) or not grid_scales:
+            resized = bounded_sizes(heights[images], widths[images], float(self.min_pixels), limits[images])
+            grid = -(-resized // block) * self.merge_size
+            patches = grid.prod(axis=1)
+            smaller = patches < fewest[images]
+            images, resized, grid, patches = images[smaller], resized[smaller], grid[smaller], patches[smaller]
+            if not len(images) and grid_scales:
+                break
+            for scales, planned in ((resized_scales, resized), (grid_scales, grid)):
+                scales.append(np.zeros((len(heights), 2), dtype=np.int64))
+                scales[-1][images] = planned
+            num_scales[images] += 1
+            fewest[images] = patches
+            limits[images] = patches * self.patch_size**2 * self.scale_ratio**2
+            images = images[limits[images] >= self.min_pixels]
+        return Pyramids(np.stack(resized_scales, axis=1), np.stack(grid_scales, axis=1), num_scales), limits
+
+
+def bounded_sizes(heights: np.ndarray, widths: np.ndarray, min_pixels: float, limits: np.ndarray) -> np.ndarray:
+    """[n, 2] int64: sizes brought between two areas with the aspect ratio kept; a size inside is untouched.
+
+    Args:
+        heights: [n] int64.
+        widths: [n] int64.
+        min_pixels: smallest area.
+        limits: [n] float64: largest area of each.
+    """
+    sizes = np.stack([heights, widths], axis=1)
+    area = np.maximum(heights * widths, 1).astype(np.float64)
+    shrunk = np.maximum(1, np.floor(sizes / np.sqrt(area / limits)[:, None]))
+    grown = np.ceil(sizes * np.sqrt(min_pixels / area)[:, None])
+    bounded = np.where((area > limits)[:, None], shrunk, np.where((area < min_pixels)[:, None], grown, sizes))
+    return bounded.astype(np.int64)
+
+
+def _stack(planned: Sequence[Pyramids]) -> Pyramids:
+    """Pyramids of one image each, as one."""
+    most = max(pyramid.grid.shape[1] for pyramid in planned)
+
+    def padded(scales: np.ndarray) -> np.ndarray:
+        return np.pad(scales, ((0, 0), (0, most - scales.shape[1]), (0, 0)))
+
+    return Pyramids(
+        np.concatenate([padded(pyramid.resized) for pyramid in planned]),
+        np.concatenate([padded(pyramid.grid) for pyramid in planned]),
+        np.concatenate([pyramid.num_scales for pyramid in planned]),
+    )
 
 
 def num_patches(scale: ScalePlan) -> int:

@@ -1,87 +1,125 @@
-"""Builds the index of one WebDataset tar, as img2dataset writes them (key.jpg|png|webp + key.txt or key.json).
+"""Builds the part of an index that one WebDataset tar fills: ``key.jpg`` or ``key.0.jpg key.1.png ...``, and its text.
 
-Every sample that cannot be trained on is left out here, once, with a name and a reason that is counted. Members are
-read in place and never extracted, so path names that climb out and links are harmless.
+Every sample that cannot be trained on is left out here, once, with a reason that is counted. Members are read in place
+and never extracted, and a header's claims are checked before memory is spent on them.
 """
 
 import hashlib
-import json
+import re
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
+from typing import IO, Protocol
 
 import numpy as np
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.data.content import NoCaptionError, RejectedSample, parse_content
 from navil_megatron.data.image_decode import ImageDecodeError, decode_image, read_image_size
 from navil_megatron.data.image_plan import MAX_ASPECT_RATIO
-from navil_megatron.data.shard_index import NOT_COUNTED, RECORD, save_index
+from navil_megatron.data.shard_files import open_file
+from navil_megatron.data.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard
+from navil_megatron.data.types import Content
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"),
+    *("heic", "heif", "jp2", "jxl", "svg"),  # not readable, but without its image a caption is no sample
+)
+"""Members that are meant to be images; their content decides whether they can be read."""
 MAX_TEXT_BYTES = 2**20
-"""Largest caption file that is read; nothing longer fits a row."""
+"""Largest text member that is read; nothing longer fits a row."""
 MAX_IMAGE_BYTES = 2**30
 """Largest image file that is read."""
-MAX_NAME_BYTES = 2**16 - 1
-"""Largest tar header in front of a member; extended headers hold long names."""
+MAX_PIXELS = 2**26
+"""Largest picture, as ``data.max_source_pixels`` has it by default."""
+MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1
+"""What an index can count."""
+_MAX_HEADER_BYTES = 2**20
+_SAMPLES_AT_ONCE = 1024
+"""Texts that wait for their tokens to be counted together."""
 
 
-class RejectedSample(Exception):
-    """A sample that does not enter the index; the message is the reason, short enough to count by."""
+class TokenCounter(Protocol):
+    """What an index asks of a tokenizer."""
+
+    fingerprint: str
+    """32 hexadecimal digits that name it."""
+
+    def count(self, contents: Sequence[Content], num_images: Sequence[int]) -> np.ndarray:
+        """[n] int64: tokens of each sample that do not stand for an image."""
 
 
 @dataclass(slots=True)
-class IndexReport:
-    """What building indexes found."""
+class ShardPart:
+    """What one tar adds to an index."""
 
-    num_samples: int = 0
-    """Samples that entered an index."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    """Rejected samples by reason."""
-    rejected: list[tuple[str, str]] = field(default_factory=list)
-    """(where, reason) of every rejected sample."""
-
-    def reject(self, where: str, reason: str) -> None:
-        """Counts and names one rejected sample."""
-        self.reasons[reason] += 1
-        self.rejected.append((where, reason))
+    samples: np.ndarray
+    """[n] of ``SAMPLE``."""
+    images: np.ndarray
+    """[m] of ``IMAGE``."""
+    shard: Shard
+    rejected: list[tuple[str, str]]
+    """(key, reason) of every sample that was left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenCounter:
-    """Caption lengths under one tokenizer."""
+@dataclass(slots=True)
+class _Tables:
+    """The part as it grows."""
 
-    count: Callable[[Sequence[str]], np.ndarray]
-    """Captions -> tokens of each."""
-    fingerprint: bytes
-    """16 bytes that name the tokenizer."""
+    counter: TokenCounter
+    samples: list[tuple[int, ...]] = field(default_factory=list)
+    images: list[tuple[int, ...]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    waiting: list[tuple[Content, int]] = field(default_factory=list)
+
+    def add(self, sample: tuple[int, ...], images: list[tuple[int, ...]], content: Content) -> None:
+        """One good sample."""
+        self.samples.append(sample)
+        self.images += images
+        self.waiting.append((content, len(images)))
+        if len(self.waiting) == _SAMPLES_AT_ONCE:
+            self.count()
+
+    def count(self) -> None:
+        """Counts the tokens of the texts that wait."""
+        if self.waiting:
+            contents, num_images = zip(*self.waiting, strict=True)
+            self.tokens += self.counter.count(contents, num_images).tolist()
+            self.waiting = []
 
 
-def parse_caption(text: bytes, is_json: bool) -> str:
-    """The caption in a ``.txt`` or ``.json`` member, without white space around it.
+def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardPart:
+    """Reads one tar from front to back; a tar that is damaged counts up to the damage.
+
+    Args:
+        shard: path or URL of the tar.
+        counter: counts tokens.
+        decode: decode every picture in full; without it only headers are read, and damage shows up during training.
+        name: how the index calls the shard.
 
     Raises:
-        RejectedSample: not UTF-8, not JSON, no caption, or an empty one.
+        UserError: the tar cannot be read.
     """
-    try:
-        caption = text.decode("utf-8")
-    except UnicodeDecodeError:
-        raise RejectedSample("text is not UTF-8") from None
-    if is_json:
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError):
-            raise RejectedSample("text is not JSON") from None
-        found = fields.get("caption") if isinstance(fields, dict) else None
-        if not isinstance(found, str):
-            raise RejectedSample("JSON without a caption")
-        caption = found
-    if not caption.strip():
-        raise RejectedSample("empty caption")
-    return caption.strip()
+    tables, content = _Tables(counter), hashlib.sha256()
+    rejected: list[tuple[str, str]] = []
+    with open_file(shard) as file:
+        num_bytes = file.seek(0, 2)
+        file.seek(0)
+        seen: set[str] = set()
+        for key, files in _members(file, rejected):
+            try:
+                if key in seen:
+                    raise RejectedSample("key occurs again")
+                seen.add(key)
+                tables.add(*_index_sample(file, key, files, len(tables.images), decode, content))
+            except RejectedSample as rejection:
+                rejected.append((key, str(rejection)))
+    tables.count()
+    samples = np.array(tables.samples, dtype=SAMPLE)
+    samples["text_tokens"] = tables.tokens
+    row = Shard(name or shard, len(samples), num_bytes, content.hexdigest()[:32])
+    return ShardPart(samples, np.array(tables.images, dtype=IMAGE), row, rejected)
 
 
 def check_image(file: bytes, decode: bool) -> tuple[int, int]:
@@ -91,119 +129,148 @@ def check_image(file: bytes, decode: bool) -> tuple[int, int]:
         RejectedSample: it cannot be.
     """
     try:
-        height, width = read_image_size(file)
+        height, width = read_image_size(file, MAX_PIXELS)
         if decode:
-            decode_image(file)
+            decode_image(file, MAX_PIXELS)
     except ImageDecodeError as error:
         raise RejectedSample(f"image: {error}") from None
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise RejectedSample(f"image: aspect ratio beyond {MAX_ASPECT_RATIO}")
+    if max(height, width) > np.iinfo(np.uint16).max:
+        raise RejectedSample("image: a side of more than 65535 pixels")
     return height, width
 
 
-def index_shard(
-    shard: Path, report: IndexReport, *, decode: bool = True, tokens: TokenCounter | None = None
-) -> np.ndarray:
-    """Reads one tar, writes its index beside it, and gives the records; bad samples are left out and reported.
+def sample_key(name: str) -> str:
+    """A member's name, folder included, up to the first dot of the file name."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.split(".", 1)[0])) if path.name else name
 
-    Args:
-        shard: the tar.
-        report: gets the counts.
-        decode: decode every picture in full; without it only headers are read, and damage shows up during training.
-        tokens: fills in caption lengths; without it they are counted whenever the shard is opened.
 
-    Raises:
-        UserError: the tar itself is missing or damaged.
+class _HeaderReader:
+    """A file as ``tarfile`` may read it: headers alone, so that a forged size costs no memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell = file.tell
+        self.seek = file.seek
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError("forged header")
+        return self._file.read(count)
+
+
+type _Group = tuple[str, list[tarfile.TarInfo]]
+
+
+def _members(file: IO[bytes], rejected: list[tuple[str, str]]) -> Iterator[_Group]:
+    """(key, members) of each sample: neighbours whose names agree up to the first dot.
+
+    A sample that the damage of a tar cuts is lost with it: half of it could pass for a whole one.
     """
-    records, captions = [], []
-    content = hashlib.sha256()
-    for key, members in _samples(shard, report):
-        try:
-            record, caption, files = _index_sample(shard, members, decode)
-        except RejectedSample as rejection:
-            report.reject(f"{shard}: {key}", str(rejection))
-            continue
-        records.append(record)
-        captions.append(caption)
-        for part in (key.encode("utf-8", "surrogateescape"), *files):
-            content.update(len(part).to_bytes(8, "little") + part)
-    table = np.array(records, dtype=RECORD)
-    if tokens is not None and captions:
-        table["caption_tokens"] = tokens.count(captions)
-    save_index(shard, table, content.digest()[:16], tokens.fingerprint if tokens is not None else NOT_COUNTED)
-    report.num_samples += len(table)
-    return table
-
-
-def _samples(shard: Path, report: IndexReport) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """(key, members) of each sample: neighbours in the tar whose names agree up to the first dot."""
-    seen: set[str] = set()
-    for key, members in groupby(_regular_members(shard, report), sample_key):
-        if key in seen:
-            report.reject(f"{shard}: {key}", "key occurs again")
-            continue
-        seen.add(key)
-        yield key, list(members)
-
-
-def sample_key(member: tarfile.TarInfo) -> str:
-    """The member's name, folder included, up to the first dot of the file name."""
-    path = PurePosixPath(member.name)
-    return str(path.with_name(path.name.split(".", 1)[0]))
-
-
-def _regular_members(shard: Path, report: IndexReport) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar, in order; folders and hidden files (macOS adds them) are passed over."""
+    key = ""
     try:
-        with tarfile.open(shard, mode="r:") as tar:
-            for member in tar:
-                if member.isdir() or PurePosixPath(member.name).name.startswith("."):
-                    continue
-                if not PurePosixPath(member.name).name:
-                    report.reject(f"{shard}: {member.name}", "no name")
-                elif not member.isreg() or member.issparse():
-                    report.reject(f"{shard}: {member.name}", "not a regular file")
-                else:
-                    yield member
-    except FileNotFoundError:
-        raise UserError(f"shard {shard} is missing: check the path") from None
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"shard {shard} is not a whole, uncompressed tar ({error}): restore it") from None
+        with tarfile.open(fileobj=_HeaderReader(file), mode="r:") as tar:  # type: ignore[call-overload]
+            for key, members in groupby(_visible(tar, file), lambda member: sample_key(member.name)):
+                yield key, list(members)
+    except (tarfile.TarError, EOFError, ArithmeticError, ValueError, LookupError, RecursionError):
+        rejected.append((key, f"shard is damaged or no uncompressed tar{' from here on' if key else ''}"))
+
+
+def _visible(tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar but for folders and hidden files (macOS adds them)."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
+        if member.size < 0:  # tarfile would go back and for ever in circles
+            raise tarfile.ReadError("forged header")
+        if not member.isdir() and not PurePosixPath(member.name).name.startswith("."):
+            yield member
+    file.seek(tar.offset)
+    if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
+        raise tarfile.ReadError("no end mark")
 
 
 def _index_sample(
-    shard: Path, members: list[tarfile.TarInfo], decode: bool
-) -> tuple[tuple[int, ...], str, tuple[bytes, ...]]:
-    """One record with caption tokens still 0, the caption, and the bytes of its files."""
-    extensions = {member.name.rsplit(".", 1)[-1].lower(): member for member in members}
-    if len(extensions) < len(members):
-        raise RejectedSample("two files of one kind")
-    images = [extensions[kind] for kind in IMAGE_EXTENSIONS if kind in extensions]
-    if len(images) > 1:
-        raise RejectedSample("more than one image")
-    text = extensions.get("txt", extensions.get("json"))  # img2dataset writes both, with the same caption
-    if text is None:
-        raise RejectedSample("no caption file")
-    is_json = "txt" not in extensions
-    text_file = _read_member(shard, text, MAX_TEXT_BYTES, "text")
-    caption = parse_caption(text_file, is_json)
-    named = images[0] if images else text
-    name_bytes = named.offset_data - named.offset
-    if name_bytes > MAX_NAME_BYTES:
+    file: IO[bytes], key: str, members: list[tarfile.TarInfo], first_image: int, decode: bool, digest: "hashlib._Hash"
+) -> tuple[tuple[int, ...], list[tuple[int, ...]], Content]:
+    """Its record with tokens still 0, the records of its images, and its content."""
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts:
+        raise RejectedSample("path climbs out")
+    if not all(member.isreg() and not member.issparse() for member in members):
+        raise RejectedSample("not a regular file")
+    files: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        if files.setdefault(_kind(member), member) is not member:
+            raise RejectedSample("two files of one kind")
+    images = [files[name] for name in sorted(files, key=_natural) if name.startswith("image")]
+    if len(images) > MAX_IMAGES_OF_A_SAMPLE:
+        raise RejectedSample(f"more than {MAX_IMAGES_OF_A_SAMPLE} images")
+    text, kind, text_bytes, content = _read_text(file, files, len(images))
+    name_blocks = (text.offset_data - text.offset) // BLOCK
+    if name_blocks > np.iinfo(np.uint8).max:
         raise RejectedSample("name too long")
-    if not images:
-        return (0, text.offset_data, 0, text.size, 0, 0, 0, name_bytes, is_json, 0), caption, (text_file,)
-    image = images[0]
-    image_file = _read_member(shard, image, MAX_IMAGE_BYTES, "image")
-    height, width = check_image(image_file, decode)
-    offsets = (image.offset_data, text.offset_data, image.size, text.size)
-    return (*offsets, height, width, 0, name_bytes, is_json, 0), caption, (text_file, image_file)
+    own_digest = hashlib.sha256(_framed(key.encode("utf-8", "surrogateescape")) + _framed(text_bytes))
+    records: list[tuple[int, ...]] = []
+    for image in images:
+        image_file = _read_member(file, image, MAX_IMAGE_BYTES, "image")
+        records.append((image.offset_data // BLOCK, image.size, *check_image(image_file, decode)))
+        own_digest.update(_framed(image_file))
+    digest.update(own_digest.digest())
+    record = (text.offset_data // BLOCK, text.size, 0, first_image, len(images), name_blocks, kind)
+    return record, records, content
 
 
-def _read_member(shard: Path, member: tarfile.TarInfo, max_bytes: int, what: str) -> bytes:
+def _framed(part: bytes) -> bytes:
+    """Bytes behind their length, so that no two rows of parts read the same."""
+    return len(part).to_bytes(8, "little") + part
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    """``txt``, ``json``, ``image`` and what names it among others, or another ending."""
+    name, _, ending = PurePosixPath(member.name).name.rpartition(".")
+    ending = ending.lower()
+    if ending not in IMAGE_EXTENSIONS:
+        return ending
+    return f"image.{name.partition('.')[2]}"
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts img2 before img10; text and numbers take turns, and a number is compared by its length first."""
+    parts = re.split(r"0*([0-9]+)", name)
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
+
+
+def _read_text(
+    file: IO[bytes], files: dict[str, tarfile.TarInfo], num_images: int
+) -> tuple[tarfile.TarInfo, int, bytes, Content]:
+    """The text member, its kind, bytes and content: a conversation, else the ``.txt``, else a caption in ``.json``."""
+    found = None
+    for ending in ("json", "txt"):
+        if (member := files.get(ending)) is None:
+            continue
+        text = _read_member(file, member, MAX_TEXT_BYTES, "text")
+        try:
+            found = (member, *parse_content(text, ending == "json", num_images), text)
+        except NoCaptionError:  # img2dataset's .json beside the .txt may lack one
+            if ending == "txt" or "txt" not in files:
+                raise
+            continue
+        if found[1] == KIND_CONVERSATION:
+            break
+    if found is None:
+        raise RejectedSample("no text file")
+    member, kind, content, text = found
+    return member, kind, text, content
+
+
+def _read_member(file: IO[bytes], member: tarfile.TarInfo, max_bytes: int, what: str) -> bytes:
     """The bytes of a member, if there are not too many."""
     if member.size > max_bytes:
         raise RejectedSample(f"{what} of more than {max_bytes} bytes")
-    with open(shard, "rb") as file:
-        file.seek(member.offset_data)
-        return file.read(member.size)
+    file.seek(member.offset_data)
+    content = file.read(member.size)
+    if len(content) != member.size:
+        raise RejectedSample(f"{what} ends early")
+    return content

@@ -6,17 +6,22 @@ data-parallel size with the same global batches.
 
 import hashlib
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.encode import SampleEncoder
-from navil_megatron.data.microbatches import DataCounts, FailedSample, MicrobatchBuilder
-from navil_megatron.data.packing import DataPlan, rank_rows
+from navil_megatron.data.image_plan import ImagePlanner
+from navil_megatron.data.measure import Ruler
+from navil_megatron.data.microbatches import DataCounts, Decodes, MicrobatchBuilder
+from navil_megatron.data.plan import DataPlan
 from navil_megatron.data.prefetch import Prefetch
-from navil_megatron.data.shards import ShardSet, expand_shards
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.source import Source
+from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
+from navil_megatron.data.types import DataPlace, FailedSample, Microbatch
 
 MIN_SAMPLES_TO_JUDGE = 200
 """The failed share is taken of at least this many samples, so that one bad file early on does not stop a run."""
@@ -24,89 +29,97 @@ MIN_SAMPLES_TO_JUDGE = 200
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """What one rank works on in one step."""
+
+    microbatches: tuple[Microbatch, ...]
+    failures: tuple[tuple[FailedSample, ...], ...]
+    """For each microbatch the samples that failed on this rank; other ranks of the replica may have seen others."""
+    imbalance: float
+    """Work of the busiest data-parallel rank over the mean."""
+    num_refused: int
+    """Samples of the global order that fit no row and were left out on the way here."""
+    counts: DataCounts
+    """Samples and tokens of this rank."""
+
+
 class TrainLoader:
     """Iterates over steps; each gives this rank's microbatches of the global batch."""
 
     def __init__(
-        self, config: NaViLConfig, dp_rank: int, dp_size: int, decode_pixels: bool, start_step: int = 0
+        self, config: NaViLConfig, place: DataPlace, *, decodes: Decodes | None = None, start_step: int = 0
     ) -> None:
-        """Opens the shards, plans, and starts preparing ``start_step``.
+        """Opens the sources, plans, and starts preparing ``start_step``.
 
         Args:
             config: the run.
-            dp_rank: this rank among the data-parallel ranks.
-            dp_size: data-parallel ranks.
-            decode_pixels: this rank's stage needs ``pixel_values``.
+            place: which rank.
+            decodes: which scale images a rank of the first stage decodes; by default all.
             start_step: first step to hand out.
 
         Raises:
-            UserError: shards or tokenizer are missing, damaged or do not fit.
+            UserError: sources or tokenizer are missing, damaged or do not fit.
         """
-        self._config, self._dp_rank, self._dp_size = config, dp_rank, dp_size
-        encoder = SampleEncoder(config)
-        shards = ShardSet(expand_shards(config.data.train_shards, "data.train_shards"))
-        sizes = encoder.measure(shards)
-        self.rejected: str | None = encoder.describe_rejected(shards, sizes)
-        """One line about samples that fit no row, or None."""
-        self.num_rejected = int((~sizes.usable).sum())
-        """Samples that fit no row."""
-        if self.rejected is not None:
-            logger.warning("%s", self.rejected)
-        usable = sizes.usable.nonzero()[0]
-        if not len(usable):
-            raise UserError(f"no sample of data.train_shards can be used: {self.rejected or 'the shards are empty'}")
-        self.plan = DataPlan(
-            usable,
-            sizes.num_text[usable],
-            sizes.num_visual[usable],
-            seq_length=config.data.seq_length,
-            pad_segments_to=config.data.pad_segments_to,
-            seed=config.training.seed,
-        )
+        self._config, self._place = config, place
+        tokenizer = load_run_tokenizer(config)
+        sources = open_sources([source.index for source in config.data.train_sources], tokenizer)
+        if place.dp_rank == 0:
+            for source in sources:
+                source.check_shards()
+        self.plan = plan_run(config, sources)
+        mixture = [
+            (source.index.fingerprint, listed.weight)
+            for source, listed in zip(sources, config.data.train_sources, strict=True)
+        ]
+        planner = ImagePlanner.from_config(config.data, config.model.vision)
         self._fingerprints = {
-            "sources": shards.fingerprint,
-            "tokenizer": encoder.tokenizer.fingerprint,
-            "image_plan": hashlib.sha256(repr(sorted(asdict(encoder.planner).items())).encode()).hexdigest()[:32],
+            "sources": _digest(mixture),
+            "tokenizer": tokenizer.fingerprint,
+            "image_plan": _digest(sorted(asdict(planner).items())),
         }
-        self._builder = MicrobatchBuilder(config, shards, encoder, decode_pixels=decode_pixels)
+        self._builder = MicrobatchBuilder(config, sources, tokenizer, decodes=decodes_of(place, decodes))
         self.step = start_step
         """The step that comes next."""
         self.counts = DataCounts()
         """What this rank has handed out since it was opened."""
-        self.failures: list[FailedSample] = []
-        """Samples that were blank, in the order in which they came up."""
+        self.num_failed = 0
+        """Samples that failed to decode since it was opened, on any rank of the replica."""
         self._prefetch = self._start_at(start_step)
 
     def __iter__(self) -> "TrainLoader":
         return self
 
-    def __next__(self) -> list[Microbatch]:
-        """This rank's microbatches of the next step.
+    def __next__(self) -> StepData:
+        """This rank's share of the next step.
 
         Raises:
-            UserError: too many samples failed, or a shard can no longer be read.
+            UserError: a shard can no longer be read.
         """
-        parts = next(self._prefetch)
-        for _, counts, failures in parts:
-            self.counts.add(counts)
-            for failure in failures:
-                logger.warning(
-                    "step %d: %s: %s: %s; blank, no loss", self.step, failure.shard, failure.key, failure.reason
-                )
-            self.failures += failures
-        self._check_failed_share()
+        data = next(self._prefetch)
+        self.counts.add(data.counts)
         self.step += 1
-        return [microbatch for microbatch, _, _ in parts]
+        return data
 
     @property
     def wait_seconds(self) -> float:
         """How long the last step kept its consumer waiting."""
         return self._prefetch.wait_seconds
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of one epoch."""
-        return self.plan.num_rows
+    def count_failed(self, num_failed: int) -> None:
+        """Notes samples that failed, on whatever rank of the replica.
+
+        Raises:
+            UserError: too many of all samples so far.
+        """
+        self.num_failed += num_failed
+        allowed = self._config.data.max_failed_share
+        if self.num_failed > allowed * max(self.counts.samples, MIN_SAMPLES_TO_JUDGE):
+            raise UserError(
+                f"{self.num_failed} of {self.counts.samples} samples failed to decode, more than "
+                f"data.max_failed_share = {allowed}; they are listed in failed_samples.jsonl in logging.directory: "
+                "mend or index the shards anew, or raise the share"
+            )
 
     def seek(self, step: int) -> None:
         """Makes ``step`` the next one to hand out."""
@@ -119,24 +132,18 @@ class TrainLoader:
         self._prefetch.close()
 
     def state(self) -> dict[str, int | str]:
-        """What a checkpoint keeps: the next step, and everything that decides which samples it holds."""
-        return {
-            "step": self.step,
-            "seed": self._config.training.seed,
-            "global_batch_size": self._config.training.global_batch_size,
-            "seq_length": self._config.data.seq_length,
-            "pad_segments_to": self._config.data.pad_segments_to,
-            **self._fingerprints,
-        }
+        """What a checkpoint keeps: where the next step begins, and everything that decides which samples it holds."""
+        window, first_row = self.plan.anchor(self.step)
+        return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive()}
 
-    def check_state(self, saved: dict[str, Any]) -> None:
-        """Refuses a saved state under which the steps would hold other samples.
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken, at any data-parallel size.
 
         Raises:
-            UserError: the first thing that changed.
+            UserError: something changed under which the steps would hold other samples.
         """
         names = {
-            "sources": "the training shards (data.train_shards)",
+            "sources": "the training sources (data.train_sources: indexes, their order, weights)",
             "tokenizer": "the tokenizer (data.tokenizer)",
             "image_plan": "the image settings (data.min_image_pixels, max_image_pixels, multi_scale, ...)",
             "seed": "training.seed",
@@ -144,30 +151,102 @@ class TrainLoader:
             "seq_length": "data.seq_length",
             "pad_segments_to": "data.pad_segments_to",
         }
-        current = self.state()
+        current = self._decisive()
         for key, name in names.items():
             if saved.get(key) != current[key]:
                 raise UserError(
                     f"cannot resume: {name} changed since the checkpoint was saved ({key} was {saved.get(key)}, is "
                     f"{current[key]}): restore it, or start a new run with checkpoint.initial_weights"
                 )
+        self._prefetch.close()
+        self.plan.restore_anchor(int(saved["window"]), int(saved["window_first_row"]))
+        self.seek(int(saved["step"]))
 
-    def _start_at(self, step: int) -> Prefetch[list[tuple[Microbatch, DataCounts, list[FailedSample]]]]:
+    def _decisive(self) -> dict[str, int | str]:
+        """Everything that decides which samples a step holds."""
+        return {
+            "seed": self._config.training.seed,
+            "global_batch_size": self._config.training.global_batch_size,
+            "seq_length": self._config.data.seq_length,
+            "pad_segments_to": self._config.data.pad_segments_to,
+            **self._fingerprints,
+        }
+
+    def _start_at(self, step: int) -> Prefetch[StepData]:
         data = self._config.data
         return Prefetch(self._make_step, step, None, num_threads=data.num_workers, num_ahead=data.prefetch_steps)
 
-    def _make_step(self, step: int) -> list[tuple[Microbatch, DataCounts, list[FailedSample]]]:
-        training = self._config.training
-        rows = self.plan.step_rows(step, training.global_batch_size)
-        mine = rank_rows(rows, self._dp_rank, self._dp_size, training.micro_batch_size)
-        return [self._builder.build(group) for group in mine]
+    def _make_step(self, step: int) -> StepData:
+        plan = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
+        rows_at_once = self._config.training.micro_batch_size
+        built = [
+            self._builder.build(plan.rows[first : first + rows_at_once])
+            for first in range(0, len(plan.rows), rows_at_once)
+        ]
+        counts = DataCounts()
+        for _, part, _ in built:
+            counts.add(part)
+        return StepData(
+            microbatches=tuple(microbatch for microbatch, _, _ in built),
+            failures=tuple(tuple(failures) for _, _, failures in built),
+            imbalance=plan.imbalance,
+            num_refused=plan.num_refused,
+            counts=counts,
+        )
 
-    def _check_failed_share(self) -> None:
-        allowed = self._config.data.max_failed_share
-        if self.counts.failed > allowed * max(self.counts.samples, MIN_SAMPLES_TO_JUDGE):
-            last = self.failures[-1]
+
+def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+        UserError: it is missing or does not fit the model.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer, config.model.special_token_ids)
+    if tokenizer.vocab_size > config.model.language.vocab_size:
+        raise UserError(
+            f"tokenizer {config.data.tokenizer} has ids up to {tokenizer.vocab_size - 1}, but "
+            f"model.language.vocab_size is {config.model.language.vocab_size}: set it to {tokenizer.vocab_size} or more"
+        )
+    return tokenizer
+
+
+def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Source]:
+    """The sources behind index files.
+
+    Raises:
+        UserError: one is missing or damaged, or was built with another tokenizer.
+    """
+    sources = [Source(index) for index in indexes]
+    for source in sources:
+        if source.index.tokenizer != tokenizer.fingerprint:
             raise UserError(
-                f"{self.counts.failed} of {self.counts.samples} samples failed to decode, more than "
-                f"data.max_failed_share = {allowed} (the last: {last.shard}: {last.key}: {last.reason}): "
-                "mend or re-index the shards, or raise the share"
+                f"index {source.index.path} counts the tokens of another tokenizer ({source.index.tokenizer}, the "
+                f"run's is {tokenizer.fingerprint}): make it anew with: navil-megatron data index --tokenizer"
             )
+    return sources
+
+
+def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:
+    """The order of a run's training data.
+
+    Raises:
+        UserError: a source is empty.
+    """
+    return DataPlan(
+        [source.index for source in sources],
+        [source.weight for source in config.data.train_sources],
+        Ruler(config),
+        config.training.seed,
+        config.training.global_batch_size,
+    )
+
+
+def decodes_of(place: DataPlace, decodes: Decodes | None) -> Decodes | None:
+    """What a rank decodes: nothing behind the first stage, else what it was told, by default all."""
+    if not place.is_first_stage:
+        return None
+    return decodes or (lambda grids: np.ones(len(grids), dtype=bool))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]

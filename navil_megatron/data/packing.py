@@ -1,163 +1,158 @@
-"""The plan of every step: which samples share a row, and which rows make the global batch. A pure function, no I/O.
+"""Samples to rows, and rows to ranks: full rows of equal cost, dealt so that no rank waits for another.
 
-Samples are packed into rows once, in a shuffled order. An epoch shuffles the rows and swaps samples of equal length, so
-every epoch has the same number of rows, and step s reads its rows from s * batch on in the endless concatenation of
-epochs, whoever asks and in whatever order. The data-parallel size appears nowhere but in ``rank_rows``.
+Both are list scheduling, longest first: a sample goes to one of the emptiest rows, a row to the rank with the least
+work. Rows that hold few samples would stay part empty that way; those are filled by best fit. Every operation is exact
+and stable, so all machines pack and deal alike.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from heapq import heapify, heappop, heappush
+from math import ceil
 
 import numpy as np
 
-LOOKAHEAD_SAMPLES = 256
-"""Samples among which the end of a row looks for one that fits."""
+_TARGET_FILL = 0.998
+"""Share of a row that packing aims at; what does not fit then goes to rows of its own."""
+_GOOD_FILL = 0.985
+"""Share of the rows' tokens under which best fit is tried too."""
+_BLOCK = 128
+"""Rows of about equal fill, and samples of about equal length, among which costs are evened out."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowTable:
-    """Rows as positions into a list of samples: row r holds ``samples[starts[r]:starts[r + 1]]``."""
-
-    starts: np.ndarray
-    """[num_rows + 1] int64."""
-    samples: np.ndarray
-    """[num_samples] int64."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows in the table."""
-        return len(self.starts) - 1
-
-    def row(self, number: int) -> np.ndarray:
-        """Samples of one row."""
-        return self.samples[self.starts[number] : self.starts[number + 1]]
-
-
-def shuffled(count: int, *seed: int) -> np.ndarray:
-    """[count] int64: a permutation that depends on the seed integers alone, also across NumPy versions.
-
-    NumPy promises stable raw bits for a bit generator, but not for ``Generator.permutation``.
-    """
-    bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)
-    return np.argsort(bits, kind="stable")
-
-
-def pack_rows(num_text: np.ndarray, num_visual: np.ndarray, seq_length: int, pad_segments_to: int) -> list[list[int]]:
-    """Rows of sample positions, in the order in which the samples come.
-
-    A row takes samples one after another while text tokens plus visual tokens, the latter rounded up to
-    ``pad_segments_to``, fit it; what is left at its end goes to the largest of the next ``LOOKAHEAD_SAMPLES`` that fit.
-    Sorting by length first would give rows, and so small batches, of one kind.
+def pack_rows(
+    num_text: np.ndarray, num_visual: np.ndarray, cost: np.ndarray, seq_length: int, pad_segments_to: int
+) -> list[np.ndarray]:
+    """Rows of sample positions, each ascending; every sample lies in exactly one row.
 
     Args:
-        num_text: [n] text tokens, each sample small enough for a row of its own.
-        num_visual: [n] visual tokens.
+        num_text: [n] int64 text tokens of each sample.
+        num_visual: [n] int64 visual tokens.
+        cost: [n] int64, evened out over the rows as far as lengths allow.
         seq_length: tokens of a row.
-        pad_segments_to: the visual segment of a row is padded to a multiple of this.
+        pad_segments_to: the visual segment of a row takes a multiple of this.
+
+    Raises:
+        ValueError: a sample is longer than a row.
     """
-
-    def fits(text: np.ndarray | int, visual: np.ndarray | int) -> np.ndarray | bool:
-        return text + -(-visual // pad_segments_to) * pad_segments_to <= seq_length
-
-    rows: list[list[int]] = []
-    waiting: list[int] = []
-    coming, count = 0, len(num_text)
-    total = num_text + num_visual
-    while waiting or coming < count:
-        row: list[int] = []
-        text = visual = 0
-        while True:
-            refill = min(LOOKAHEAD_SAMPLES - len(waiting), count - coming)
-            waiting.extend(range(coming, coming + refill))
-            coming += refill
-            if not waiting:
-                break
-            place = 0
-            if not fits(text + int(num_text[waiting[0]]), visual + int(num_visual[waiting[0]])):
-                window = np.asarray(waiting)
-                fitting = np.where(fits(text + num_text[window], visual + num_visual[window]), total[window], 0)
-                place = int(fitting.argmax())
-                if not fitting[place]:
-                    break
-            sample = waiting.pop(place)
-            row.append(sample)
-            text += int(num_text[sample])
-            visual += int(num_visual[sample])
-        if not row:
-            raise ValueError(f"sample {waiting[0]} has {total[waiting[0]]} tokens, a row holds {seq_length}")
-        rows.append(row)
-    return rows
+    needed = num_text + -(-num_visual // pad_segments_to) * pad_segments_to
+    if len(needed) and needed.max() > seq_length:
+        longest = int(needed.argmax())
+        raise ValueError(f"sample {longest} needs {needed[longest]} tokens, a row holds {seq_length}")
+    row_of = _level(num_text, num_visual, cost, seq_length, pad_segments_to)
+    if (num_text + num_visual).sum() < _GOOD_FILL * seq_length * (row_of.max(initial=-1) + 1):
+        row_of = min(row_of, _fit_best(num_text, num_visual, seq_length, pad_segments_to), key=np.max)
+    order = np.argsort(row_of, kind="stable")
+    return [row for row in np.split(order, np.cumsum(np.bincount(row_of))) if len(row)]
 
 
-class DataPlan:
-    """The order of all training data: a pure function of (seed, step)."""
+def _level(
+    num_text: np.ndarray, num_visual: np.ndarray, cost: np.ndarray, seq_length: int, pad_segments_to: int
+) -> np.ndarray:
+    """[n] int64: the row of each sample, rows being filled side by side."""
+    row_of = np.zeros(len(num_text), dtype=np.int64)
+    left = np.argsort(-(num_text + num_visual), kind="stable")
+    num_rows = 0
+    while len(left):
+        tokens = int((num_text + num_visual)[left].sum())
+        rows = _Rows(min(len(left), ceil(tokens / (seq_length * _TARGET_FILL))), seq_length, pad_segments_to)
+        left = rows.fill(left, num_text, num_visual, cost, row_of, num_rows)
+        num_rows += rows.count
+    return row_of
 
-    def __init__(
+
+def _fit_best(num_text: np.ndarray, num_visual: np.ndarray, seq_length: int, pad_segments_to: int) -> np.ndarray:
+    """[n] int64: the row of each sample, each going to the fullest row that it fits."""
+    row_of = np.zeros(len(num_text), dtype=np.int64)
+    rows: list[tuple[int, int]] = []  # text and visual tokens
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for sample in np.argsort(-(num_text + num_visual), kind="stable").tolist():
+        text, visual = int(num_text[sample]), int(num_visual[sample])
+        place = bisect_left(rooms, (text + visual - pad_segments_to + 1, 0))  # padding may hold some of the sample
+        room = -1
+        while place < len(rooms) and room < 0:
+            row = rooms[place][1]
+            both = rows[row][0] + text, rows[row][1] + visual
+            room = seq_length - both[0] - -(-both[1] // pad_segments_to) * pad_segments_to
+            place += 1
+        if room >= 0:
+            del rooms[place - 1]
+            rows[row] = both
+        else:
+            row = len(rows)
+            rows.append((text, visual))
+            room = seq_length - text - -(-visual // pad_segments_to) * pad_segments_to
+        row_of[sample] = row
+        insort(rooms, (room, row))
+    return row_of
+
+
+class _Rows:
+    """Some rows that are filled together."""
+
+    def __init__(self, count: int, seq_length: int, pad_segments_to: int) -> None:
+        self.count = count
+        self._seq_length, self._pad = seq_length, pad_segments_to
+        self._text, self._visual, self._cost = (np.zeros(count, dtype=np.int64) for _ in range(3))
+
+    def fill(
         self,
         samples: np.ndarray,
         num_text: np.ndarray,
         num_visual: np.ndarray,
-        *,
-        seq_length: int,
-        pad_segments_to: int,
-        seed: int,
-    ) -> None:
-        """Packs the rows that every epoch uses.
+        cost: np.ndarray,
+        row_of: np.ndarray,
+        first_row: int,
+    ) -> np.ndarray:
+        """Lays samples, longest first, into rows; gives those that did not fit, in the same order.
 
-        Args:
-            samples: [n] indices of the usable samples.
-            num_text: [n] text tokens of each.
-            num_visual: [n] visual tokens of each.
-            seq_length: tokens of a row.
-            pad_segments_to: the visual segment of a row is padded to a multiple of this.
-            seed: decides everything else.
+        A few rows are served at a time, the emptiest ones; fewer towards the end, where rows are levelled.
         """
-        self.seed = seed
-        order = shuffled(len(samples), seed, 0)
-        rows = [order[row] for row in pack_rows(num_text[order], num_visual[order], seq_length, pad_segments_to)]
-        positions = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        self._starts = np.cumsum([0, *(len(row) for row in rows)])
-        self._samples = samples[positions]
-        lengths = np.stack([num_text[positions], num_visual[positions]], axis=1)
-        self._length_class = np.unique(lengths, axis=0, return_inverse=True)[1].reshape(-1)
-        self.num_rows = len(rows)
-        """Rows of one epoch."""
-        self.fill = float(lengths.sum() / max(1, self.num_rows * seq_length))
-        """Share of an epoch's tokens that are not padding."""
-        self._cached: dict[int, tuple[RowTable, np.ndarray]] = {}
-
-    def row(self, number: int) -> np.ndarray:
-        """Samples of a row of the endless concatenation of epochs."""
-        table, order = self._epoch(number // self.num_rows)
-        return table.row(int(order[number % self.num_rows]))
-
-    def step_rows(self, step: int, global_batch_size: int) -> list[np.ndarray]:
-        """Samples of every row of the global batch of a step."""
-        return [self.row(number) for number in range(step * global_batch_size, (step + 1) * global_batch_size)]
-
-    def _epoch(self, epoch: int) -> tuple[RowTable, np.ndarray]:
-        """The rows of an epoch and their order."""
-        cached = self._cached.get(epoch)
-        if cached is not None:
-            return cached
-        # slots of one length class, in row order, take that class's samples in a fresh random order
-        random = shuffled(len(self._samples), self.seed, 1, epoch)
-        slots = np.argsort(self._length_class, kind="stable")
-        drawn = random[np.argsort(self._length_class[random], kind="stable")]
-        samples = np.empty_like(self._samples)
-        samples[slots] = self._samples[drawn]
-        made = RowTable(self._starts, samples), shuffled(self.num_rows, self.seed, 2, epoch)
-        # loader threads ask for neighbouring epochs at most; replacing the dict keeps readers safe without a lock
-        self._cached = {**dict(list(self._cached.items())[-1:]), epoch: made}
-        return made
+        refused = [np.zeros(0, dtype=np.int64)]
+        place = 0
+        while place < len(samples):
+            share = 4 if len(samples) - place > 3 * self.count else 16
+            batch = samples[place : place + max(1, self.count // share)]
+            place += len(batch)
+            fullness = self._text + self._visual
+            rows = np.argsort(fullness, kind="stable")[: len(batch)]
+            # among rows and samples that are alike in length, the costliest sample meets the cheapest row
+            block = np.arange(len(batch)) // _BLOCK
+            batch = batch[np.lexsort((-cost[batch], block))]
+            rows = rows[np.lexsort((self._cost[rows], block))]
+            text, visual = self._text[rows] + num_text[batch], self._visual[rows] + num_visual[batch]
+            fits = text + -(-visual // self._pad) * self._pad <= self._seq_length
+            refused.append(np.sort(batch[~fits]))
+            batch, rows = batch[fits], rows[fits]
+            self._text[rows], self._visual[rows] = text[fits], visual[fits]
+            self._cost[rows] += cost[batch]
+            row_of[batch] = first_row + rows
+        left = np.concatenate(refused)
+        return left[np.argsort(-(num_text + num_visual)[left], kind="stable")]
 
 
-def rank_rows[T](rows: list[T], dp_rank: int, dp_size: int, micro_batch_size: int) -> list[list[T]]:
-    """The rows of a global batch that one data-parallel rank takes, grouped into microbatches.
+def deal_rows(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """For each rank the positions of its rows, ascending; every rank gets equally many.
 
-    Rank r takes the r-th run of neighbouring rows, so the global batch is the same for any number of ranks.
+    The costliest row first, each to the rank with the least work that has room.
+
+    Raises:
+        ValueError: rows do not divide into ranks.
     """
-    per_rank = len(rows) // dp_size
-    if per_rank * dp_size != len(rows) or per_rank % micro_batch_size:
-        raise ValueError(f"{len(rows)} rows do not divide into {dp_size} ranks x microbatches of {micro_batch_size}")
-    mine = rows[dp_rank * per_rank : (dp_rank + 1) * per_rank]
-    return [mine[start : start + micro_batch_size] for start in range(0, per_rank, micro_batch_size)]
+    per_rank, rest = divmod(len(costs), num_ranks)
+    if rest:
+        raise ValueError(f"{len(costs)} rows do not divide into {num_ranks} ranks")
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    work = [(0, rank) for rank in range(num_ranks)]
+    heapify(work)
+    for row in np.argsort(-costs, kind="stable").tolist():
+        done, rank = heappop(work)
+        ranks[rank].append(row)
+        if len(ranks[rank]) < per_rank:
+            heappush(work, (done + int(costs[row]), rank))
+    return [np.array(sorted(rows), dtype=np.int64) for rows in ranks]
+
+
+def imbalance(costs: np.ndarray, ranks: list[np.ndarray]) -> float:
+    """Largest work of a rank over the mean: 1 is even, and what exceeds it is time that the others wait."""
+    work = [int(costs[rows].sum()) for rows in ranks]
+    return max(work) * len(work) / max(1, sum(work))

@@ -1,98 +1,203 @@
-"""The index beside a shard: ``x.tar`` -> ``x.tar.index``, a 64-byte header and one 40-byte record per sample.
+"""The index of one source: a single file over all its shards, memory-mapped, with what planning needs and no pixel.
 
-It holds what planning needs without the tar: where the bytes lie, the picture's size with EXIF applied, the caption's
-length. Caption tokens are stored for the one tokenizer that the header names; for any other they are counted anew.
+A header, one 20-byte record a sample, one 12-byte record an image, then the list of shards as JSON. Tars place their
+members at multiples of 512 bytes, so positions are kept in such blocks. Token counts hold for one tokenizer, which the
+header names.
 """
 
+import hashlib
+import json
+import mmap
 import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from navil_megatron.config.errors import UserError
 
+BLOCK = 512
+"""Bytes of a tar block."""
 HEADER = np.dtype(
     [
         ("magic", "S8"),
         ("version", "<u4"),
-        ("record_bytes", "<u4"),
+        ("num_shards", "<u4"),
         ("num_samples", "<u8"),
-        ("shard_bytes", "<u8"),
-        ("content", "V16"),  # digest of the samples' keys and bytes
-        ("tokenizer", "V16"),  # fingerprint behind caption_tokens; zeros: not counted
+        ("num_images", "<u8"),
+        ("shard_list_bytes", "<u8"),
+        ("tokenizer", "V16"),  # fingerprint behind text_tokens
+        ("content", "V16"),  # digest of all shards
     ]
 )
-RECORD = np.dtype(
+SAMPLE = np.dtype(
     [
-        ("image_offset", "<u8"),
-        ("text_offset", "<u8"),
-        ("image_bytes", "<u4"),  # 0: a sample of text alone
+        ("text_block", "<u4"),  # where the bytes of the text member begin
         ("text_bytes", "<u4"),
-        ("height", "<u4"),
-        ("width", "<u4"),
-        ("caption_tokens", "<u4"),
-        ("name_bytes", "<u2"),  # tar header in front of the image, or of the text where there is no image
-        ("text_is_json", "u1"),
-        ("spare", "u1"),
+        ("text_tokens", "<u4"),  # every token that does not stand for an image, control tokens included
+        ("first_image", "<u4"),  # in the table of images
+        ("num_images", "<u2"),
+        ("name_blocks", "u1"),  # tar header in front of the text member
+        ("kind", "u1"),
     ]
 )
+IMAGE = np.dtype(
+    [
+        ("block", "<u4"),
+        ("bytes", "<u4"),
+        ("height", "<u2"),  # as the picture is meant to be seen, EXIF orientation applied
+        ("width", "<u2"),
+    ]
+)
+KIND_TEXT, KIND_JSON, KIND_CONVERSATION = range(3)
+"""A text member is the caption itself, JSON with a ``caption``, or JSON with ``conversations`` or ``messages``."""
 MAGIC = b"NAVILIDX"
-VERSION = 1
-NOT_COUNTED = bytes(16)
-"""In place of a tokenizer's fingerprint: the index holds no caption tokens."""
+VERSION = 2
+MAX_IMAGES = 2**32 - 1
+"""Images that one index can hold; a source with more is indexed in two."""
 
 
-def index_path(shard: str | Path) -> Path:
-    """Where the index of a shard lies."""
-    return Path(f"{shard}.index")
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard of a source."""
+
+    path: str
+    """Path or URL; a relative path is relative to the folder of the index."""
+    num_samples: int
+    """Samples that the index holds of it."""
+    num_bytes: int
+    """Size of the tar when it was indexed."""
+    content: str
+    """32 hexadecimal digits: digest of its samples' keys and bytes."""
 
 
-def save_index(shard: str | Path, records: np.ndarray, content: bytes, tokenizer_fingerprint: bytes) -> None:
-    """Writes the index of a finished shard; a reader sees the old one or the new one, never a piece.
+def save_index(
+    path: Path, samples: Sequence[np.ndarray], images: Sequence[np.ndarray], shards: Sequence[Shard], tokenizer: bytes
+) -> None:
+    """Writes an index; a reader sees the old one or the new one, never a piece.
 
     Args:
-        shard: the tar.
-        records: [n] of ``RECORD``.
-        content: 16-byte digest of the samples.
-        tokenizer_fingerprint: 16 bytes that name the tokenizer behind ``caption_tokens``, or ``NOT_COUNTED``.
-    """
-    header = np.zeros((), dtype=HEADER)
-    header["magic"], header["version"], header["record_bytes"] = MAGIC, VERSION, RECORD.itemsize
-    header["num_samples"], header["shard_bytes"] = len(records), os.stat(shard).st_size
-    header["content"], header["tokenizer"] = np.void(content), np.void(tokenizer_fingerprint)
-    partial = Path(f"{index_path(shard)}.partial")
-    partial.write_bytes(header.tobytes() + records.tobytes())
-    os.replace(partial, index_path(shard))
-
-
-def load_index(shard: str | Path) -> tuple[np.void, np.ndarray]:
-    """(header, records) of a shard; the records are mapped into memory, not read.
+        path: where.
+        samples: for each shard, [n] of ``SAMPLE`` with ``first_image`` counted from that shard's first image.
+        images: for each shard, [m] of ``IMAGE``.
+        shards: the shards, in the same order.
+        tokenizer: 16 bytes that name the tokenizer behind ``text_tokens``.
 
     Raises:
-        UserError: shard or index are missing, damaged, or do not belong together.
+        UserError: more images than an index can hold.
     """
-    rebuild = f"index it anew with: navil-megatron data index {shard}"
-    try:
-        shard_bytes = os.stat(shard).st_size
-    except OSError:
-        raise UserError(f"shard {shard} is missing: restore it or take it out of the shard list") from None
-    path = index_path(shard)
-    if not path.is_file():
-        raise UserError(f"shard {shard} has no index {path.name} beside it: {rebuild}")
-    index_bytes = path.stat().st_size
-    if index_bytes < HEADER.itemsize:
-        raise UserError(f"index {path} is damaged ({index_bytes} bytes): {rebuild}")
-    header = np.fromfile(path, dtype=HEADER, count=1)[0]
-    if header["magic"] != MAGIC or header["version"] != VERSION or header["record_bytes"] != RECORD.itemsize:
+    num_images = sum(map(len, images))
+    if num_images > MAX_IMAGES:
+        raise UserError(f"index {path} would hold {num_images} images, at most {MAX_IMAGES} fit: index in two parts")
+    names = json.dumps([astuple(shard) for shard in shards], separators=(",", ":")).encode()
+    header = np.zeros((), dtype=HEADER)
+    header["magic"], header["version"], header["num_shards"] = MAGIC, VERSION, len(shards)
+    header["num_samples"], header["num_images"] = sum(map(len, samples)), num_images
+    header["shard_list_bytes"] = len(names)
+    header["tokenizer"], header["content"] = np.void(tokenizer), np.void(digest_shards(shards))
+    partial = Path(f"{path}.partial")
+    with partial.open("wb") as file:
+        file.write(header.tobytes())
+        first_image = 0
+        for table, pictures in zip(samples, images, strict=True):
+            moved = table.copy()
+            moved["first_image"] += first_image
+            first_image += len(pictures)
+            file.write(moved.tobytes())
+        for pictures in images:
+            file.write(pictures.tobytes())
+        file.write(names)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def digest_shards(shards: Sequence[Shard]) -> bytes:
+    """16 bytes that name the samples and their order: file names and contents, wherever the shards lie."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        name = os.path.basename(shard.path.partition("::")[0])  # of zip://a.tar::file://b.zip the first
+        digest.update(f"{name}\0{shard.num_samples}\0{shard.content}\0".encode())
+    return digest.digest()[:16]
+
+
+class SourceIndex:
+    """An open index. Nothing is read until it is asked for, so a billion samples open as fast as ten."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Maps the file.
+
+        Raises:
+            UserError: it is missing, damaged or of another version.
+        """
+        self.path = Path(path)
+        rebuild = "make it with: navil-megatron data index"
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"index {path} cannot be read ({error.strerror}): give its path, or {rebuild}") from None
+        with file:
+            header = _read_header(file, self.path, rebuild)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.tokenizer: str = header["tokenizer"].tobytes().hex()
+        """Fingerprint of the tokenizer behind ``text_tokens``, 32 hexadecimal digits."""
+        self.fingerprint: str = header["content"].tobytes().hex()
+        """32 hexadecimal digits that name the samples and their order."""
+        num_samples, num_images = int(header["num_samples"]), int(header["num_images"])
+        images_at = HEADER.itemsize + num_samples * SAMPLE.itemsize
+        self.samples = np.frombuffer(self._map, SAMPLE, num_samples, HEADER.itemsize)
+        """[n] of ``SAMPLE``, in the order of the shards."""
+        self.images = np.frombuffer(self._map, IMAGE, num_images, images_at)
+        """[m] of ``IMAGE``."""
+        names_at = images_at + num_images * IMAGE.itemsize
+        try:
+            listed = json.loads(self._map[names_at : names_at + int(header["shard_list_bytes"])])
+            self.shards = tuple(Shard(*row) for row in listed)
+            """The shards, in order."""
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"index {path} is damaged (its list of shards): {rebuild}") from None
+        counts = [shard.num_samples for shard in self.shards]
+        self.starts = np.cumsum([0, *counts])
+        """[num_shards + 1] int64: first sample of each shard."""
+        if len(self.shards) != header["num_shards"] or self.starts[-1] != num_samples or min(counts, default=0) < 0:
+            raise UserError(f"index {path} is damaged (its shards hold {self.starts[-1]} samples): {rebuild}")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def name(self) -> str:
+        """What reports call the source: the file's name without its ending."""
+        return self.path.stem
+
+    def shard_number(self, index: int) -> int:
+        """Which shard holds a sample."""
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def images_of(self, index: int) -> np.ndarray:
+        """[num_images] of ``IMAGE``: the images of one sample, in order of appearance."""
+        record = self.samples[index]
+        first = int(record["first_image"])
+        return self.images[first : first + int(record["num_images"])]
+
+    def release(self) -> None:
+        """Gives the memory of the pages that were read back to the machine; they are read again when needed."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _read_header(file: BinaryIO, path: Path, rebuild: str) -> np.void:
+    """The header, if the file is as long as it says."""
+    found = os.fstat(file.fileno()).st_size
+    content = file.read(HEADER.itemsize)
+    if len(content) < HEADER.itemsize:
+        raise UserError(f"index {path} is damaged ({found} bytes): {rebuild}")
+    header: np.void = np.frombuffer(content, HEADER)[0]
+    if header["magic"] != MAGIC or header["version"] != VERSION:
         raise UserError(f"index {path} is damaged or of another version (expected version {VERSION}): {rebuild}")
-    expected = HEADER.itemsize + int(header["num_samples"]) * RECORD.itemsize
-    if index_bytes != expected:
-        raise UserError(f"index {path} is damaged ({index_bytes} bytes, expected {expected}): {rebuild}")
-    if header["shard_bytes"] != shard_bytes:
-        raise UserError(
-            f"shard {shard} is damaged or was replaced: it has {shard_bytes} bytes, but had "
-            f"{int(header['shard_bytes'])} when it was indexed; restore it or {rebuild}"
-        )
-    if header["num_samples"] == 0:
-        return header, np.zeros(0, dtype=RECORD)  # an empty file region cannot be mapped
-    return header, np.memmap(path, dtype=RECORD, mode="r", offset=HEADER.itemsize)
+    counts = (int(header["num_samples"]), int(header["num_images"]), int(header["shard_list_bytes"]))
+    expected = HEADER.itemsize + counts[0] * SAMPLE.itemsize + counts[1] * IMAGE.itemsize + counts[2]
+    if found != expected:
+        raise UserError(f"index {path} is damaged ({found} bytes, expected {expected}): {rebuild}")
+    return header

@@ -8,7 +8,7 @@ import torch
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.image_plan import image_token_ids, num_patches
-from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, ScalePlan
+from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId, ScalePlan
 
 type Composition = Sequence[tuple[int, Sequence[tuple[int, int]]]]
 """For each sample its number of text tokens, and the (rows, columns) in patches of its one-scale images."""
@@ -84,4 +84,4 @@ def _random_sample(
     loss_weights = np.zeros(len(input_ids), dtype=np.float32)
     loss_weights[len(input_ids) - num_text :] = random.choice([0.5, 1.0, 2.0], num_text)
     loss_weights[:1] = 0.0
-    return EncodedSample(sample_index=index, input_ids=input_ids, loss_weights=loss_weights, scales=images)
+    return EncodedSample(sample=SampleId(0, index), input_ids=input_ids, loss_weights=loss_weights, scales=images)

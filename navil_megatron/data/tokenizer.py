@@ -1,11 +1,12 @@
-"""Captions to token ids with a Hugging Face tokenizer; control tokens spelled inside a caption stay plain text.
+"""Samples to token ids with a Hugging Face tokenizer; control tokens spelled inside a text stay plain text.
 
-The reference's 12 special tokens must exist under the ids of the model's config. ``build_tokenizer`` trains a small one
-over given captions, for runs that start from nothing.
+The reference's 12 special tokens must exist under the ids of the model's config; conversations also need the tokens
+that start and end a turn. ``build_tokenizer`` trains a small one over given captions, for runs that start from nothing.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,31 +15,43 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS
-from navil_megatron.data.index_build import TokenCounter
+from navil_megatron.data.chat import (
+    CHAT_TEMPLATE,
+    EMPTY_THOUGHT,
+    END_TOKEN,
+    START_TOKEN,
+    Span,
+    conversation_spans,
+    document_spans,
+)
+from navil_megatron.data.types import Content
 
-END_TOKEN = "<|im_end|>"
-START_TOKEN = "<|im_start|>"
 PAD_TOKEN = "<pad>"
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""The reference's prompt (MPT style): no newline between turns, one ``<image>`` placeholder line an image."""
+_SPANS_AT_ONCE = 4096
+"""Bounds the memory of the encodings while tokens are counted."""
 
 
-class CaptionTokenizer:
-    """Encodes captions as plain text under one tokenizer folder."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Token ids of one stretch of a sample."""
+
+    ids: list[int]
+    """Empty for an image."""
+    loss: bool
+    """The model learns to predict them."""
+    image: bool = False
+    """The next image stands here."""
+
+
+class SampleTokenizer:
+    """Turns samples into tokens under one tokenizer folder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
         """Wraps a loaded tokenizer; ``folder`` names it in messages.
 
         Raises:
-            UserError: a special token, end token or pad token is missing, or would be read out of a caption.
+            UserError: a special token, end token or pad token is missing, or would be read out of a text.
         """
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer {folder} has no tokenizer.json: save it as a fast tokenizer")
@@ -49,55 +62,102 @@ class CaptionTokenizer:
         self.special_token_ids = tuple(vocabulary[token] for token in SPECIAL_TOKENS)
         """Ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``."""
         self.end_id = _required_id(tokenizer.eos_token_id, "end (eos)", folder)
-        """Id that ends a caption."""
+        """Id that ends a caption or document."""
         self.pad_id = _required_id(tokenizer.pad_token_id, "padding (pad)", folder)
         """Id of padding tokens."""
         self.vocab_size = max(vocabulary.values()) + 1
         """Smallest number of embedding rows that holds every id."""
         self.hugging_face = tokenizer
         """The tokenizer itself, for decoding and export."""
-        definition = tokenizer.backend_tokenizer.to_str()
-        self._backend = Tokenizer.from_str(definition)  # a copy: the switch below must not leak into other users
+        self._folder = folder
+        # a copy: the switch below must not leak into other users, nor their padding into the fingerprint
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
-        self._refuse_control_tokens_in_text(folder)
-        self.fingerprint = hashlib.sha256(f"{definition}\0{self.end_id}\0{self.pad_id}".encode()).hexdigest()[:32]
+        decisive = [self._backend.to_str(), str(self.end_id), str(self.pad_id), CHAT_TEMPLATE]
+        self.fingerprint = hashlib.sha256("\0".join(decisive).encode()).hexdigest()[:32]
         """32 hexadecimal digits that name everything that decides token ids."""
+        self._turn_ids = [vocabulary[token] for token in (START_TOKEN, END_TOKEN) if token in vocabulary]
+        self._answer_start = EMPTY_THOUGHT if {"<think>", "</think>"} <= vocabulary.keys() else ""
+        around = self._backend.encode("x")
+        self._first_ids = around.ids[: around.special_tokens_mask.index(0)]
+        """What the tokenizer puts in front of every text: a BOS token, or nothing."""
+        self._refuse_control_tokens_in_text()
 
-    @property
-    def counter(self) -> TokenCounter:
-        """Counts caption tokens, for indexes."""
-        return TokenCounter(count=self.count, fingerprint=bytes.fromhex(self.fingerprint))
+    def __reduce__(self) -> tuple[type["SampleTokenizer"], tuple[PreTrainedTokenizerFast, str]]:
+        """A copy in another process is made anew: a pickled backend would read control tokens out of text again."""
+        return SampleTokenizer, (self.hugging_face, self._folder)
 
-    def encode(self, caption: str) -> list[int]:
-        """Token ids of a caption as plain text, end token not included."""
-        return self._backend.encode(caption, add_special_tokens=False).ids
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, nothing before or after it."""
+        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def count(self, captions: Sequence[str]) -> np.ndarray:
-        """[n] int64: tokens of each caption, end token not included."""
-        lengths = []
-        for start in range(0, len(captions), 4096):  # bounds the memory of the encodings
-            batch = self._backend.encode_batch_fast(list(captions[start : start + 4096]), add_special_tokens=False)
-            lengths += [len(encoding.ids) for encoding in batch]
-        return np.array(lengths, dtype=np.int64)
+    def pieces(self, content: Content, num_images: int) -> list[Piece]:
+        """A sample as stretches of tokens, with a place for each image.
+
+        A document is its images, then the text and the end token, which carry the loss. In a conversation the loss
+        lies on what the assistant says and the token that ends it.
+
+        Raises:
+            UserError: a conversation, but the tokenizer has no tokens for turns.
+        """
+        start, end = self._turn_ends(content)
+        pieces = [Piece(self._first_ids, loss=False)] if self._first_ids else []
+        for span in self._spans(content, num_images):
+            ids = [start] * span.opens + self.encode(span.text) + [end] * span.closes
+            pieces.append(Piece(ids, span.loss, span.image))
+        return pieces
+
+    def count(self, contents: Sequence[Content], num_images: Sequence[int]) -> np.ndarray:
+        """[n] int64: tokens of each sample that do not stand for an image; as many as ``pieces`` gives."""
+        counts = np.full(len(contents), len(self._first_ids), dtype=np.int64)
+        texts: list[str] = []
+        owners: list[int] = []
+        for number, (content, images) in enumerate(zip(contents, num_images, strict=True)):
+            self._turn_ends(content)
+            for span in self._spans(content, images):
+                counts[number] += span.opens + span.closes
+                texts.append(span.text)
+                owners.append(number)
+        for first in range(0, len(texts), _SPANS_AT_ONCE):
+            batch = texts[first : first + _SPANS_AT_ONCE]
+            encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+            np.add.at(counts, owners[first : first + _SPANS_AT_ONCE], [len(encoding) for encoding in encodings])
+        return counts
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text behind token ids, special tokens left out."""
         return self.hugging_face.decode(list(ids), skip_special_tokens=True)
 
-    def _refuse_control_tokens_in_text(self, folder: str) -> None:
-        control = {*self.special_token_ids, self.end_id, self.pad_id}
+    def _spans(self, content: Content, num_images: int) -> Iterable[Span]:
+        if isinstance(content, str):
+            return document_spans(content, num_images)
+        return conversation_spans(content, self._answer_start)
+
+    def _turn_ends(self, content: Content) -> tuple[int, int]:
+        """The ids that start and end a turn; a document has an end alone."""
+        if isinstance(content, str):
+            return self.end_id, self.end_id
+        if len(self._turn_ids) < 2:
+            raise UserError(
+                f"tokenizer {self._folder} has no {START_TOKEN} and {END_TOKEN}, which conversations need: "
+                "add them as special tokens and save it"
+            )
+        return self._turn_ids[0], self._turn_ids[1]
+
+    def _refuse_control_tokens_in_text(self) -> None:
+        control = {*self.special_token_ids, self.end_id, self.pad_id, *self._turn_ids, *self._first_ids}
         names = self.hugging_face.convert_ids_to_tokens(sorted(control))
         found = [name for name in names if control.intersection(self.encode(f"a {name} b"))]
         if found:
             raise UserError(
-                f"tokenizer {folder} reads {', '.join(found)} out of plain text: mark them as special "
+                f"tokenizer {self._folder} reads {', '.join(found)} out of plain text: mark them as special "
                 '("special": true in tokenizer.json), or a caption could forge an image'
             )
 
 
-def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None = None) -> CaptionTokenizer:
+def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None = None) -> SampleTokenizer:
     """The tokenizer in a Hugging Face folder, checked against the model's special token ids where they are given.
 
     Raises:
@@ -110,7 +170,7 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
     except Exception as error:  # transformers raises many types for a broken folder
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): save the tokenizer anew") from error
-    tokenizer = CaptionTokenizer(loaded, str(folder))
+    tokenizer = SampleTokenizer(loaded, str(folder))
     if special_token_ids is not None and tuple(special_token_ids) != tokenizer.special_token_ids:
         differing = [
             f"{token} is {found}, not {expected}"
@@ -126,7 +186,7 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
     return tokenizer
 
 
-def build_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int = 1024) -> CaptionTokenizer:
+def build_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int = 1024) -> SampleTokenizer:
     """Trains a byte-level BPE tokenizer and saves it as a Hugging Face folder that loads offline.
 
     Any text can be encoded; frequent words become one token. Special tokens come after the learned ones.

@@ -1,26 +1,62 @@
 """The data contract: what each step of the pipeline hands to the next.
 
-shards.RawSample -> encode.EncodedSample -> packing.PackedSequence -> loader.Microbatch
+source.RawSample -> encode.EncodedSample -> plan.StepPlan -> microbatches -> Microbatch
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 
+class SampleId(NamedTuple):
+    """One sample of a run."""
+
+    source: int
+    """Position of the source in the config."""
+    number: int
+    """Position of the sample in the source's index."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlace:
+    """Where a rank stands, as plain numbers: the data package knows nothing of process groups."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    tp_rank: int = 0
+    """Rank among those that share a row and split the encoder's images."""
+    tp_size: int = 1
+    is_first_stage: bool = True
+    """Holds the encoder, and so needs pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | None, ...]
+    """Text, and ``None`` where the next image stands."""
+
+
+type Content = str | tuple[Turn, ...]
+"""A caption or document, which follows the images; or a conversation, which says where they stand."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """One member group of a shard, as bytes."""
+    """One sample as its shard holds it."""
 
     shard: str
-    """Path of the shard."""
+    """Path or URL of the shard."""
     key: str
     """Name of the sample inside the shard."""
     images: tuple[bytes, ...]
-    """Encoded image files, in order of appearance."""
-    caption: str
-    """Text that follows the image."""
+    """Encoded image files, in order of appearance; empty where they were not read."""
+    content: Content
+    """What is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +77,8 @@ class ScalePlan:
 class EncodedSample:
     """Token ids and image plans of one sample; no pixel has been touched."""
 
-    sample_index: int
-    """Position in the index of the source."""
+    sample: SampleId
+    """Which one."""
     input_ids: np.ndarray
     """[n] int64."""
     loss_weights: np.ndarray
@@ -59,6 +95,17 @@ class PackedSequence:
     """In row order."""
     seq_length: int
     """Tokens of the row, padding included."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSample:
+    """A sample of a microbatch with an image that did not decode: blank, and without loss."""
+
+    position: int
+    """Which sample of the microbatch, from 0."""
+    shard: str
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +127,15 @@ class Microbatch:
     image_grid_thw: np.ndarray
     """[num_scales, 3] int64: frames, patch rows, patch columns of every scale image, in order of appearance."""
     pixel_values: torch.Tensor | None
-    """[p, 3 * patch * patch] float32, patches in 2x2-merge-block order; None where the stage does not decode."""
+    """[p, 3 * patch * patch] float32, patches in 2x2-merge-block order, of the scales that ``has_pixels`` marks, in
+    order of appearance; on the host or on the device that decoded them. None where the stage needs none."""
+    has_pixels: np.ndarray
+    """[num_scales] bool: scale images whose pixels this rank holds."""
     num_tokens: int
     """Tokens that are not padding."""
-    sample_indices: tuple[int, ...]
+    samples: tuple[SampleId, ...]
     """Which samples, in order."""
+    sample_starts: tuple[int, ...]
+    """First token of each sample."""
     sample_lengths: tuple[int, ...]
     """Tokens of each sample: its attention segment."""

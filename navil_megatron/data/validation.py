@@ -1,71 +1,76 @@
 """Held-out data: fixed rows, the same at every evaluation and for any number of ranks.
 
-With ``swap_images`` each sample shows another sample's picture: a model that reads its images must do worse on it.
+With ``swap_images`` each sample shows another sample's pictures: a model that reads its images must do worse on it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.encode import SampleEncoder
-from navil_megatron.data.microbatches import FailedSample, MicrobatchBuilder
-from navil_megatron.data.packing import DataPlan, rank_rows
+from navil_megatron.data.loader import decodes_of, load_run_tokenizer, open_sources
+from navil_megatron.data.measure import Ruler
+from navil_megatron.data.microbatches import Decodes, MicrobatchBuilder
+from navil_megatron.data.plan import Row, plan_rows
 from navil_megatron.data.prefetch import Prefetch
-from navil_megatron.data.shards import ShardSet, expand_shards
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.source import Source
+from navil_megatron.data.types import DataPlace, FailedSample, Microbatch, SampleId
 
 _NEIGHBOURS = 64
 """Samples of the next larger pictures among which a swap is looked for."""
 
 
 class ValidationLoader:
-    """Iterates over this rank's microbatches of the held-out set; every iteration starts from the front."""
+    """Iterates over this rank's microbatches of one held-out source; every iteration starts from the front."""
 
     def __init__(
-        self, config: NaViLConfig, dp_rank: int, dp_size: int, decode_pixels: bool, *, swap_images: bool = False
+        self,
+        config: NaViLConfig,
+        index: str,
+        place: DataPlace,
+        *,
+        decodes: Decodes | None = None,
+        swap_images: bool = False,
     ) -> None:
-        """Opens ``data.validation_shards``; arguments as of ``TrainLoader``.
+        """Opens an index; the other arguments are as of ``TrainLoader``.
 
         Raises:
-            UserError: shards or tokenizer are missing, damaged or do not fit.
+            UserError: index, shards or tokenizer are missing, damaged or do not fit.
         """
-        encoder = SampleEncoder(config)
-        shards = ShardSet(expand_shards(config.data.validation_shards, "data.validation_shards"))
-        sizes = encoder.measure(shards)
-        self.rejected: str | None = encoder.describe_rejected(shards, sizes)
-        """One line about samples that fit no row, or None."""
-        usable = sizes.usable.nonzero()[0]
-        if not len(usable):
-            raise UserError(f"no sample of data.validation_shards can be used: {self.rejected or 'they are empty'}")
-        plan = DataPlan(
-            usable,
-            sizes.num_text[usable],
-            sizes.num_visual[usable],
-            seq_length=config.data.seq_length,
-            pad_segments_to=config.data.pad_segments_to,
-            seed=0,
-        )
-        self.num_samples = len(usable)
+        tokenizer = load_run_tokenizer(config)
+        (source,) = sources = open_sources([index], tokenizer)
+        source.check_shards()
+        every = np.arange(len(source.index))
+        rows, refused = plan_rows(Ruler(config), [source.index], np.zeros_like(every), every)
+        if not rows:
+            raise UserError(f"no sample of {index} fits a row of {config.data.seq_length} tokens, or it holds none")
+        self.num_samples = len(every) - len(refused)
         """Held-out samples, over all ranks."""
-        rows = [plan.row(number) for number in range(plan.num_rows)]
+        self.num_refused = len(refused)
+        """Samples that fit no row."""
         # every rank must run the same number of forward passes: empty rows, all padding and no loss, even them out
-        rows += [usable[:0]] * (-len(rows) % (dp_size * config.training.micro_batch_size))
-        self._groups = rank_rows(rows, dp_rank, dp_size, config.training.micro_batch_size)
-        pictures_of = swapped_pictures(shards) if swap_images else None
-        self._builder = MicrobatchBuilder(config, shards, encoder, decode_pixels=decode_pixels, pictures_of=pictures_of)
+        at_once = config.training.micro_batch_size
+        empty = Row(every[:0], every[:0], every[:0], 0)
+        rows += [empty] * (-len(rows) % (place.dp_size * at_once))
+        per_rank = len(rows) // place.dp_size
+        mine = rows[place.dp_rank * per_rank : (place.dp_rank + 1) * per_rank]
+        self._groups = [mine[first : first + at_once] for first in range(0, per_rank, at_once)]
+        self._builder = MicrobatchBuilder(
+            config,
+            sources,
+            tokenizer,
+            decodes=decodes_of(place, decodes),
+            pictures_of=swapped_pictures(source) if swap_images else lambda sample: sample,
+        )
         self._data = config.data
-        self.failures: list[FailedSample] = []
-        """Samples that were blank in the last iteration."""
 
     def __len__(self) -> int:
         """Microbatches of one iteration."""
         return len(self._groups)
 
-    def __iter__(self) -> Iterator[Microbatch]:
-        """This rank's microbatches, first to last."""
-        self.failures = []
+    def __iter__(self) -> Iterator[tuple[Microbatch, list[FailedSample]]]:
+        """This rank's microbatches, first to last, and the samples that failed in each."""
         prefetch = Prefetch(
             lambda number: self._builder.build(self._groups[number]),
             0,
@@ -75,22 +80,27 @@ class ValidationLoader:
         )
         try:
             for microbatch, _, failures in prefetch:
-                self.failures += failures
-                yield microbatch
+                yield microbatch, failures
         finally:
             prefetch.close()
 
 
-def swapped_pictures(shards: ShardSet) -> np.ndarray:
-    """[n] int64: for each sample another one with a different caption, of the same picture size where there is one."""
-    captions = [shards.caption(index) for index in range(len(shards))]
-    height, width = shards.records["height"].astype(np.int64), shards.records["width"].astype(np.int64)
-    order = np.lexsort((width, height))
-    order = order[shards.records["image_bytes"][order] > 0].tolist()
-    swapped = np.arange(len(shards), dtype=np.int64)
+def swapped_pictures(source: Source) -> Callable[[SampleId], SampleId]:
+    """For each sample another with as many pictures and other words, with first pictures of the same size if it can."""
+    samples, images = source.index.samples, source.index.images
+    contents = [source.read(index, images=False).content for index in range(len(samples))]
+    with_images = np.flatnonzero(samples["num_images"])
+    first = images[samples["first_image"][with_images]]
+    order = with_images[np.lexsort((first["width"], first["height"], samples["num_images"][with_images]))].tolist()
+
+    def looks(index: int) -> tuple[int, int, int]:
+        picture = images[samples["first_image"][index]]
+        return int(samples["num_images"][index]), int(picture["height"]), int(picture["width"])
+
+    swapped = {}
     for place, index in enumerate(order):
         neighbours = [order[(place + step) % len(order)] for step in range(1, min(len(order), 1 + _NEIGHBOURS))]
-        others = [other for other in neighbours if captions[other] != captions[index]]
-        same_size = [o for o in others if height[o] == height[index] and width[o] == width[index]]
-        swapped[index] = next(iter(same_size or others), index)
-    return swapped
+        others = [o for o in neighbours if contents[o] != contents[index] and looks(o)[0] == looks(index)[0]]
+        alike = [other for other in others if looks(other) == looks(index)]
+        swapped[index] = next(iter(alike or others), index)
+    return lambda sample: SampleId(sample.source, swapped.get(sample.number, sample.number))

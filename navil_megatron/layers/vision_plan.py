@@ -56,6 +56,12 @@ def assign_images(costs: Sequence[int], num_ranks: int) -> list[int]:
     return ranks
 
 
+def images_of_rank(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> np.ndarray:
+    """[num_scales] bool: the scale-images that ``plan_vision`` gives to a rank, and whose pixels it therefore needs."""
+    owner = assign_images([encoding_cost(grid, config) for grid in grids], num_ranks)
+    return np.array(owner, dtype=np.int64) == rank
+
+
 def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> VisionPlan:
     """Plan one rank's share of the images of a microbatch.
 

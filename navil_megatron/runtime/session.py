@@ -14,9 +14,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
 
 from navil_megatron.config.errors import EXIT_CODE, UserError
 from navil_megatron.config.schema import NaViLConfig, ParallelConfig
@@ -121,6 +123,8 @@ class Session:
     """Which replica of the model, context parallelism not counted: decides the data of this rank."""
     dp_size: int
     """Replicas of the model."""
+    replica: ProcessGroup
+    """The ranks of this rank's replica of the model, talking on the host."""
     watchdog: Watchdog
     """Ends the run when ranks wait for one another too long; the loop tells it where it is."""
     _stop_signal: int | None = None
@@ -193,6 +197,7 @@ class Session:
             ep_size=groups.ep.size(),
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
+            replica=_host_group(groups.mp, platform),
             watchdog=watchdog,
         )
 
@@ -242,6 +247,14 @@ class Session:
             raise first if self.is_main else SystemExit(EXIT_CODE)
         return made  # type: ignore[return-value]
 
+    def any_in_replica(self, flags: np.ndarray) -> np.ndarray:
+        """[n] bool: what is true on any rank of the replica; each of them gives [n] flags at the same point."""
+        if self.replica.size() == 1:
+            return flags
+        shared = torch.from_numpy(flags.astype(np.uint8))
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=self.replica)
+        return shared.numpy().astype(bool)
+
     def barrier(self) -> None:
         """Waits for every rank."""
         torch.distributed.barrier()
@@ -282,6 +295,18 @@ class Session:
         if error is not None:
             self.watchdog.leave(error)
         self.close()
+
+
+def _host_group(group: ProcessGroup, platform: Platform) -> ProcessGroup:
+    """A group of the same ranks that moves host memory: a step must not wait for the GPU to learn a few bits."""
+    if platform.name == "cpu":
+        return group
+    members: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(members, torch.distributed.get_process_group_ranks(group))
+    distinct = sorted(set(map(tuple, members)))
+    mine, _ = torch.distributed.new_subgroups_by_enumeration([list(ranks) for ranks in distinct], backend="gloo")
+    assert isinstance(mine, ProcessGroup)
+    return mine
 
 
 def _cpu_threads(config: NaViLConfig, launch: Launch) -> int:

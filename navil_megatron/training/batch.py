@@ -3,6 +3,9 @@
 Every size that the step needs is an integer on the host here, so nothing on the device is ever asked for a shape.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -10,7 +13,7 @@ from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
 from navil_megatron.layers.segments import inverse_order
-from navil_megatron.layers.vision_plan import plan_vision
+from navil_megatron.layers.vision_plan import Grid, images_of_rank, plan_vision
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 
 
@@ -42,15 +45,14 @@ def build_model_inputs(
     predicted = np.flatnonzero(microbatch.labels != -100)
     first_stage = None
     if pre_process:
-        if microbatch.pixel_values is None:
-            raise ValueError("the first stage needs pixel values: open the loader with decode_pixels=True")
         is_image = microbatch.input_ids == model.special_token_id("<IMG_CONTEXT>")
-        grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
+        vision_plan = plan_vision(_grids(microbatch.image_grid_thw), model.vision, tp_rank, tp_size)
+        pixel_values, held = _pixels(microbatch, vision_plan.patch_index)
         first_stage = FirstStageInputs(
             input_ids=put(microbatch.input_ids[order.modality_major]),
             image_positions=put(to_row[np.flatnonzero(is_image)]),
-            pixel_values=microbatch.pixel_values.to(device, non_blocking=True),
-            vision_plan=plan_vision(grids, model.vision, tp_rank, tp_size),
+            pixel_values=pixel_values.to(device, non_blocking=True),
+            vision_plan=replace(vision_plan, patch_index=held),
         )
     return ModelInputs(
         packed_seq_params=build_packed_seq_params(order, device),
@@ -60,3 +62,22 @@ def build_model_inputs(
         loss_weights=put(microbatch.loss_weights[predicted]),
         first_stage=first_stage,
     )
+
+
+def needed_images(model: ModelConfig, tp_rank: int, tp_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Which scale images, [num_scales] bool, a rank needs of those with the grids [num_scales, 3]."""
+    return lambda grids: images_of_rank(_grids(grids), model.vision, tp_rank, tp_size)
+
+
+def _grids(image_grid_thw: np.ndarray) -> list[Grid]:
+    return [(int(t), int(h), int(w)) for t, h, w in image_grid_thw]
+
+
+def _pixels(microbatch: Microbatch, patch_index: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """The patches at hand, and for each that the encoder wants, counted over all images, its row among them."""
+    if microbatch.pixel_values is None:
+        raise ValueError("the first stage needs pixel values")
+    at_hand = np.repeat(microbatch.has_pixels, microbatch.image_grid_thw.prod(axis=1))
+    if not at_hand[patch_index].all():
+        raise ValueError("the encoder is to encode images that this rank did not decode")
+    return microbatch.pixel_values, (np.cumsum(at_hand) - 1)[patch_index]

@@ -1,6 +1,7 @@
 """The whole of training on one screen."""
 
 import logging
+from itertools import product
 from pathlib import Path
 
 from megatron.core.optimizer import ChainedOptimizer
@@ -8,11 +9,14 @@ from megatron.core.optimizer import ChainedOptimizer
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
+from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
+from navil_megatron.training.batch import needed_images
 from navil_megatron.training.evaluate import evaluate
+from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
 from navil_megatron.training.metrics import MetricsLog, StepMeter
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
@@ -44,11 +48,14 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     with TrainingProgress(config, session, state.step) as progress:
         while state.step < total:
             session.watchdog.enter("data", state.step + 1)
-            microbatches = next(loader)
+            data = next(loader)
+            microbatches, num_failed = settle_failures(session, data.microbatches, data.failures)
+            log.write_failures(state.step + 1, data.failures)
+            loader.count_failed(num_failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
             result = train_step(config, session, chunks, optimizer, microbatches, lr)
             state.step += 1
-            meter.add(result, microbatches, loader.wait_seconds, loader.counts.failed)
+            meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
             stopping, saving = False, _due(state.step, config.checkpoint.save_every_steps, total)
             # A checkpoint counts what all its steps consumed, so a save makes a record too.
             if saving or _due(state.step, config.training.log_every_steps, total):
@@ -89,17 +96,20 @@ def _restore(
     if stored is None:
         return TrainingState()
     state = TrainingState.from_dict(stored)
-    loader.check_state(state.loader)
-    loader.seek(state.step)
+    loader.restore(state.loader)
     return state
 
 
 def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict[str, ValidationLoader]]:
     """The training rows, and held-out rows by the name of the loss on them."""
-    place = (session.dp_rank, session.dp_size, session.is_first_stage)
+    place = DataPlace(session.dp_rank, session.dp_size, session.tp_rank, session.tp_size, session.is_first_stage)
+    decodes = needed_images(config.model, session.tp_rank, session.tp_size)
     held_out = {}
     if config.training.evaluate_every_steps is not None:
-        held_out["loss"] = ValidationLoader(config, *place)
-        if config.training.evaluate_swapped_images:
-            held_out["loss_swapped_images"] = ValidationLoader(config, *place, swap_images=True)
-    return TrainLoader(config, *place), held_out
+        swaps = (False, True) if config.training.evaluate_swapped_images else (False,)
+        several = len(config.data.validation_sources) > 1
+        for index, swap in product(config.data.validation_sources, swaps):
+            name = "loss_swapped_images" if swap else "loss"
+            name += f"/{Path(index).stem}" if several else ""
+            held_out[name] = ValidationLoader(config, index, place, decodes=decodes, swap_images=swap)
+    return TrainLoader(config, place, decodes=decodes), held_out

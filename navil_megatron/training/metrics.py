@@ -1,18 +1,22 @@
 """What a run reports: one JSON line a record in ``metrics.jsonl``, and the same numbers for TensorBoard."""
 
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.loader import StepData
+from navil_megatron.data.types import FailedSample, Microbatch
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.flops import step_flops, tokens_by_modality
 from navil_megatron.training.step import StepResult
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, float | int | str]
 
@@ -38,6 +42,18 @@ class MetricsLog:
             for name, value in record.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
+    def write_failures(self, step: int, failures: Iterable[Iterable[FailedSample]]) -> None:
+        """Append what this rank could not decode to ``failed_samples.jsonl``; any rank writes, a line at a time."""
+        lines = []
+        for failed in (failed for microbatch in failures for failed in microbatch):
+            logger.warning("step %d: %s: %s: %s; blank, no loss", step, failed.shard, failed.key, failed.reason)
+            named = {"step": step, "shard": failed.shard, "key": failed.key, "reason": failed.reason}
+            lines.append(json.dumps(named) + "\n")
+        if lines:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (self.directory / "failed_samples.jsonl").open("a") as file:
+                file.write("".join(lines))
+
     def close(self) -> None:
         """Flush and close the files."""
         for file in (self._file, self._tensorboard):
@@ -50,7 +66,6 @@ class StepMeter:
 
     def __init__(self, config: NaViLConfig, session: Session):
         self.config, self.session = config, session
-        self._num_failed = 0
         self._last_step = 0.0
         self._reset()
 
@@ -62,25 +77,35 @@ class StepMeter:
 
     def _reset(self) -> None:
         self._results: list[StepResult] = []
-        self._counts = torch.zeros(6, dtype=torch.float64)
+        self._counts = torch.zeros(7, dtype=torch.float64)
+        self._imbalances: list[float] = []
+        self._num_refused = 0
         self._wait_seconds = 0.0
         self._paused_seconds = 0.0
         self._started = self._last_step = time.perf_counter()
 
-    def add(self, result: StepResult, microbatches: Sequence[Microbatch], wait_seconds: float, num_failed: int) -> None:
-        """Count one step of this rank; ``num_failed`` is the samples that failed to decode since the run started."""
+    def add(
+        self,
+        result: StepResult,
+        microbatches: Sequence[Microbatch],
+        data: StepData,
+        num_failed: int,
+        wait_seconds: float,
+    ) -> None:
+        """Count one step of this rank; ``num_failed`` is its replica's samples that failed to decode."""
         model, phase = self.config.model, self.config.training.phase
         text, visual = 0, 0
         for microbatch in microbatches:
             counts = tokens_by_modality(model, microbatch)
             text, visual = text + counts[0], visual + counts[1]
         rows_tokens = sum(microbatch.input_ids.size for microbatch in microbatches)
-        samples = sum(len(microbatch.sample_lengths) for microbatch in microbatches)
         flops = step_flops(model, phase, microbatches)
         self._counts += torch.tensor(
-            [text, visual, rows_tokens, samples, num_failed - self._num_failed, flops], dtype=torch.float64
+            [text, visual, rows_tokens, data.counts.samples, num_failed, data.counts.shrunk, flops],
+            dtype=torch.float64,
         )
-        self._num_failed = num_failed
+        self._imbalances.append(data.imbalance)
+        self._num_refused += data.num_refused
         self._results.append(result)
         self._wait_seconds += wait_seconds
         self._last_step = time.perf_counter()
@@ -98,7 +123,7 @@ class StepMeter:
         slowest = slowest.to(session.device)
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        text, visual, row_tokens, samples, failed, flops, *loss_sums = sums.tolist()
+        text, visual, row_tokens, samples, failed, shrunk, flops, *loss_sums = sums.tolist()
         loss = sum(loss_sums) / max(sum(float(result.loss_weight) for result in self._results), 1e-30)
         record: Record = {
             "train_steps": self.config.training.train_steps,
@@ -115,6 +140,9 @@ class StepMeter:
             "padding_share": 1.0 - (text + visual) / row_tokens,
             "data_wait_seconds": slowest[0].item() / len(self._results),
             "failed_samples": round(failed),
+            "shrunk_samples": round(shrunk),
+            "refused_samples": self._num_refused,
+            "imbalance": sum(self._imbalances) / len(self._imbalances),
             "peak_memory_bytes": round(slowest[1].item()),
             "flops_per_second": flops / seconds,
             "skipped_steps": sum(result.skipped for result in self._results),

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.data.source import MAX_OPEN_FILES
 from tests.e2e.runs import records
 from tests.ranks import PRELOAD, RENDEZVOUS, start_session
+from tests.unit.data_examples import write_samples
 
 TIMEOUT_SECONDS = 2
 GUILTY = 1
@@ -114,7 +116,7 @@ def _rank(rank: int, world_size: int, config: NaViLConfig, folder: Path, inner: 
 
 def block_data(_pid: int, config: NaViLConfig) -> None:
     """Every shard of the guilty rank becomes a pipe that delivers nothing."""
-    for shard in config.data.train_shards:
+    for shard in Path(config.data.train_sources[0].index).parent.glob("train-*.tar"):
         os.mkfifo(f"{shard}.fifo")
         os.replace(f"{shard}.fifo", shard)
 
@@ -181,13 +183,14 @@ def _stick_here(folder: Path) -> None:
 
 
 def copies_of_data(config: NaViLConfig, folder: Path, world_size: int) -> list[NaViLConfig]:
-    """The config once for each rank, with shards of its own."""
+    """The config once for each rank, with shards of its own: more of them than a rank keeps open."""
     import shutil
 
+    made = write_samples(folder / "shards", "train", 2 * MAX_OPEN_FILES, per_shard=1)
     configs = []
     for rank in range(world_size):
         mine = folder / f"shards-{rank}"
-        shutil.copytree(Path(config.data.train_shards[0]).parent, mine)
-        shards = tuple(str(mine / Path(shard).name) for shard in config.data.train_shards)
-        configs.append(replace(config, data=replace(config.data, train_shards=shards)))
+        shutil.copytree(made.parent, mine)
+        source = SourceConfig(index=str(mine / made.name))
+        configs.append(replace(config, data=replace(config.data, train_sources=(source,))))
     return configs

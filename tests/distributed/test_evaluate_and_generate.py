@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from navil_megatron.data.assemble import RowFormat
-from navil_megatron.data.types import EncodedSample, ScalePlan
+from navil_megatron.data.types import EncodedSample, SampleId, ScalePlan
 from navil_megatron.hf.export import mcore_to_hf
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
@@ -34,7 +34,7 @@ def prompt_of(config, number: int) -> tuple[EncodedSample, torch.Tensor]:
     length = microbatch.sample_lengths[0]
     side = config.model.vision.patch_size
     scales = ((ScalePlan(rows * side, columns * side, rows, columns),),)
-    prompt = EncodedSample(number, microbatch.input_ids[:length], np.zeros(length, np.float32), scales)
+    prompt = EncodedSample(SampleId(0, number), microbatch.input_ids[:length], np.zeros(length, np.float32), scales)
     return prompt, microbatch.pixel_values
 
 
@@ -45,7 +45,8 @@ def outcome(rank: int, world_size: int, sections: dict) -> tuple[float, list[lis
         chunks = wrap_ddp(config, session, model)
         batch = global_batch(config, BATCH)
         share = len(batch) // session.dp_size
-        loss = evaluate(config, session, chunks, batch[session.dp_rank * share : (session.dp_rank + 1) * share])
+        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        loss = evaluate(config, session, chunks, [(microbatch, ()) for microbatch in mine])
         prompts, pixels = zip(*(prompt_of(config, number) for number in range(len(GRIDS))), strict=True)
         row_format = RowFormat(
             seq_length=SEQ_LENGTH, pad_segments_to=4, pad_id=0, special_token_ids=config.model.special_token_ids

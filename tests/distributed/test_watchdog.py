@@ -82,7 +82,7 @@ def test_rank_without_data(world: World, tmp_path: Path, layout: str) -> None:
     assert step is not None
     assert missing.startswith(f"rank 1 (step {step[1]}, pipeline stage {stage_of(layout)}, waiting for data")
     assert ending.exit_codes == [HANG_EXIT_CODE] * 2
-    assert "shards.py" in ending.stacks[1] and "prefetch.py" in ending.stacks[1]
+    assert "source.py" in ending.stacks[1] and "prefetch.py" in ending.stacks[1]
     assert "watchdog" in ending.stacks[0]
 
 

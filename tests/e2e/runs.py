@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron import pretrain
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.schema import NaViLConfig, SourceConfig
 from navil_megatron.data.build_shards import build_shards
-from navil_megatron.data.shards import ShardSet
 from navil_megatron.data.tokenizer import build_tokenizer
 from navil_megatron.training.loop import train
 from tests.conftest import REPOSITORY
@@ -28,8 +27,8 @@ class World:
     """Data that every run may read and none may change."""
 
     folder: Path
-    train_shards: tuple[str, ...]
-    validation_shards: tuple[str, ...]
+    train_index: str
+    validation_index: str
     tokenizer: str
     special_token_ids: tuple[int, ...]
     vocab_size: int
@@ -38,7 +37,7 @@ class World:
 def build_world(folder: Path) -> World:
     """Training shards by the writer, held-out shards from picture files as ``navil-megatron data build`` makes them."""
     tokenizer = build_tokenizer([" ".join(WORDS)] * 4, folder / "tokenizer", vocab_size=320)
-    train_shards = write_samples(folder / "shards", "train", NUM_TRAIN)
+    train_index = write_samples(folder / "shards", "train", NUM_TRAIN)
     manifest = folder / "heldout.jsonl"
     lines: list[dict[str, str]] = []
     for number in range(NUM_HELD_OUT):
@@ -48,12 +47,12 @@ def build_world(folder: Path) -> World:
         words = " ".join(WORDS[(number + step) % len(WORDS)] for step in range(1 + number % 4))
         lines.append({"caption": words} | ({"image": name} if number % 7 else {}))
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    held_out = build_shards(manifest, folder / "shards", prefix="heldout", tokenizer=folder / "tokenizer")
+    held_out = build_shards(manifest, folder / "shards", tokenizer, prefix="heldout")
     assert held_out["num_samples"] == NUM_HELD_OUT
     return World(
         folder=folder,
-        train_shards=tuple(map(str, train_shards)),
-        validation_shards=tuple(held_out["shards"]),
+        train_index=str(train_index),
+        validation_index=str(folder / "shards" / "heldout.index"),
         tokenizer=str(folder / "tokenizer"),
         special_token_ids=tokenizer.special_token_ids,
         vocab_size=tokenizer.vocab_size + tokenizer.vocab_size % 2,  # two ranks split it
@@ -70,8 +69,8 @@ def make_run(world: World, folder: Path, **sections: dict[str, Any]) -> NaViLCon
     )
     defaults: dict[str, dict[str, Any]] = {
         "data": {
-            "train_shards": world.train_shards,
-            "validation_shards": world.validation_shards,
+            "train_sources": (SourceConfig(index=world.train_index),),
+            "validation_sources": (world.validation_index,),
             "tokenizer": world.tokenizer,
             "seq_length": 128,
             "min_image_pixels": 32 * 32,
@@ -84,14 +83,6 @@ def make_run(world: World, folder: Path, **sections: dict[str, Any]) -> NaViLCon
     }
     merged = {name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}}
     return tiny_config(**({"model": model} | merged))
-
-
-def damage_picture(samples: ShardSet, number: int) -> None:
-    """Zeros over the picture of one sample, as a failing disk leaves it: index and sizes still fit."""
-    record = samples.records[number]
-    with open(samples.shard_of(number), "r+b") as file:
-        file.seek(int(record["image_offset"]))
-        file.write(bytes(int(record["image_bytes"])))
 
 
 def train_in_rank(rank: int, world_size: int, config: NaViLConfig) -> dict[str, Any]:
@@ -132,11 +123,19 @@ def write_toml(config: NaViLConfig, path: Path) -> Path:
 def _write_table(name: str, fields: dict[str, Any], lines: list[str]) -> None:
     if name:
         lines.append(f"[{name}]")
-    # JSON's strings, numbers, booleans and lists are TOML's too.
-    lines += [f"{key} = {json.dumps(value)}" for key, value in fields.items() if not isinstance(value, dict | None)]
+    lines += [f"{key} = {_toml(value)}" for key, value in fields.items() if not isinstance(value, dict | None)]
     for key, value in fields.items():
         if isinstance(value, dict):
             _write_table(f"{name}.{key}".lstrip("."), value, lines)
+
+
+def _toml(value: Any) -> str:
+    """A value; JSON's strings, numbers and booleans are TOML's too."""
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def start(*words: str) -> subprocess.Popen[str]:

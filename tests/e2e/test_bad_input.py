@@ -10,12 +10,12 @@ import pytest
 
 from navil_megatron.cli import main
 from navil_megatron.config.errors import EXIT_CODE
-from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.shards import ShardSet, ShardWriter
+from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.data.shard_writer import ShardWriter
+from navil_megatron.data.source import Source
 from navil_megatron.data.tokenizer import build_tokenizer
 from tests.e2e.runs import (
     World,
-    damage_picture,
     error_lines,
     make_run,
     pretrain_in_rank,
@@ -25,7 +25,7 @@ from tests.e2e.runs import (
     write_toml,
 )
 from tests.ranks import run_ranks
-from tests.unit.data_examples import picture, write_samples
+from tests.unit.data_examples import damage_image, example_tokenizer, picture, write_samples
 
 
 @pytest.fixture
@@ -95,57 +95,65 @@ def test_missing_or_broken_config_file(tmp_path: Path, capsys: pytest.CaptureFix
     holds(line, str(tmp_path / "broken.toml"), "line 1")
 
 
+def sources(index: Path) -> str:
+    """The override that trains on one index."""
+    return f"data.train_sources=[{{index='{index}'}}]"
+
+
+def test_missing_index(run_file: Path, tmp_path: Path) -> None:
+    line = refused(run_file, sources(tmp_path / "none.index"))
+    holds(line, str(tmp_path / "none.index"), "navil-megatron data index")
+
+
 def test_missing_shard(run_file: Path, tmp_path: Path) -> None:
-    holds(refused(run_file, f"data.train_shards=['{tmp_path}/none-*.tar']"), "data.train_shards", "none-*.tar")
-
-
-def test_shard_without_index(run_file: Path, tmp_path: Path) -> None:
-    (shard,) = write_samples(tmp_path / "shards", "bare", 4)
-    Path(f"{shard}.index").unlink()
-    line = refused(run_file, f"data.train_shards=['{shard}']")
-    holds(line, str(shard), "index", f"navil-megatron data index {shard}")
+    index = write_samples(tmp_path / "shards", "gone", 4)
+    (tmp_path / "shards" / "gone-000000.tar").unlink()
+    holds(refused(run_file, sources(index)), str(tmp_path / "shards" / "gone-000000.tar"), "missing")
 
 
 def test_truncated_shard(run_file: Path, tmp_path: Path) -> None:
-    (shard,) = write_samples(tmp_path / "shards", "cut", 4)
+    index = write_samples(tmp_path / "shards", "cut", 4)
+    shard = tmp_path / "shards" / "cut-000000.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])
-    line = refused(run_file, f"data.train_shards=['{shard}']")
-    holds(line, str(shard), "damaged", str(len(content)), str(len(content) // 2))
+    line = refused(run_file, sources(index))
+    holds(line, str(shard), "damaged", str(len(content)), str(len(content) // 2), "navil-megatron data index")
 
 
 def test_too_many_damaged_pictures(run_file: Path, tmp_path: Path) -> None:
-    (shard,) = write_samples(tmp_path / "shards", "rotten", 30, per_shard=30)
-    samples = ShardSet([str(shard)])
-    for number in range(len(samples)):
-        if samples.records[number]["image_bytes"]:
-            damage_picture(samples, number)
-    line = refused(run_file, f"data.train_shards=['{shard}']", "data.max_failed_share=0.01")
-    holds(line, "failed to decode", "data.max_failed_share = 0.01", str(shard))
+    index = write_samples(tmp_path / "shards", "rotten", 30, per_shard=30)
+    source = Source(index)
+    for number in range(len(source)):
+        if len(source.index.images_of(number)):
+            damage_image(source, number)
+    line = refused(run_file, sources(index), "data.max_failed_share=0.01")
+    holds(line, "failed to decode", "data.max_failed_share = 0.01", "failed_samples.jsonl")
 
 
-def write_captions(folder: Path, lengths: list[int]) -> str:
-    """One shard of text and pictures with captions of so many words."""
-    with ShardWriter(folder, "captions") as writer:
+def write_captions(folder: Path, lengths: list[int]) -> Path:
+    """An index over texts and pictures with captions of so many words."""
+    with ShardWriter(folder, "captions", example_tokenizer(folder / "tokenizer")) as writer:
         for number, length in enumerate(lengths):
-            writer.write(f"sample{number}", " ".join(["apple"] * length), picture(40, 40, seed=number), "png")
-    return str(writer.shards[0])
+            writer.write(f"sample{number}", " ".join(["apple"] * length), [picture(40, 40, seed=number)])
+    return writer.index
 
 
 def test_caption_longer_than_the_row_is_left_out_and_named(world: World, tmp_path: Path) -> None:
-    shard = write_captions(tmp_path / "shards", [3, 4, 500, 2, 5])
-    config = make_run(world, tmp_path, data={"train_shards": (shard,)}, training={"train_steps": 3})
+    index = write_captions(tmp_path / "shards", [3, 4, 500, 2, 5])
+    source = SourceConfig(index=str(index))
+    config = make_run(world, tmp_path, data={"train_sources": (source,)}, training={"train_steps": 3})
     ((code, stderr),) = run_ranks(1, pretrain_in_rank, write_toml(config, tmp_path / "run.toml"))
     assert (code, error_lines(stderr)) == (0, [])
-    (named,) = [line for line in stderr.splitlines() if "left out" in line]
-    holds(named, "1 of 5 samples", shard, "sample2", "a row holds 128")
-    assert all(record["loss"] > 0 and record["failed_samples"] == 0 for record in records(config, "train"))
+    named = [line for line in stderr.splitlines() if "left out" in line]
+    holds(named[0], "205 of 1025 samples", "sample 2 of", str(index), "a row of 128 tokens")
+    found = records(config, "train")
+    assert all(record["loss"] > 0 and record["failed_samples"] == 0 for record in found)
+    assert [record["refused_samples"] for record in found] == [205, 0, 0]
 
 
 def test_captions_that_are_all_longer_than_the_row(run_file: Path, tmp_path: Path) -> None:
-    shard = write_captions(tmp_path / "shards", [400, 500])
-    line = refused(run_file, f"data.train_shards=['{shard}']")
-    holds(line, "no sample of data.train_shards can be used", "2 of 2", "sample0", "data.seq_length")
+    index = write_captions(tmp_path / "shards", [400, 500])
+    holds(refused(run_file, sources(index)), "no sample of data.train_sources fits a row of 128", "data.seq_length")
 
 
 def test_missing_tokenizer(run_file: Path, tmp_path: Path) -> None:
@@ -168,7 +176,8 @@ def _other_phase(config: NaViLConfig) -> NaViLConfig:
 
 
 def _other_data(config: NaViLConfig) -> NaViLConfig:
-    return replace(config, data=replace(config.data, train_shards=config.data.train_shards[:1]))
+    data = replace(config.data, train_sources=(SourceConfig(index=config.data.validation_sources[0]),))
+    return replace(config, data=data)
 
 
 def _weights_of_none(config: NaViLConfig) -> NaViLConfig:
@@ -200,7 +209,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> NaViLConf
         (_weights_of_another_model, ["another model", "model.vision.ffn_hidden_size is 40 there, 44 here"]),
         (_weights_of_none, ["no checkpoint", "checkpoint.initial_weights"]),
         (_other_phase, ["training.phase is 's1.2' there, 's1.1' here", "checkpoint.initial_weights"]),
-        (_other_data, ["cannot resume", "data.train_shards"]),
+        (_other_data, ["cannot resume", "data.train_sources"]),
     ],
 )
 def test_checkpoint_that_does_not_fit(
@@ -236,11 +245,12 @@ def test_mistyped_key_in_a_shell(run_file: Path) -> None:
         holds(line, "seq_lenght", "seq_length")
 
 
-def test_missing_shard_on_two_ranks_in_a_shell(world: World, tmp_path: Path) -> None:
+def test_missing_index_on_two_ranks_in_a_shell(world: World, tmp_path: Path) -> None:
     layout: dict[str, Any] = {"tp": 2, "sequence_parallel": True}
-    config = make_run(world, tmp_path, parallel=layout, data={"train_shards": (f"{tmp_path}/none-*.tar",)})
+    nowhere = SourceConfig(index=f"{tmp_path}/none.index")
+    config = make_run(world, tmp_path, parallel=layout, data={"train_sources": (nowhere,)})
     path = write_toml(config, tmp_path / "run.toml")
     code, stderr = in_a_shell("navil_megatron.cli", "train", str(path), "--nproc", "2")
     assert code == EXIT_CODE, stderr
     (line,) = error_lines(stderr)
-    holds(line, "data.train_shards", "none-*.tar")
+    holds(line, "none.index", "navil-megatron data index")

@@ -1,8 +1,10 @@
 """Whole training runs on real ranks: resume, records, phases, initial weights, damage, and equality with the export."""
 
 import io
+import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +16,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.cli import main
-from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.shards import ShardSet
+from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.data.loader import plan_run
+from navil_megatron.data.source import Source
+from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
 from navil_megatron.models.build import build_model
 from navil_megatron.training.evaluate import evaluate
 from tests.e2e.runs import (
     World,
-    damage_picture,
-    error_lines,
     make_run,
-    pretrain_in_rank,
     records,
     saved_steps,
     train_in_rank,
-    write_toml,
 )
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import EXPORT
-from tests.unit.data_examples import write_samples
+from tests.unit.data_examples import damage_image, write_samples
 from tests.whole import assemble, slices_of
 
 TENSOR = {"tp": 2, "sequence_parallel": True}
@@ -206,18 +206,30 @@ def test_initial_weights_bring_nothing_but_weights(world: World, tmp_path: Path)
         assert 0 < (after[key] - before[key]).abs().max() <= 1.01e-2 * (1 + 0.05 * before[key].abs().max()), key
 
 
-def test_damaged_picture_is_skipped_counted_and_named(world: World, tmp_path: Path) -> None:
-    shards = tuple(map(str, write_samples(tmp_path / "shards", "rotten", 12)))
-    samples = ShardSet(shards)
-    damage_picture(samples, 4)
-    config = make_run(world, tmp_path, data={"train_shards": shards}, training={"train_steps": 4})
-    ((code, stderr),) = run_ranks(1, pretrain_in_rank, write_toml(config, tmp_path / "run.toml"))
-    assert (code, error_lines(stderr)) == (0, [])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}])
+def test_damaged_pictures_are_skipped_counted_and_named(world: World, tmp_path: Path, layout: dict[str, Any]) -> None:
+    """One in twenty: the run goes to its end, and counts what the plan says it met."""
+    index = write_samples(tmp_path / "shards", "rotten", 40)
+    source, damaged = Source(index), (5, 24)
+    for number in damaged:
+        damage_image(source, number, len(source.index.images_of(number)) - 1)
+    sources, world_size = (SourceConfig(index=str(index)),), 2 if layout else 1
+    config = make_run(world, tmp_path, data={"train_sources": sources}, training={"train_steps": 12}, parallel=layout)
+    assert all(state["step"] == 12 for state in run_ranks(world_size, train_in_rank, config))
     found = records(config, "train")
-    assert sum(record["samples"] for record in found) > 12  # more than an epoch: the damaged one came up
-    named = [line for line in stderr.splitlines() if f"{samples.key(4)}:" in line]
-    assert sum(record["failed_samples"] for record in found) == len(named) >= 1
-    assert shards[0] in named[0] and "WARNING" in named[0]
+    plan = plan_run(config, [source])
+    met = [[sample.number for row in plan.step_rows(step) for sample in row.samples] for step in range(12)]
+    assert [record["samples"] for record in found] == [len(numbers) for numbers in met]
+    expected = [sum(number in damaged for number in numbers) for numbers in met]
+    assert [record["failed_samples"] for record in found] == expected and sum(expected) >= 2
+    listed = map(json.loads, (Path(config.logging.directory) / "failed_samples.jsonl").read_text().splitlines())
+    named = Counter((line["step"], line["shard"], line["key"]) for line in listed)
+    assert named == Counter(
+        (step, source.shard_of(number), source.key(number))
+        for step, numbers in enumerate(met, 1)
+        for number in numbers
+        if number in damaged
+    )
     assert all(0 < record["loss"] < 20 for record in found)
 
 
@@ -226,7 +238,8 @@ def held_out_loss_in_rank(rank: int, world_size: int, config: NaViLConfig, check
     with start_session(rank, world_size, config) as session:
         chunks = build_model(config, session.groups, session.device)
         CheckpointManager(config, session).load_weights(checkpoint, chunks)
-        rows = ValidationLoader(config, session.dp_rank, session.dp_size, decode_pixels=session.is_first_stage)
+        place = DataPlace(session.dp_rank, session.dp_size, is_first_stage=session.is_first_stage)
+        rows = ValidationLoader(config, config.data.validation_sources[0], place)
         return evaluate(config, session, chunks, rows)
 
 
@@ -236,13 +249,13 @@ def exported_loss(world: World, folder: Path) -> float:
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     tokenizer = processor.tokenizer
-    shards = ShardSet(world.validation_shards)
+    source = Source(world.validation_index)
     total, count = 0.0, 0
-    for raw in (shards.read(number) for number in range(len(shards))):
+    for raw in (source.read(number) for number in range(len(source))):
         pictures = [Image.open(io.BytesIO(file)) for file in raw.images]
-        text = "<image>" * len(pictures) + raw.caption + tokenizer.eos_token
+        text = "<image>" * len(pictures) + str(raw.content) + tokenizer.eos_token
         inputs = processor(images=pictures or None, text=text)
-        num_predicted = len(tokenizer(raw.caption)["input_ids"]) + 1
+        num_predicted = len(tokenizer(str(raw.content))["input_ids"]) + 1
         labels = inputs["input_ids"].clone()
         labels[:, :-num_predicted] = -100
         # Nothing predicts the first token of a sample without a picture.

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from navil_megatron.config.schema import SPECIAL_TOKENS
-from navil_megatron.data.image_decode import decode_image, image_patches, normalise, read_image_size
+from navil_megatron.data.dali_decode import DaliDecoder
+from navil_megatron.data.image_decode import DecodeJob, ImageDecoder, PillowDecoder, normalise, read_image_size
 from navil_megatron.data.image_plan import (
     ImagePlanner,
     ImageSizeError,
@@ -20,8 +22,10 @@ from navil_megatron.data.image_plan import (
     num_patches,
 )
 from navil_megatron.data.types import ScalePlan
+from tests.tolerances import DALI_PIXELS
 
 PATCH, MERGE = 16, 2
+MAX_PIXELS = 2**26
 
 
 def build_planner(min_patches: int, max_patches: int, multi_scale: bool, share_shrunk_limit: bool) -> ImagePlanner:
@@ -49,7 +53,7 @@ def cases(preprocess: Path) -> list[dict]:
 def plan_case(preprocess: Path, case: dict) -> tuple[list[bytes], tuple[tuple[ScalePlan, ...], ...]]:
     files = [(preprocess / "images" / name).read_bytes() for name in case["images"]]
     planner = build_planner(case["min_patches"], case["max_patches"], case["multi_scale"], share_shrunk_limit=True)
-    return files, planner.plan_images([read_image_size(file) for file in files])
+    return files, planner.plan_images([read_image_size(file, MAX_PIXELS) for file in files])
 
 
 def joined(layout: list[tuple[str, int]]) -> list[str]:
@@ -94,34 +98,48 @@ def test_without_the_shared_limit_each_image_is_planned_alone(preprocess: Path, 
     several = [case for case in cases if len(case["images"]) > 1 and case["multi_scale"]]
     assert several
     for case in several:
-        sizes = [read_image_size((preprocess / "images" / name).read_bytes()) for name in case["images"]]
+        files = [(preprocess / "images" / name).read_bytes() for name in case["images"]]
+        sizes = [read_image_size(file, MAX_PIXELS) for file in files]
         planner = build_planner(case["min_patches"], case["max_patches"], True, share_shrunk_limit=False)
         together = planner.plan_images(sizes)
         assert image_grid_thw(together).tolist() == case["if_each_image_were_processed_alone"]["image_grid_thw"]
         assert together == tuple(planner.plan_images([size])[0] for size in sizes)
 
 
+def decode_case(decoder: ImageDecoder, preprocess: Path, case: dict) -> np.ndarray:
+    """[p, 3 * patch * patch] uint8 of all images of a case."""
+    files, images = plan_case(preprocess, case)
+    jobs = [
+        DecodeJob(file, read_image_size(file, MAX_PIXELS), scales, (True,) * len(scales))
+        for file, scales in zip(files, images, strict=True)
+    ]
+    return torch.cat([patches for scales in decoder.decode(jobs) for patches in scales]).numpy()
+
+
 def test_pixels_of_every_case_are_exact(preprocess: Path, cases: list[dict]) -> None:
     golden = load_file(preprocess / "pixels.safetensors")
     for case in cases:
-        files, images = plan_case(preprocess, case)
-        pictures = [decode_image(file) for file in files]
-        patches = np.concatenate(
-            [
-                image_patches(picture, s, PATCH, MERGE)
-                for picture, scales in zip(pictures, images, strict=True)
-                for s in scales
-            ]
-        )
+        patches = decode_case(PillowDecoder(PATCH, MERGE, MAX_PIXELS), preprocess, case)
         name = case["id"]
         assert patches.dtype == np.uint8 and patches.shape == (case["num_patches"], 3 * PATCH**2)
         assert np.array_equal(patches.astype(np.int64).sum(axis=1), golden[f"{name}/patch_sums"]), name
         stored = golden[f"{name}/u8"].reshape(-1, 3 * PATCH**2)
         assert np.array_equal(patches[golden.get(f"{name}/index", slice(None))], stored), name
-        values = normalise(patches).numpy()
+        values = normalise(torch.from_numpy(patches)).numpy()
         assert values.dtype == np.float32
         assert np.array_equal(values, golden["lut"][patches])
         assert hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() == case["sha256_float32"], name
+
+
+def test_pixels_by_dali_are_within_two_steps(preprocess: Path, cases: list[dict]) -> None:
+    golden = load_file(preprocess / "pixels.safetensors")
+    decoder = DaliDecoder(PATCH, MERGE, MAX_PIXELS, device=torch.device("cpu"), num_threads=1)
+    for case in cases:
+        patches, name = decode_case(decoder, preprocess, case), case["id"]
+        assert patches.shape == (case["num_patches"], 3 * PATCH**2)
+        stored = golden[f"{name}/u8"].reshape(-1, 3 * PATCH**2)
+        difference = patches[golden.get(f"{name}/index", slice(None))].astype(int) - stored
+        assert np.abs(difference).max() <= DALI_PIXELS, name
 
 
 def test_an_aspect_ratio_beyond_200_is_refused() -> None:

@@ -25,7 +25,7 @@ ffn_hidden_size = 48
 num_attention_heads = 3
 
 [data]
-train_shards = ["shards/train-*.tar"]
+train_sources = [{ index = "shards/train.index" }]
 tokenizer = "tokenizer"
 seq_length = 2048
 

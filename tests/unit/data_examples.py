@@ -1,7 +1,6 @@
 """Small shards, a tokenizer and a config over them, for the tests of the data path."""
 
 import io
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -10,9 +9,12 @@ import numpy as np
 from PIL import Image
 
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.shards import ShardWriter
-from navil_megatron.data.tokenizer import build_tokenizer
+from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.data.shard_index import BLOCK
+from navil_megatron.data.shard_writer import ShardWriter
+from navil_megatron.data.source import Source
+from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
+from navil_megatron.data.types import Turn
 from tests.unit.config_examples import EXAMPLE_TOML
 
 WORDS = ["red", "green", "apple", "key", "fish", "house", "left", "of", "above", "two", "three", "small", "star"]
@@ -26,22 +28,39 @@ def picture(height: int, width: int, seed: int = 0, kind: str = "PNG", **options
     return file.getvalue()
 
 
-def write_samples(folder: Path, prefix: str, num_samples: int, *, seed: int = 0, per_shard: int = 25) -> list[Path]:
-    """Samples of varied sizes and caption lengths, every tenth of text alone."""
+def example_tokenizer(folder: Path) -> SampleTokenizer:
+    """The tokenizer of every example, saved into a folder."""
+    return build_tokenizer([" ".join(WORDS)] * 4, folder, vocab_size=320)
+
+
+def write_samples(folder: Path, prefix: str, num_samples: int, *, seed: int = 0, per_shard: int = 25) -> Path:
+    """The index over samples of varied sizes and lengths: most with one image, some conversations, some text alone."""
     random = Random(seed)
-    with ShardWriter(folder, prefix, samples_per_shard=per_shard) as writer:
+    tokenizer = example_tokenizer(folder / "tokenizer")
+    with ShardWriter(folder, prefix, tokenizer, samples_per_shard=per_shard) as writer:
         for number in range(num_samples):
-            caption = f"{number} " + " ".join(random.choices(WORDS, k=random.randint(1, 9)))
-            size = random.choice([40, 64, 70, 100]), random.choice([33, 64, 96])
-            kind, extension = random.choice([("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")])
-            image = None if number % 10 == 9 else picture(*size, seed=number, kind=kind)
-            writer.write(f"{prefix}{number:05d}", caption, image, extension)
-    return writer.shards
+            words = f"{number} " + " ".join(random.choices(WORDS, k=random.randint(1, 9)))
+            pictures = [_any_picture(random, seed=100 * number + which) for which in range(2)]
+            key = f"{prefix}{number:05d}"
+            if number % 10 == 9:
+                writer.write(key, words)
+            elif number % 10 == 4:
+                first = Turn("user", (None, f"{words}? and ", None, "too?"))
+                talk = (first, Turn("assistant", (words,)), Turn("user", ("why?",)), Turn("assistant", ("two star",)))
+                writer.write(key, talk, pictures)
+            else:
+                writer.write(key, words, pictures[:1])
+    return writer.index
 
 
-def make_config(folder: Path, shards: Sequence[str], *, seq_length: int = 128, **training: int) -> NaViLConfig:
-    """A run over some shards, with a tokenizer that is trained here."""
-    tokenizer = build_tokenizer([" ".join(WORDS)] * 4, folder / "tokenizer", vocab_size=320)
+def _any_picture(random: Random, seed: int) -> bytes:
+    size = random.choice([40, 64, 70, 100]), random.choice([33, 64, 96])
+    return picture(*size, seed=seed, kind=random.choice(["PNG", "JPEG", "WEBP"]))
+
+
+def make_config(folder: Path, *indexes: Path, seq_length: int = 128, **training: int) -> NaViLConfig:
+    """A run over some indexes, with the example tokenizer."""
+    tokenizer = example_tokenizer(folder / "tokenizer")
     path = folder / "run.toml"
     path.write_text(EXAMPLE_TOML)
     config = load_config(path, [])
@@ -52,8 +71,8 @@ def make_config(folder: Path, shards: Sequence[str], *, seq_length: int = 128, *
     )
     data = replace(
         config.data,
-        train_shards=tuple(shards),
-        validation_shards=tuple(shards),
+        train_sources=tuple(SourceConfig(index=str(index)) for index in indexes),
+        validation_sources=tuple(map(str, indexes)),
         tokenizer=str(folder / "tokenizer"),
         seq_length=seq_length,
         min_image_pixels=32 * 32,
@@ -61,3 +80,11 @@ def make_config(folder: Path, shards: Sequence[str], *, seq_length: int = 128, *
     )
     options = {"global_batch_size": 8, "micro_batch_size": 1, "seed": 7, **training}
     return replace(config, model=model, data=data, training=replace(config.training, **options))
+
+
+def damage_image(source: Source, index: int, number: int = 0) -> None:
+    """Zeros over an image of one sample, as a failing disk leaves it: index and sizes still fit."""
+    image = source.index.images_of(index)[number]
+    with open(source.shard_of(index), "r+b") as file:
+        file.seek(int(image["block"]) * BLOCK)
+        file.write(bytes(int(image["bytes"])))

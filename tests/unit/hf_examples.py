@@ -9,7 +9,7 @@ import torch
 
 from navil_megatron.config.families import FAMILIES as FAMILY_TRAITS
 from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
-from navil_megatron.data.tokenizer import CaptionTokenizer, build_tokenizer
+from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.hf.atomic_folder import new_folder
 from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes
@@ -47,13 +47,13 @@ def tiny_model(family: str = "qwen3", **vision: Any) -> ModelConfig:
     )
 
 
-def with_tokenizer(model: ModelConfig, tokenizer: CaptionTokenizer) -> ModelConfig:
+def with_tokenizer(model: ModelConfig, tokenizer: SampleTokenizer) -> ModelConfig:
     """The model with the tokenizer's ids and as many rows as it needs."""
     language = dataclasses.replace(model.language, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(model, language=language, special_token_ids=tokenizer.special_token_ids)
 
 
-def tiny_tokenizer(folder: Path) -> CaptionTokenizer:
+def tiny_tokenizer(folder: Path) -> SampleTokenizer:
     """A tokenizer over two captions, saved in ``folder``."""
     return build_tokenizer(CAPTIONS, folder)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from navil_megatron.cli import main
 from tests.unit.config_examples import EXAMPLE_TOML
@@ -16,6 +15,7 @@ VERBS = [
     ("train",),
     ("data", "build"),
     ("data", "index"),
+    ("data", "inspect"),
     ("convert", "to-hf"),
     ("convert", "from-hf"),
     ("generate",),
@@ -110,40 +110,12 @@ def test_doctor_reports_in_json_and_in_words(capsys: pytest.CaptureFixture[str])
     assert "megatron-core" in capsys.readouterr().out
 
 
-def write_manifest(folder: Path) -> Path:
-    Image.new("RGB", (64, 48), "red").save(folder / "red.png")
-    (folder / "broken.jpg").write_bytes(b"not an image")
-    lines = [
-        {"image": "red.png", "caption": "a red field"},
-        {"image": "broken.jpg", "caption": "nothing to see"},
-    ]
-    manifest = folder / "images.jsonl"
-    manifest.write_text("\n".join(map(json.dumps, lines)))
-    return manifest
-
-
-def test_data_build_then_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shards = tmp_path / "shards"
-    assert main(["data", "build", str(write_manifest(tmp_path)), str(shards), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (report["num_samples"], report["num_rejected"]) == (1, 1)
-    assert report["rejected"][0]["where"].endswith("images.jsonl:2")
-    assert main(["data", "index", str(shards / "*.tar")]) == 0
-    assert capsys.readouterr().out.startswith("1 samples in 1 shards")
-
-
-def test_data_build_refuses_a_missing_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = refused(capsys, "data", "build", str(tmp_path / "absent.jsonl"), str(tmp_path / "out"))[-1:]
-    assert line.startswith("error: manifest ")
-
-
-def test_data_index_refuses_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, "data", "index", str(tmp_path / "absent.tar"))[-1].startswith("error: ")
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("data", "build", "absent.jsonl", "out", "--tokenizer", "absent"),
+        ("data", "index", "absent.tar", "--output", "out", "--tokenizer", "absent"),
+        ("data", "inspect", "absent.index"),
         ("convert", "to-hf", "absent", "out"),
         ("convert", "from-hf", "absent", "out"),
         ("generate", "absent", "image.png"),

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from navil_megatron.config.errors import ConfigError, UserError, describe
 from navil_megatron.config.load import config_from_dict, config_to_dict, digest, load_config, section_from_dict
-from navil_megatron.config.schema import ModelConfig, NaViLConfig, OptimizerConfig, ParallelConfig, VisionConfig
+from navil_megatron.config.schema import (
+    ModelConfig,
+    NaViLConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SourceConfig,
+    VisionConfig,
+)
 from navil_megatron.config.validate import validate
 from tests.house import REPOSITORY
 from tests.unit.config_examples import EXAMPLE_TOML, example_tables
@@ -36,7 +43,7 @@ def test_values_and_defaults(config_path: Path) -> None:
     config = load_config(config_path)
     assert config.model.language.family == "qwen3"
     assert config.model.vision.patch_size == 16
-    assert config.data.train_shards == ("shards/train-*.tar",)
+    assert config.data.train_sources == (SourceConfig(index="shards/train.index"),)
     assert config.parallel == ParallelConfig()
     assert config.microbatch_tokens == 2048
 
@@ -54,7 +61,7 @@ def test_values_and_defaults(config_path: Path) -> None:
         ("training.phase=s1.1", "training", "phase", "s1.1"),
         ("data.tokenizer=/a/b=c", "data", "tokenizer", "/a/b=c"),
         ("data.tokenizer= with space ", "data", "tokenizer", "with space"),
-        ('data.validation_shards=["a","b"]', "data", "validation_shards", ("a", "b")),
+        ('data.validation_sources=["a","b"]', "data", "validation_sources", ("a", "b")),
         ("parallel.pipeline_layers=[3, 1]", "parallel", "pipeline_layers", (3, 1)),
         ('data.tokenizer=x"\ny = 1', "data", "tokenizer", 'x"\ny = 1'),
         ('data.tokenizer="x"\ny = 1', "data", "tokenizer", '"x"\ny = 1'),
@@ -119,7 +126,15 @@ def test_unknown_section(config_path: Path) -> None:
         ("optimizer.lr=true", "optimizer.lr: found true, expected a number"),
         ("optimizer.distributed=1", "optimizer.distributed: found 1, expected true or false"),
         ("data.tokenizer=5", "data.tokenizer: found 5, expected a string; quote it: 'data.tokenizer=\"...\"'"),
-        ("data.train_shards=a.tar", 'data.train_shards: found "a.tar", expected an array of strings, e.g. ["a", "b"]'),
+        (
+            "data.validation_sources=a",
+            'data.validation_sources: found "a", expected an array of strings, e.g. ["a", "b"]',
+        ),
+        ("data.train_sources=a", 'data.train_sources: found "a", expected an array of tables [[data.train_sources]]'),
+        (
+            "data.train_sources=[{index='a', wight=1}]",
+            "data.train_sources[0].wight is not a setting; the nearest is data.train_sources[0].weight",
+        ),
         ("parallel.pipeline_layers=[1,true]", "parallel.pipeline_layers[1]: found true, expected an integer"),
         ("training.precision=fp16", "training.precision: found \"fp16\", expected one of 'bf16', 'fp32'"),
         ("training.phase=1", "training.phase: found 1, expected one of 's1.1', 's1.2', 's2'"),

@@ -109,7 +109,12 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         None,
         "model.vision.full_attention_layers names layer 2, but model.vision.num_layers = 2; layers count from 0",
     ),
-    ({"data__train_shards": []}, None, "data.train_shards is empty"),
+    ({"data__train_sources": []}, None, "data.train_sources is empty"),
+    (
+        {"data__train_sources": [{"index": "a"}, {"index": "b", "weight": 0.0}]},
+        None,
+        "data.train_sources[1].weight = 0.0: expected more than 0",
+    ),
     ({"data__min_image_pixels": 2_000_000}, None, "is more than data.max_image_pixels = 1048576"),
     (
         {"data__seq_length": 2040},
@@ -120,7 +125,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     ({"data__seq_length": 1024}, None, "lets one image take 1024 tokens, but a row has data.seq_length = 1024"),
     ({"optimizer__warmup_steps": 1001}, None, "optimizer.warmup_steps = 1001 is more than training.train_steps = 1000"),
     ({"optimizer__min_lr": 0.1}, None, "optimizer.min_lr = 0.1 is more than optimizer.lr = 0.001"),
-    ({"training__evaluate_every_steps": 10}, None, "data.validation_shards is empty"),
+    ({"training__evaluate_every_steps": 10}, None, "data.validation_sources is empty"),
     (
         {"parallel__tensor_model_parallel_size": 4},
         4,
@@ -200,7 +205,7 @@ def test_broken_rule(settings: dict[str, Any], world_size: int | None, expected:
 
 def test_every_broken_rule_at_once() -> None:
     config = configured(
-        data__train_shards=[], optimizer__warmup_steps=5000, parallel__context_parallel_size=2, data__seq_length=2040
+        data__train_sources=[], optimizer__warmup_steps=5000, parallel__context_parallel_size=2, data__seq_length=2040
     )
     assert len(problems_of(config, 2)) == 4
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import ModelConfig
-from navil_megatron.data.assemble import MAX_PADDING_SEGMENT, RowFormat, assemble
+from navil_megatron.data.assemble import MAX_PADDING_SEGMENT, RowFormat, assemble, drop_loss
 from navil_megatron.data.image_plan import image_token_ids
 from navil_megatron.data.synthetic import synthetic_microbatch, synthetic_rows
-from navil_megatron.data.types import EncodedSample, PackedSequence, ScalePlan
+from navil_megatron.data.types import EncodedSample, PackedSequence, SampleId, ScalePlan
 from tests.unit.config_examples import EXAMPLE_TOML
 
 
@@ -32,8 +32,10 @@ def test_one_row_by_hand(model: ModelConfig) -> None:
     scale = ScalePlan(30, 60, 2, 4)
     image = image_token_ids([scale], 2, model.special_token_ids)
     assert image.tolist() == [start, context, context, line, frame, end_image]
-    with_image = EncodedSample(3, np.array([*image, 7, 8]), np.array([0] * 6 + [1, 0.5], np.float32), ((scale,),))
-    text_alone = EncodedSample(9, np.array([5, 6]), np.array([0, 1], np.float32), ())
+    with_image = EncodedSample(
+        SampleId(0, 3), np.array([*image, 7, 8]), np.array([0] * 6 + [1, 0.5], np.float32), ((scale,),)
+    )
+    text_alone = EncodedSample(SampleId(1, 9), np.array([5, 6]), np.array([0, 1], np.float32), ())
     row_format = RowFormat(seq_length=16, pad_segments_to=4, pad_id=1, special_token_ids=model.special_token_ids)
     batch = assemble([PackedSequence((with_image, text_alone), 16)], row_format, None)
     assert batch.input_ids.tolist() == [*image, 7, 8, 5, 6, 1, 1, 1, 1, 1, 1]
@@ -43,9 +45,11 @@ def test_one_row_by_hand(model: ModelConfig) -> None:
     assert batch.visual_token_mask.nonzero()[0].tolist() == [0, 1, 2, 10]
     assert batch.segment_lengths == (8, 2, 1, 5)
     assert batch.image_grid_thw.tolist() == [[1, 2, 4]]
-    assert (batch.num_tokens, batch.sample_indices, batch.pixel_values) == (10, (3, 9), None)
+    assert (batch.num_tokens, batch.samples, batch.pixel_values) == (10, (SampleId(0, 3), SampleId(1, 9)), None)
+    assert (batch.sample_starts, batch.sample_lengths) == ((0, 8), (8, 2))
+    assert batch.has_pixels.tolist() == [False]
 
-    failed = assemble([PackedSequence((with_image, text_alone), 16)], row_format, None, frozenset({3}))
+    failed = drop_loss(batch, {0})
     assert np.array_equal(failed.input_ids, batch.input_ids)
     assert failed.labels.tolist() == [-100] * 8 + [6] + [-100] * 7
     assert failed.loss_weights.sum() == 1

@@ -1,6 +1,7 @@
 """From shards to microbatches: the same batches for any number of ranks and after any restart, and damage survived."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,288 +10,339 @@ import pytest
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.encode import SampleEncoder, SampleTooLongError
-from navil_megatron.data.loader import MIN_SAMPLES_TO_JUDGE, TrainLoader
-from navil_megatron.data.shard_index import index_path
-from navil_megatron.data.shards import ShardSet, ShardWriter
-from navil_megatron.data.types import Microbatch
+from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.data.assemble import drop_loss
+from navil_megatron.data.loader import MIN_SAMPLES_TO_JUDGE, StepData, TrainLoader, load_run_tokenizer
+from navil_megatron.data.shard_writer import ShardWriter
+from navil_megatron.data.source import Source
+from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 from navil_megatron.data.validation import ValidationLoader, swapped_pictures
-from tests.unit.data_examples import make_config, picture, write_samples
+from tests.unit.data_examples import damage_image, example_tokenizer, make_config, picture, write_samples
 
 NUM_SAMPLES = 60
+ALONE = DataPlace()
+LATER_STAGE = DataPlace(is_first_stage=False)
+ARRAYS = ("input_ids", "position_ids", "labels", "loss_weights", "visual_token_mask", "image_grid_thw")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> NaViLConfig:
     folder: Path = tmp_path_factory.mktemp("data")
-    shards = write_samples(folder, "train", NUM_SAMPLES)
-    return make_config(folder, [str(shard) for shard in shards])
+    return make_config(folder, write_samples(folder, "train", NUM_SAMPLES))
 
 
-def take(loader: TrainLoader, num_steps: int) -> list[list[Microbatch]]:
+def take(loader: TrainLoader, num_steps: int) -> list[StepData]:
     steps = [next(loader) for _ in range(num_steps)]
     loader.close()
     return steps
 
 
 def same(left: Microbatch, right: Microbatch) -> bool:
-    arrays = ("input_ids", "position_ids", "labels", "loss_weights", "visual_token_mask", "image_grid_thw")
     return (
-        all(np.array_equal(getattr(left, name), getattr(right, name)) for name in arrays)
+        all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ARRAYS)
         and left.segment_lengths == right.segment_lengths
-        and left.sample_indices == right.sample_indices
+        and left.samples == right.samples
         and left.pixel_values is not None
         and right.pixel_values is not None
         and torch.equal(left.pixel_values, right.pixel_values)
     )
 
 
-def joined(microbatches: Sequence[Microbatch]) -> Microbatch:
-    """Microbatches laid end to end."""
-    first = microbatches[0]
-    names = ("input_ids", "position_ids", "labels", "loss_weights", "visual_token_mask", "image_grid_thw")
-    return replace(
-        first,
-        **{name: np.concatenate([getattr(part, name) for part in microbatches]) for name in names},
-        segment_lengths=tuple(length for part in microbatches for length in part.segment_lengths),
-        sample_indices=tuple(index for part in microbatches for index in part.sample_indices),
-        pixel_values=torch.cat([part.pixel_values for part in microbatches if part.pixel_values is not None]),
-        num_tokens=sum(part.num_tokens for part in microbatches),
+def rows_of(steps: Iterable[StepData]) -> Counter[object]:
+    """Every row of some ranks' microbatches of one row each, by what it holds."""
+    microbatches = [microbatch for step in steps for microbatch in step.microbatches]
+    return Counter(
+        (
+            m.samples,
+            m.input_ids.tobytes(),
+            m.labels.tobytes(),
+            m.loss_weights.tobytes(),
+            m.pixel_values.numpy().tobytes(),
+        )
+        for m in microbatches
+        if m.pixel_values is not None
     )
 
 
-@pytest.mark.parametrize(("dp_size", "micro_batch_size"), [(2, 1), (4, 2), (1, 4)])
-def test_the_global_batch_is_the_same_for_any_ranks(config: NaViLConfig, dp_size: int, micro_batch_size: int) -> None:
-    expected = [joined(step) for step in take(TrainLoader(config, 0, 1, True), 5)]
-    training = replace(config.training, micro_batch_size=micro_batch_size)
-    other = replace(config, training=training)
-    ranks = [take(TrainLoader(other, rank, dp_size, True), 5) for rank in range(dp_size)]
-    for step, whole in enumerate(expected):
-        microbatches = [microbatch for rank in ranks for microbatch in rank[step]]
-        assert len(microbatches) == 8 // micro_batch_size
-        assert same(joined(microbatches), whole)
+def samples_of(microbatches: Iterable[Microbatch]) -> list[SampleId]:
+    return [sample for microbatch in microbatches for sample in microbatch.samples]
+
+
+@pytest.mark.parametrize("dp_size", [2, 4, 8])
+def test_the_global_batch_is_the_same_for_any_ranks(config: NaViLConfig, dp_size: int) -> None:
+    alone = take(TrainLoader(config, ALONE), 5)
+    ranks = [take(TrainLoader(config, DataPlace(rank, dp_size)), 5) for rank in range(dp_size)]
+    for step, whole in enumerate(alone):
+        assert all(len(rank[step].microbatches) == 8 // dp_size for rank in ranks)
+        assert rows_of(rank[step] for rank in ranks) == rows_of([whole])
+        assert len({rank[step].imbalance for rank in ranks}) == 1
+        assert 1.0 == whole.imbalance <= ranks[0][step].imbalance
+
+
+def test_rows_of_a_microbatch_are_laid_end_to_end(config: NaViLConfig) -> None:
+    wide = replace(config, training=replace(config.training, micro_batch_size=4))
+    for single, joined in zip(take(TrainLoader(config, ALONE), 3), take(TrainLoader(wide, ALONE), 3), strict=True):
+        assert len(joined.microbatches) == 2
+        assert samples_of(single.microbatches) == samples_of(joined.microbatches)
+        for name in ARRAYS:
+            parts = [np.concatenate([getattr(m, name) for m in data.microbatches]) for data in (single, joined)]
+            assert np.array_equal(*parts)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_run_resumes_at_any_step(config: NaViLConfig, num_workers: int) -> None:
+def test_a_run_resumes_at_any_step_and_any_size(config: NaViLConfig, num_workers: int) -> None:
     config = replace(config, data=replace(config.data, num_workers=num_workers, prefetch_steps=num_workers + 1))
-    whole = take(TrainLoader(config, 0, 2, True), 12)
-    loader = TrainLoader(config, 0, 2, True)
-    assert 2 * loader.num_rows < 12 * 8  # the steps cross epochs
-    for start in (0, 1, 5, 11):
-        resumed = TrainLoader(config, 0, 2, True, start_step=start)
-        loader.seek(start)
-        for step in range(start, 12):
-            for expected, found, sought in zip(whole[step], next(resumed), next(loader), strict=True):
-                assert same(expected, found) and same(expected, sought)
-        assert resumed.state()["step"] == loader.step == 12
-        resumed.close()
-    loader.close()
+    whole = take(TrainLoader(config, ALONE), 40)
+    first = TrainLoader(config, ALONE)
+    window = len(first.plan.window(0))
+    assert window < 40 * 8  # the steps cross windows
+    for stop in (0, 1, 5, 38):
+        first.seek(stop)
+        saved = first.state()
+        ranks = [TrainLoader(config, DataPlace(rank, 2)) for rank in range(2)]
+        for rank in ranks:
+            rank.restore(saved)
+        for step in range(stop, min(stop + 3, 40)):
+            assert rows_of([next(rank) for rank in ranks]) == rows_of([whole[step]]) == rows_of([next(first)])
+        assert ranks[0].state() == first.state()
+        for rank in ranks:
+            rank.close()
+    first.close()
 
 
 def test_microbatches_hold_what_the_shards_hold(config: NaViLConfig) -> None:
-    shards = ShardSet([*config.data.train_shards])
-    loader = TrainLoader(config, 0, 1, True)
-    tokenizer = SampleEncoder(config).tokenizer
-    seen: list[int] = []
-    while len(seen) < NUM_SAMPLES:
-        for batch in next(loader):
-            start = 0
-            for index, length in zip(batch.sample_indices, batch.segment_lengths, strict=False):
-                ids = batch.input_ids[start : start + length]
-                text = ids[batch.loss_weights[start : start + length].astype(bool).nonzero()[0] + 1]
-                assert text[-1] == tokenizer.end_id
-                caption = shards.caption(index)
-                if shards.records[index]["image_bytes"]:
-                    assert tokenizer.decode(text.tolist()) == caption
-                else:  # nothing predicts the first token of text alone
-                    assert caption.endswith(tokenizer.decode(text.tolist()))
-                start += length
-            assert batch.pixel_values is not None
+    source = Source(config.data.train_sources[0].index)
+    loader = TrainLoader(config, ALONE)
+    tokenizer = load_run_tokenizer(config)
+    seen: list[SampleId] = []
+    for _ in range(20):
+        for batch in next(loader).microbatches:
+            for sample, start, length in zip(batch.samples, batch.sample_starts, batch.sample_lengths, strict=True):
+                part = slice(start, start + length)
+                content = source.read(sample.number, images=False).content
+                learned = batch.labels[part][batch.loss_weights[part] > 0]
+                assert learned[-1] in (tokenizer.end_id, tokenizer.hugging_face.convert_tokens_to_ids("<|im_end|>"))
+                said = tokenizer.decode(learned.tolist())
+                if isinstance(content, str):  # nothing predicts the first token of text alone
+                    assert content == said if len(source.index.images_of(sample.number)) else content.endswith(said)
+                else:
+                    answers = [turn.parts[0] for turn in content if turn.role == "assistant"]
+                    assert said == "".join(answer or "" for answer in answers)
+            assert batch.pixel_values is not None and batch.has_pixels.all()
             assert len(batch.pixel_values) == batch.image_grid_thw.prod(axis=1).sum()
-            seen += batch.sample_indices
+            seen += batch.samples
     counts = loader.counts
     loader.close()
+    assert set(seen) == {SampleId(0, number) for number in range(NUM_SAMPLES)}
     assert counts.samples == len(seen)
-    assert counts.failed == 0 and loader.failures == []
-    rows = counts.text_tokens + counts.visual_tokens + counts.padding_tokens
-    assert rows == loader.step * 8 * config.data.seq_length
-    assert counts.padding_share == counts.padding_tokens / rows < 0.15
-    assert loader.plan.fill > 0.85
+    tokens = counts.text_tokens + counts.visual_tokens + counts.padding_tokens
+    assert tokens == 20 * 8 * config.data.seq_length
+    assert counts.padding_share == counts.padding_tokens / tokens < 0.2
     assert loader.wait_seconds >= 0
 
 
-def test_a_stage_without_the_encoder_gets_no_pixels(config: NaViLConfig) -> None:
-    with_pixels, without = (take(TrainLoader(config, 0, 1, decode), 1)[0] for decode in (True, False))
+def test_a_stage_without_the_encoder_gets_no_pixels_and_reads_no_image(config: NaViLConfig) -> None:
+    with_pixels, without = (take(TrainLoader(config, place), 1)[0].microbatches for place in (ALONE, LATER_STAGE))
     for left, right in zip(with_pixels, without, strict=True):
-        assert right.pixel_values is None
+        assert right.pixel_values is None and not right.has_pixels.any()
         assert same(left, replace(right, pixel_values=left.pixel_values))
 
 
-def damage_images(shards: Sequence[str], every: int) -> list[str]:
-    """Overwrites the middle of every n-th image in place; gives the keys."""
-    opened = ShardSet(list(shards))
-    keys = []
-    for index in range(0, len(opened), every):
-        record = opened.records[index]
-        if not record["image_bytes"]:
-            continue
-        keys.append(opened.key(index))
-        with open(opened.shard_of(index), "r+b") as file:
-            file.seek(int(record["image_offset"]))
-            file.write(bytes(int(record["image_bytes"])))
-    return keys
+def test_ranks_that_split_the_images_decode_each_scale_once(config: NaViLConfig) -> None:
+    def half(rank: int) -> TrainLoader:
+        return TrainLoader(
+            config, DataPlace(tp_rank=rank, tp_size=2), decodes=lambda grids: np.arange(len(grids)) % 2 == rank
+        )
+
+    whole, *halves = (take(loader, 2) for loader in (TrainLoader(config, ALONE), half(0), half(1)))
+    for data, *parts in zip(whole, *halves, strict=True):
+        for full, *shares in zip(data.microbatches, *(part.microbatches for part in parts), strict=True):
+            assert np.array_equal(shares[0].has_pixels, ~shares[1].has_pixels)
+            assert full.pixel_values is not None
+            scales = np.split(full.pixel_values.numpy(), np.cumsum(full.image_grid_thw.prod(axis=1))[:-1])
+            for share in shares:
+                expected = [scale for scale, held in zip(scales, share.has_pixels, strict=False) if held]
+                assert share.pixel_values is not None
+                assert np.array_equal(
+                    share.pixel_values.numpy(), np.concatenate([full.pixel_values.numpy()[:0], *expected])
+                )
 
 
-def test_damaged_images_become_blank_and_lose_their_loss_on_every_stage(tmp_path: Path) -> None:
-    shards = [str(shard) for shard in write_samples(tmp_path, "train", NUM_SAMPLES)]
-    config = make_config(tmp_path, shards)
-    num_steps = 3
-    whole = take(TrainLoader(config, 0, 1, True), num_steps)
-    damaged = set(damage_images(shards, every=15))
-    assert len(damaged) >= 3
-    opened = ShardSet(shards)
-    loaders = [TrainLoader(config, 0, 1, decode) for decode in (True, False)]
-    for expected in whole:
-        for left, blank, masked in zip(expected, *(next(loader) for loader in loaders), strict=True):
-            assert np.array_equal(left.input_ids, blank.input_ids)
-            assert np.array_equal(left.image_grid_thw, blank.image_grid_thw)
-            assert np.array_equal(blank.loss_weights, masked.loss_weights)
-            assert np.array_equal(blank.labels, masked.labels)
-            assert left.pixel_values is not None and blank.pixel_values is not None and masked.pixel_values is None
-            start, patch = 0, 0
-            for index, length in zip(left.sample_indices, left.segment_lengths, strict=False):
-                bad = opened.key(index) in damaged
-                section = slice(start, start + length)
-                assert bad != np.array_equal(left.loss_weights[section], blank.loss_weights[section])
-                assert not bad or not blank.loss_weights[section].any()
-                num_context = int((left.input_ids[section] == config.model.special_token_id("<IMG_CONTEXT>")).sum())
-                pixels = slice(patch, patch + 4 * num_context)
-                assert torch.equal(left.pixel_values[pixels], blank.pixel_values[pixels]) or bad
-                assert not bad or bool((blank.pixel_values[pixels].abs() < 0.01).all())
-                start, patch = start + length, pixels.stop
-    for loader in loaders:
-        loader.close()
-        assert {failure.key for failure in loader.failures} == damaged
-        assert loader.counts.failed == len(loader.failures)
-        assert loader.failures[0].reason == "not a readable image file"
-        assert loader.failures[0].shard in shards
-
-
-def test_too_many_damaged_images_stop_the_run(tmp_path: Path) -> None:
-    shards = [str(shard) for shard in write_samples(tmp_path, "train", NUM_SAMPLES)]
-    config = make_config(tmp_path, shards)
-    damage_images(shards, every=3)
-    loader = TrainLoader(config, 0, 1, True)
-    with pytest.raises(UserError, match=r"samples failed to decode, more than data.max_failed_share = 0.05 .*train-0"):
-        while loader.counts.samples < 2 * MIN_SAMPLES_TO_JUDGE:
-            next(loader)
+def test_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
+    web, talk = (write_samples(tmp_path, name, size, seed=size) for name, size in (("web", 60), ("talk", 30)))
+    config = make_config(tmp_path, web, talk)
+    sources = (SourceConfig(index=str(web), weight=1.0), SourceConfig(index=str(talk), weight=3.0))
+    config = replace(config, data=replace(config.data, train_sources=sources))
+    loader = TrainLoader(config, LATER_STAGE)
+    rows = [row for window in range(3) for row in loader.plan.window(window)]
     loader.close()
-    assert loader.counts.failed == len(loader.failures) > 0.05 * MIN_SAMPLES_TO_JUDGE
-    strict = replace(config, data=replace(config.data, max_failed_share=0.0))
-    loader = TrainLoader(strict, 0, 1, True)
-    with pytest.raises(UserError, match="max_failed_share = 0.0"):
-        take(loader, 8)
+    drawn = np.bincount(np.concatenate([row.sources for row in rows]))
+    assert drawn.tolist() == pytest.approx([drawn.sum() / 4, drawn.sum() * 3 / 4], abs=1)
+
+
+def damage(index: Path, every: int) -> set[str]:
+    """Spoils one image of every n-th sample that has any; gives the keys."""
+    source = Source(index)
+    with_images = [n for n in range(0, len(source), every) if source.index.samples[n]["num_images"]]
+    for number in with_images:
+        damage_image(source, number, len(source.index.images_of(number)) - 1)
+    return {source.key(number) for number in with_images}
+
+
+def test_damaged_images_become_blank_and_their_samples_can_lose_their_loss(tmp_path: Path) -> None:
+    index = write_samples(tmp_path, "train", NUM_SAMPLES)
+    config = make_config(tmp_path, index)
+    whole = take(TrainLoader(config, ALONE), 10)
+    damaged = damage(index, every=14)
+    assert len(damaged) >= 4
+    source, seen = Source(index), set()
+    for expected, found in zip(whole, take(TrainLoader(config, ALONE), 10), strict=True):
+        for left, right, failures in zip(expected.microbatches, found.microbatches, found.failures, strict=True):
+            assert all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ARRAYS)
+            keys = [source.key(sample.number) for sample in left.samples]
+            assert [keys[failure.position] for failure in failures] == [failure.key for failure in failures]
+            assert {failure.key for failure in failures} == damaged.intersection(keys)
+            assert {failure.reason for failure in failures} <= {"not a readable image file"}
+            seen |= {failure.key for failure in failures}
+            settled = drop_loss(right, [failure.position for failure in failures])
+            for key, start, length in zip(keys, left.sample_starts, left.sample_lengths, strict=True):
+                part = slice(start, start + length)
+                kept = 0.0 if key in damaged else left.loss_weights[part]
+                assert np.array_equal(settled.loss_weights[part], np.zeros(length, np.float32) + kept)
+                assert (settled.labels[part] == (-100 if key in damaged else left.labels[part])).all()
+            assert left.pixel_values is not None and right.pixel_values is not None
+            differs = (left.pixel_values != right.pixel_values).any(dim=1)
+            assert bool((right.pixel_values[differs].abs() < 0.01).all()) and bool(differs.any()) == bool(failures)
+    assert seen == damaged
+
+
+def test_too_many_failed_samples_stop_the_run(config: NaViLConfig) -> None:
+    loader = TrainLoader(config, LATER_STAGE)
+    next(loader)
+    loader.count_failed(int(0.05 * MIN_SAMPLES_TO_JUDGE))
+    with pytest.raises(UserError, match=r"11 of \d+ samples failed to decode, more than data.max_failed_share = 0.05"):
+        loader.count_failed(1)
     loader.close()
 
 
 def test_a_shard_that_vanishes_surfaces_in_the_training_thread(tmp_path: Path) -> None:
-    shards = write_samples(tmp_path, "train", NUM_SAMPLES)
-    config = make_config(tmp_path, [str(shard) for shard in shards])
-    loader = TrainLoader(config, 0, 1, True)
+    index = write_samples(tmp_path, "train", NUM_SAMPLES, per_shard=2)
+    loader = TrainLoader(make_config(tmp_path, index), ALONE)
     next(loader)
-    for shard in shards:
-        shard.unlink()
-    with pytest.raises(UserError, match="can no longer be opened"):
-        take(loader, 8)
+    for shard in tmp_path.glob("*.tar"):
+        shard.write_bytes(b"")
+    with pytest.raises(UserError, match=r"shard .* is damaged"):
+        take(loader, 100)
     with pytest.raises(StopIteration):  # and no later step is taken for the lost one
         next(loader)
 
 
-def test_a_caption_longer_than_the_row_is_left_out_counted_and_named(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "train") as writer:
-        for number in range(9):
-            writer.write(f"k{number}", "red apple", picture(64, 64), "png")
-        writer.write("long", "red apple " * 60, picture(64, 64), "png")
-    shards = [str(path) for path in writer.shards]
-    config = make_config(tmp_path, shards)
-    loader = TrainLoader(config, 0, 1, True)
-    message = r"1 of 10 samples are left out; the first: .*train-000000.tar: long needs \d+ tokens, but a row holds 128"
-    assert loader.num_rejected == 1
-    assert loader.rejected is not None
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(loader.rejected)
-    seen = {index for step in take(loader, 4) for batch in step for index in batch.sample_indices}
-    assert seen == set(range(9))
-    with pytest.raises(SampleTooLongError, match="long needs"):
-        SampleEncoder(config).encode(ShardSet(shards), 9)
-    short = replace(config, data=replace(config.data, seq_length=16))
-    with pytest.raises(UserError, match="no sample of data.train_shards can be used: 10 of 10"):
-        TrainLoader(short, 0, 1, True)
+def test_samples_longer_than_a_row_are_shrunk_or_left_out_and_counted(tmp_path: Path) -> None:
+    tokenizer = example_tokenizer(tmp_path / "tokenizer")
+    fitting = next(text for words in range(200) if tokenizer.count([text := "red " * words], [1])[0] >= 96)
+    with ShardWriter(tmp_path, "train", tokenizer) as writer:
+        for number in range(8):
+            writer.write(f"k{number}", "red apple", [picture(64, 64)])
+        writer.write("long", "red apple " * 200, [picture(64, 64)])
+        writer.write("wide", fitting, [picture(128, 128)])  # 36 image tokens, 15 without its larger scale
+    config = make_config(tmp_path, writer.index)
+    config = replace(config, data=replace(config.data, max_image_pixels=128 * 128))
+    loader = TrainLoader(config, ALONE)
+    steps = take(loader, len(loader.plan.window(0)) // 8)
+    seen = Counter(samples_of(microbatch for step in steps for microbatch in step.microbatches))
+    assert set(seen) == {SampleId(0, number) for number in (*range(8), 9)}
+    assert sum(step.num_refused for step in steps) == 103  # once an epoch of the window
+    assert sum(step.counts.shrunk for step in steps) == seen[SampleId(0, 9)] > 0
+    short = replace(config, data=replace(config.data, seq_length=8))
+    loader = TrainLoader(short, ALONE)
+    with pytest.raises(UserError, match=r"no sample of data.train_sources fits a row of 8 tokens"):
+        next(loader)
 
 
 def test_a_changed_source_or_setting_is_refused_on_resume(config: NaViLConfig, tmp_path: Path) -> None:
-    loader = TrainLoader(config, 0, 1, False)
+    loader = TrainLoader(config, LATER_STAGE)
     saved = loader.state()
-    loader.check_state(saved)
+    loader.restore(saved)
     loader.close()
     assert all(isinstance(value, int | str) for value in saved.values())
-    TrainLoader(config, 1, 2, True).check_state(saved)  # another number of ranks is welcome
+    assert len(saved) == 10
 
-    fewer = replace(config, data=replace(config.data, train_shards=config.data.train_shards[:1]))
+    other = write_samples(tmp_path, "train", NUM_SAMPLES, seed=1)
+    (index,) = (source.index for source in config.data.train_sources)
+
+    def with_sources(*sources: SourceConfig) -> NaViLConfig:
+        return replace(config, data=replace(config.data, train_sources=sources))
+
     pixels = replace(config, data=replace(config.data, max_image_pixels=64 * 64))
     seed = replace(config, training=replace(config.training, seed=8))
-    other_words = make_config(tmp_path, config.data.train_shards)
     for changed, name in (
-        (fewer, r"the training shards \(data.train_shards\)"),
+        (with_sources(SourceConfig(index=str(other))), r"the training sources \(data.train_sources"),
+        (with_sources(SourceConfig(index=index), SourceConfig(index=index)), "the training sources"),
+        (with_sources(SourceConfig(index=index, weight=2.0)), "the training sources"),
         (pixels, "the image settings"),
         (seed, "training.seed"),
     ):
-        loader = TrainLoader(changed, 0, 1, False)
+        loader = TrainLoader(changed, LATER_STAGE)
         with pytest.raises(UserError, match=f"cannot resume: {name}.* changed since the checkpoint was saved"):
-            loader.check_state(saved)
+            loader.restore(saved)
         loader.close()
-    TrainLoader(other_words, 0, 1, False).check_state(saved)  # the same tokenizer from another folder
-    with pytest.raises(UserError, match="the tokenizer"):
-        loader.check_state({**saved, "sources": loader.state()["sources"], "tokenizer": "0"})
+
+
+def test_an_index_of_another_tokenizer_is_refused(config: NaViLConfig, tmp_path: Path) -> None:
+    from navil_megatron.data.tokenizer import build_tokenizer
+
+    build_tokenizer(["other words"], tmp_path / "other", vocab_size=300)
+    data = replace(config.data, tokenizer=str(tmp_path / "other"))
+    ids = load_run_tokenizer_ids(tmp_path / "other")
+    model = replace(config.model, special_token_ids=ids, language=replace(config.model.language, vocab_size=400))
+    with pytest.raises(UserError, match="train.index counts the tokens of another tokenizer"):
+        TrainLoader(replace(config, data=data, model=model), LATER_STAGE)
+
+
+def load_run_tokenizer_ids(folder: Path) -> tuple[int, ...]:
+    from navil_megatron.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder).special_token_ids
 
 
 def test_validation_covers_every_sample_once_on_any_ranks(config: NaViLConfig) -> None:
-    wholes = []
+    (index,) = config.data.validation_sources
     for dp_size in (1, 2, 3):
-        loaders = [ValidationLoader(config, rank, dp_size, True) for rank in range(dp_size)]
+        loaders = [ValidationLoader(config, index, DataPlace(rank, dp_size)) for rank in range(dp_size)]
         assert len({len(loader) for loader in loaders}) == 1
-        batches = [batch for loader in loaders for batch in loader]
+        batches = [batch for loader in loaders for batch, _ in loader]
         assert sum(map(len, loaders)) == len(batches)
-        wholes.append(sorted(index for batch in batches for index in batch.sample_indices))
-        again = [batch for loader in loaders for batch in loader]
+        assert sorted(samples_of(batches)) == [SampleId(0, number) for number in range(NUM_SAMPLES)]
+        again = [batch for loader in loaders for batch, _ in loader]
         assert all(same(left, right) for left, right in zip(batches, again, strict=True))
-        assert sum(float(batch.loss_weights.sum()) for batch in batches) > 0
-    assert wholes == [list(range(NUM_SAMPLES))] * 3
-    assert loaders[0].num_samples == NUM_SAMPLES
+    assert (loaders[0].num_samples, loaders[0].num_refused) == (NUM_SAMPLES, 0)
 
 
 def test_swapped_images_change_pixels_and_nothing_else(config: NaViLConfig) -> None:
-    shards = ShardSet(list(config.data.validation_shards))
-    swapped = swapped_pictures(shards)
-    for index in range(NUM_SAMPLES):
-        if shards.records[index]["image_bytes"]:
-            assert shards.caption(int(swapped[index])) != shards.caption(index)
-            assert shards.records[int(swapped[index])]["image_bytes"]
+    (index,) = config.data.validation_sources
+    source = Source(index)
+    swapped = swapped_pictures(source)
+    for number in range(NUM_SAMPLES):
+        other = swapped(SampleId(0, number)).number
+        assert len(source.index.images_of(other)) == len(source.index.images_of(number))
+        if len(source.index.images_of(number)):
+            assert source.read(other).content != source.read(number).content
         else:
-            assert swapped[index] == index
-    plain, other = (ValidationLoader(config, 0, 1, True, swap_images=swap) for swap in (False, True))
-    for left, right in zip(plain, other, strict=True):
+            assert other == number
+    plain, changed = (ValidationLoader(config, index, ALONE, swap_images=swap) for swap in (False, True))
+    for (left, _), (right, _) in zip(plain, changed, strict=True):
         assert left.pixel_values is not None and right.pixel_values is not None
         assert same(left, replace(right, pixel_values=left.pixel_values))
         if len(left.pixel_values):
             assert not torch.equal(left.pixel_values, right.pixel_values)
 
 
-def test_an_index_that_does_not_fit_its_shard_is_refused(tmp_path: Path) -> None:
-    shard = write_samples(tmp_path, "train", 20)[0]
-    config = make_config(tmp_path, [str(shard)], global_batch_size=1)
-    index_path(shard).unlink()
-    with pytest.raises(UserError, match="has no index"):
-        TrainLoader(config, 0, 1, True)
+def test_tokens_that_do_not_fit_the_index_are_refused(tmp_path: Path) -> None:
+    index = write_samples(tmp_path, "train", 20)
+    content = bytearray(index.read_bytes())
+    place = 72 + 8  # text_tokens of the first record, behind the header
+    content[place : place + 4] = (7777).to_bytes(4, "little")
+    index.write_bytes(bytes(content))
+    loader = TrainLoader(replace(make_config(tmp_path, index, seq_length=8192)), ALONE)
+    with pytest.raises(UserError, match=r"train00000 has \d+ tokens, but its index says \d+"):
+        take(loader, 20)

@@ -7,8 +7,7 @@ import pytest
 
 from examples.quickstart.scenes import EMOJI, SceneSampler, build_scenes, emoji_names
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.shard_index import index_path
-from navil_megatron.data.shards import ShardSet
+from navil_megatron.data.source import Source
 
 
 def test_names_are_distinct_words() -> None:
@@ -54,14 +53,14 @@ def test_shards_tokenizer_and_summary(tmp_path: Path) -> None:
     again = build_scenes(tmp_path / "b", **arguments)
     for left, right in zip(summary["train_shards"], again["train_shards"], strict=True):
         assert Path(left).read_bytes() == Path(right).read_bytes()
-        assert index_path(left).read_bytes() == index_path(right).read_bytes()
-    train, heldout = ShardSet(summary["train_shards"]), ShardSet(summary["heldout_shards"])
+    assert (tmp_path / "a" / "train.index").read_bytes() == (tmp_path / "b" / "train.index").read_bytes()
+    train, heldout = (Source(tmp_path / "a" / f"{split}.index") for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (120, 30)
-    sizes = {(int(record["height"]), int(record["width"])) for record in train.records}
+    sizes = {(int(record["height"]), int(record["width"])) for record in train.index.images}
     assert len(sizes) > 20 and any(height % 32 for height, _ in sizes)
     assert min(height * width for height, width in sizes) >= 44 * 88
-    captions = {train.caption(index) for index in range(len(train))}
-    assert not captions & {heldout.caption(index) for index in range(len(heldout))}
+    captions = {train.read(index).content for index in range(len(train))}
+    assert not captions & {heldout.read(index).content for index in range(len(heldout))}
     assert "CC BY-SA 4.0" in summary["attribution"]
     assert summary["max_caption_tokens"] < 20
     with pytest.raises(UserError, match="already holds scenes"):

@@ -1,17 +1,27 @@
-"""Captions as tokens: control tokens spelled in a caption stay text, and a tokenizer that does not fit is refused."""
+"""Samples as tokens: as the exported processor writes them, control tokens in a text stay text, misfits are refused."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS
-from navil_megatron.data.tokenizer import CaptionTokenizer, build_tokenizer, load_tokenizer
+from navil_megatron.data.encode import encode_sample
+from navil_megatron.data.image_plan import ImagePlanner
+from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer, load_tokenizer
+from navil_megatron.data.types import Content, SampleId, Turn
+from navil_megatron.hf.chat_template import chat_template
+from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
+from tests.unit.hf_examples import tiny_model
 
 CAPTIONS = ["a red apple left of a bicycle", "a bicycle above a red apple"] * 3
 CONTROL = (*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>", "<pad>")
@@ -25,38 +35,150 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> CaptionTokenizer:
+def tokenizer(folder: Path) -> SampleTokenizer:
     return load_tokenizer(folder)
 
 
-def test_the_folder_reloads_in_transformers(folder: Path, tokenizer: CaptionTokenizer) -> None:
+def test_the_folder_reloads_in_transformers(folder: Path, tokenizer: SampleTokenizer) -> None:
     loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     assert tuple(loaded.convert_tokens_to_ids(list(SPECIAL_TOKENS))) == tokenizer.special_token_ids
     assert (loaded.eos_token, loaded.eos_token_id) == ("<|im_end|>", tokenizer.end_id)
     assert (loaded.pad_token, loaded.pad_token_id) == ("<pad>", tokenizer.pad_id)
     assert loaded(CAPTIONS[0]).input_ids == tokenizer.encode(CAPTIONS[0])
     assert len(tokenizer.encode("a red apple")) == 3
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    image, text = {"type": "image"}, {"type": "text", "text": "What?"}
+    chat = [{"role": "user", "content": [image, image, text, image]}]
     prompt = loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert prompt == "<|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\n"
+    assert prompt == "<|im_start|>user\n<image>\n<image>\nWhat?<image><|im_end|><|im_start|>assistant\n"
 
 
-def test_the_same_captions_give_the_same_tokenizer(tmp_path: Path, tokenizer: CaptionTokenizer) -> None:
+def test_the_same_captions_give_the_same_tokenizer(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
     assert build_tokenizer(CAPTIONS, tmp_path / "same").fingerprint == tokenizer.fingerprint
     assert build_tokenizer(CAPTIONS[:1] * 9, tmp_path / "other").fingerprint != tokenizer.fingerprint
 
 
 @settings(max_examples=30, deadline=None)
 @given(parts=st.lists(st.one_of(st.sampled_from(CONTROL), st.text(max_size=8)), max_size=6))
-def test_no_caption_gives_a_control_token(tokenizer: CaptionTokenizer, parts: list[str]) -> None:
+def test_no_caption_gives_a_control_token(tokenizer: SampleTokenizer, parts: list[str]) -> None:
     caption = "".join(parts)
     ids = tokenizer.encode(caption)
     assert not {*tokenizer.special_token_ids, tokenizer.end_id, tokenizer.pad_id} & set(ids)
     assert tokenizer.hugging_face.decode(ids) == caption
-    assert tokenizer.count([caption, "x"]).tolist() == [len(ids), 1]
+    assert tokenizer.count([caption, "x"], [0, 3]).tolist() == [len(ids) + 1, 2]
 
 
-def test_ids_must_be_those_of_the_model(folder: Path, tokenizer: CaptionTokenizer) -> None:
+def control_ids(tokenizer: SampleTokenizer) -> set[int]:
+    return set(tokenizer.hugging_face.convert_tokens_to_ids(list(CONTROL)))
+
+
+TEXTS = st.lists(st.one_of(st.sampled_from(CONTROL), st.text(max_size=8)), max_size=5).map("".join)
+TURNS = st.one_of(
+    st.builds(Turn, st.sampled_from(["system", "assistant"]), st.tuples(TEXTS)),
+    st.builds(Turn, st.just("user"), st.lists(st.one_of(st.none(), TEXTS), max_size=4).map(tuple)),
+)
+CONTENTS = st.one_of(TEXTS, st.lists(TURNS, min_size=1, max_size=5).map(tuple))
+
+
+def num_images(content: Content) -> int:
+    return 2 if isinstance(content, str) else sum(turn.parts.count(None) for turn in content)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(CONTENTS, max_size=4))
+def test_counts_are_those_of_the_pieces_and_no_text_forges_a_control_token(
+    tokenizer: SampleTokenizer, contents: list[Content]
+) -> None:
+    images = [num_images(content) for content in contents]
+    pieces = [tokenizer.pieces(content, count) for content, count in zip(contents, images, strict=True)]
+    assert tokenizer.count(contents, images).tolist() == [sum(len(p.ids) for p in sample) for sample in pieces]
+    assert [sum(piece.image for piece in sample) for sample in pieces] == images
+    for content, sample in zip(contents, pieces, strict=True):
+        found = [token for piece in sample for token in piece.ids if token in control_ids(tokenizer)]
+        start, end = tokenizer.hugging_face.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        assert found == ([end] if isinstance(content, str) else [start, end] * len(content))
+        text = tokenizer.hugging_face.decode([token for piece in sample for token in piece.ids if token not in found])
+        parts = [content] if isinstance(content, str) else [part for turn in content for part in turn.parts if part]
+        assert all(part in text for part in parts)
+
+
+def with_extras(folder: Path, target: Path, bos: bool, thoughts: bool) -> SampleTokenizer:
+    """The tokenizer with what InternLM2 and Llama (a BOS token) or Qwen3 (thoughts, no special tokens) bring along."""
+    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if bos:
+        loaded.add_special_tokens({"bos_token": "<s>"})
+        loaded.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", loaded.bos_token_id)]
+        )
+    if thoughts:
+        loaded.add_tokens(["<think>", "</think>"])
+    loaded.save_pretrained(str(target))
+    return load_tokenizer(target)
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_prompts_are_those_of_the_exported_processor(folder: Path, tmp_path: Path, family: str, system: bool) -> None:
+    tokenizer = with_extras(folder, tmp_path, bos=family == "llama", thoughts=family == "qwen3")
+    processor = NaViLProcessor(
+        NaViLImageProcessor(min_pixels=1024, max_pixels=8192),
+        tokenizer.hugging_face,
+        chat_template=chat_template(tiny_model(family)),
+    )
+    planner = ImagePlanner(
+        patch_size=16, merge_size=2, min_pixels=1024, max_pixels=8192, multi_scale=True, scale_ratio=0.7071
+    )
+    pictures = [Image.new("RGB", size) for size in ((100, 66), (40, 100), (33, 33), (64, 64))]
+    scales = planner.plan_images([(picture.height, picture.width) for picture in pictures])
+    turns = [
+        Turn("system", ("Be brief.\n",)),
+        Turn("user", (None, None, "which is\n redder, 左 or right?")),
+        Turn("assistant", ("The left\n\none. ",)),
+        Turn("user", ("and ", None, "", " beside", None, "\n it")),
+        Turn("assistant", ("An apple",)),
+    ][not system :]
+    places = iter(pictures)
+    chat = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "image", "image": next(places)} if part is None else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in turns[:-1]
+    ]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    encoded = encode_sample(SampleId(0, 0), tuple(turns), scales, tokenizer, merge_size=2)
+    answer = [*tokenizer.encode("An apple"), tokenizer.end_id]
+    assert encoded.input_ids.tolist() == inputs["input_ids"][0].tolist() + answer
+    assert np.array_equal(inputs["image_grid_thw"], [(1, s.grid_height, s.grid_width) for i in scales for s in i])
+    learned = encoded.input_ids[encoded.loss_weights > 0]
+    assert learned.tolist() == [*tokenizer.encode("The left\n\none. "), tokenizer.end_id, *answer]
+    document = encode_sample(SampleId(0, 1), "a red apple", scales[:2], tokenizer, merge_size=2)
+    caption = processor(images=pictures[:2], text="a red apple<|im_end|>")
+    assert document.input_ids.tolist() == caption["input_ids"][0].tolist()
+
+
+def test_conversations_need_the_tokens_of_turns(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_text(file.read_text().replace("<|im_start|>", "<|turn|>"))
+    plain = load_tokenizer(tmp_path)
+    conversation = (Turn("assistant", ("x",)),)
+    assert plain.count(["x"], [0]).tolist() == [2]
+    for use in (plain.pieces, lambda content, images: plain.count([content], [images])):
+        with pytest.raises(UserError, match="has no <|im_start|> and <|im_end|>, which conversations need: add them"):
+            use(conversation, 0)
+
+
+def test_a_copy_for_another_process_reads_no_control_tokens_out_of_text(tokenizer: SampleTokenizer) -> None:
+    tokenizer.hugging_face(["a", "a red apple"], padding=True)  # leaves its mark on the backend
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    text = "".join(CONTROL)
+    assert copy.encode(text) == tokenizer.encode(text)
+    assert copy.fingerprint == tokenizer.fingerprint
+
+
+def test_ids_must_be_those_of_the_model(folder: Path, tokenizer: SampleTokenizer) -> None:
     ids = list(tokenizer.special_token_ids)
     assert load_tokenizer(folder, ids).special_token_ids == tuple(ids)
     ids[2], ids[4] = ids[4], ids[2]

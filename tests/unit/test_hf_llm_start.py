@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
-from navil_megatron.data.tokenizer import CaptionTokenizer, load_tokenizer
+from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.hf.llm_start import (
     expected_llm_tensors,
     ignored_llm_tensors,
@@ -286,7 +286,7 @@ def test_extended_tokenizer_loads_and_encodes_as_before(tmp_path: Path) -> None:
     assert tuple(ids) == SPECIAL_TOKENS
     first = len(ALPHABET) + 2
     assert (ids["<img>"], ids["</img>"], ids["<img_uncond>"]) == (first, first + 1, first + 11)
-    loaded: CaptionTokenizer = load_tokenizer(tmp_path / "new", tuple(ids.values()))
+    loaded: SampleTokenizer = load_tokenizer(tmp_path / "new", tuple(ids.values()))
     assert loaded.vocab_size == first + 12
     assert loaded.pad_id == loaded.end_id == len(ALPHABET)
     before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "new")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.schema import ModelConfig
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.llm_start import model_config_for_llm, plan_llm_start
 from navil_megatron.hf.param_map import mcore_shapes
@@ -121,6 +121,8 @@ def text_row(ids: np.ndarray) -> Microbatch:
         image_grid_thw=np.zeros((0, 3), np.int64),
         pixel_values=torch.empty(0, 3 * 16 * 16),
         num_tokens=ids.size,
-        sample_indices=(0,),
+        has_pixels=np.zeros(0, dtype=bool),
+        samples=(SampleId(0, 0),),
+        sample_starts=(0,),
         sample_lengths=(ids.size,),
     )

@@ -70,7 +70,7 @@ def test_every_folder_is_a_package_with_a_row() -> None:
         ("data/x.py", "import torch.distributed as dist", "data may not import torch.distributed"),
         ("data/x.py", "from torch import distributed", "data may not import torch.distributed"),
         ("data/x.py", "import torch\ntorch.distributed.barrier()", "data may not use torch.distributed"),
-        ("data/loader.py", "import nvidia.dali", "nvidia.dali is imported only in data/image_decode.py"),
+        ("data/loader.py", "import nvidia.dali", "nvidia.dali is imported only in data/dali_decode.py"),
         ("training/x.py", "from navil_megatron.hf import export", "training may not import hf"),
         ("hf/x.py", "import megatron.core.parallel_state", "hf may not import megatron.core.parallel_state"),
         ("hf/x.py", "from navil_megatron.data.types import Microbatch", "hf may not import data"),
@@ -130,7 +130,7 @@ def test_checker_wants_a_module_docstring() -> None:
         ("hf/remote_code/x.py", "from .configuration_navil import NaViLConfig"),
         ("cli.py", "print('hello')\nfrom navil_megatron import doctor"),
         ("kernels/x.py", "import transformer_engine.pytorch as te"),
-        ("data/image_decode.py", "import nvidia.dali.experimental.dynamic as ndd"),
+        ("data/dali_decode.py", "import nvidia.dali.experimental.dynamic as ndd"),
     ],
 )
 def test_checker_lets_pass(path: str, body: str) -> None:

@@ -30,32 +30,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools" / "bench"))
 
 import numpy as np
 import torch
+from navil_2b import NAVIL_2B
 
-from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.config.schema import ModelConfig
 from navil_megatron.hf.atomic_folder import flush_folder
 from navil_megatron.hf.checkpoint_writer import Written, finish_checkpoint, save_chunk
 from navil_megatron.hf.param_map import Row, Shape, table
 from navil_megatron.hf.sharded_checkpoint import write_config
 
-NAVIL_2B = ModelConfig(
-    language=LanguageConfig(
-        family="internlm2",
-        num_layers=24,
-        hidden_size=2048,
-        ffn_hidden_size=8192,
-        num_attention_heads=16,
-        num_query_groups=8,
-        head_dim=128,
-        vocab_size=92_556,
-        qk_norm=False,
-        composed_visual_output_projection=True,
-    ),
-    vision=VisionConfig(num_layers=24, hidden_size=1472, ffn_hidden_size=5888, num_attention_heads=23),
-    special_token_ids=tuple(range(92_544, 92_556)),
-)
 LAYOUTS = {"to_hf": (1, 1, 1), "to_hf_tp2_pp2_ep2": (2, 2, 2)}
 """Name of a measurement -> tensor, pipeline and expert parallel size of the checkpoint that it reads."""
 PAPER_GB = {"9B": 33.0, "70B decoder": 2 * 2 * 70.0}

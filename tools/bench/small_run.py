@@ -52,7 +52,7 @@ def small_config(
                 "num_attention_heads": 4,
             },
         },
-        "data": {"train_shards": ["none"], "tokenizer": "none", "seq_length": tokens},
+        "data": {"train_sources": [{"index": "none"}], "tokenizer": "none", "seq_length": tokens},
         "training": {"train_steps": 1, "global_batch_size": 1, "precision": precision},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0},
         "checkpoint": {"directory": "none"},

@@ -1,0 +1,65 @@
+"""One index over WebDataset tars that exist already, e.g. img2dataset's; behind ``navil-megatron data index``."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.data.index_build import TokenCounter, index_shard
+from navil_megatron.data.index_report import report_index
+from navil_megatron.data.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shard_files import expand_shards, stored_path, version_of
+
+
+def index_shards(
+    patterns: Sequence[str],
+    index: Path,
+    counter: TokenCounter,
+    *,
+    decode: bool = True,
+    jobs: int = 1,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Makes or renews an index; shards that an unfinished run did are not done again.
+
+    Args:
+        patterns: paths, URLs or glob patterns of tars.
+        index: the file to write.
+        counter: counts tokens; pickles where ``jobs`` is more than 1.
+        decode: decode every picture in full; off, only headers are read (faster; damage then shows up in training).
+        jobs: processes that share the shards.
+        on_progress: called with (done, total) after every shard.
+
+    Returns:
+        A report: what the index holds, and what was left out why.
+
+    Raises:
+        UserError: a shard is missing or cannot be read, or no sample is any good.
+    """
+    shards = expand_shards(patterns)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    tasks = [(shard, _part_files(index, shard, counter, decode)) for shard in shards]
+    left = [task for task in tasks if not task[1].is_complete()]
+    work = partial(_index_one, folder=index.parent, counter=counter, decode=decode)
+    run_tasks(work, left, len(tasks), jobs, on_progress)
+    reasons = merge_parts(index, [files for _, files in tasks], bytes.fromhex(counter.fingerprint))
+    return report_index(index, reasons, rejected_path(index))
+
+
+def _part_files(index: Path, shard: str, counter: TokenCounter, decode: bool) -> PartFiles:
+    """The part of a shard as it is now, under this tokenizer."""
+    try:
+        version = version_of(shard)
+    except OSError as error:
+        raise UserError(f"shard {shard} cannot be read ({error}): check the path and its rights") from None
+    made_from = "\0".join([shard, version, counter.fingerprint, str(decode)])
+    name = hashlib.sha256(made_from.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return PartFiles(parts_folder(index) / f"{name}.index")
+
+
+def _index_one(task: tuple[str, PartFiles], *, folder: Path, counter: TokenCounter, decode: bool) -> None:
+    shard, files = task
+    name = stored_path(shard, folder)
+    files.save(index_shard(shard, counter, decode=decode, name=name), name, bytes.fromhex(counter.fingerprint))

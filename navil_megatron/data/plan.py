@@ -1,0 +1,188 @@
+"""The plan of every step: which samples share a row, and which rows make the global batch. A pure function, no I/O but
+the index.
+
+The mixture is cut into windows of equally many samples; each is packed into rows, and its rows are shuffled. Step s
+reads its rows from s * batch on in the endless concatenation of windows, whoever asks. The data-parallel size appears
+nowhere but in dealing.
+"""
+
+import logging
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import numpy as np
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.data.measure import REFUSED, Measures, Ruler
+from navil_megatron.data.order import Mixture, SourceOrder, shuffled
+from navil_megatron.data.packing import deal_rows, imbalance, pack_rows
+from navil_megatron.data.shard_index import SourceIndex
+from navil_megatron.data.types import SampleId
+
+_ORDER, _ROWS = range(2)
+"""Purposes that get random numbers of their own."""
+_WINDOWS_KEPT = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the plan; its arrays are [n], one entry a sample."""
+
+    sources: np.ndarray
+    indices: np.ndarray
+    dropped: np.ndarray
+    """Largest scales that each sample's images do without."""
+    cost: int
+    """Forward FLOPs."""
+    num_refused: int = 0
+    """Samples that fit no row, of the window that this row begins."""
+
+    @property
+    def samples(self) -> tuple[SampleId, ...]:
+        """Which samples, in order."""
+        return tuple(map(SampleId, self.sources.tolist(), self.indices.tolist()))
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """What one data-parallel rank does in a step."""
+
+    rows: tuple[Row, ...]
+    """Its rows, in the order of the global batch."""
+    imbalance: float
+    """Most work of a rank over the mean work, all ranks counted."""
+    num_refused: int
+    """Samples that fit no row, of the windows that begin in this step."""
+
+
+class DataPlan:
+    """The order of all training data: a pure function of (seed, step)."""
+
+    def __init__(
+        self, indexes: Sequence[SourceIndex], weights: Sequence[float], ruler: Ruler, seed: int, batch_rows: int
+    ) -> None:
+        """Prepares; no record is read yet.
+
+        Args:
+            indexes: the sources.
+            weights: their shares of the samples, in any unit.
+            ruler: measures samples.
+            seed: decides the order.
+            batch_rows: rows of a global batch.
+
+        Raises:
+            UserError: a source is empty.
+        """
+        for index in indexes:
+            if not len(index):
+                raise UserError(f"index {index.path} holds no sample: take it out of the sources or build it anew")
+        self._indexes, self._ruler, self._seed, self._batch_rows = tuple(indexes), ruler, seed, batch_rows
+        orders = [SourceOrder(index.starts, seed, _ORDER, number) for number, index in enumerate(indexes)]
+        self.mixture = Mixture(orders, weights)
+        self._windows: OrderedDict[int, tuple[Row, ...]] = OrderedDict()
+        self._first_window, self._first_rows = 0, [0]
+        self._lock = Lock()
+
+    def rank_step(self, step: int, dp_rank: int, dp_size: int) -> RankStep:
+        """One rank's share of a step."""
+        rows = self.step_rows(step)
+        costs = np.array([row.cost for row in rows])
+        ranks = deal_rows(costs, dp_size)
+        return RankStep(
+            rows=tuple(rows[row] for row in ranks[dp_rank]),
+            imbalance=imbalance(costs, ranks),
+            num_refused=sum(row.num_refused for row in rows),
+        )
+
+    def step_rows(self, step: int) -> list[Row]:
+        """Every row of the global batch of a step."""
+        return [self._row(place) for place in range(step * self._batch_rows, (step + 1) * self._batch_rows)]
+
+    def anchor(self, step: int) -> tuple[int, int]:
+        """(window, its first row) where a step begins: with it a plan starts here without making what lies before."""
+        window, place = self._locate(step * self._batch_rows)
+        return window, step * self._batch_rows - place
+
+    def restore_anchor(self, window: int, first_row: int) -> None:
+        """Goes on from what ``anchor`` gave."""
+        with self._lock:
+            self._first_window, self._first_rows = window, [first_row]
+
+    def window(self, number: int) -> tuple[Row, ...]:
+        """The rows of one window, in the order in which steps take them; the last few windows are kept."""
+        with self._lock:
+            return self._window(number)
+
+    def _row(self, place: int) -> Row:
+        window, row = self._locate(place)
+        return self.window(window)[row]
+
+    def _locate(self, place: int) -> tuple[int, int]:
+        """(window, row in it) of a row counted from the start of the run."""
+        with self._lock:
+            if place < self._first_rows[0]:  # before the anchor: count from the start
+                self._first_window, self._first_rows = 0, [0]
+            empty = 0
+            while place >= self._first_rows[-1]:
+                num_rows = len(self._window(self._first_window + len(self._first_rows) - 1))
+                self._first_rows.append(self._first_rows[-1] + num_rows)
+                empty = 0 if num_rows else empty + 1
+                self._refuse_endless(empty)
+            found = bisect_right(self._first_rows, place) - 1
+            return self._first_window + found, place - self._first_rows[found]
+
+    def _refuse_endless(self, empty: int) -> None:
+        """Stops where a whole epoch of every source gave no row."""
+        longest = max(
+            len(index) / float(share) for index, share in zip(self._indexes, self.mixture.shares, strict=True)
+        )
+        if empty > longest / self.mixture.window_samples + 1:
+            raise UserError(
+                f"no sample of data.train_sources fits a row of {self._ruler.seq_length} tokens: raise data.seq_length "
+                "or lower data.min_image_pixels"
+            )
+
+    def _window(self, number: int) -> tuple[Row, ...]:
+        if number not in self._windows:
+            self._windows[number] = self._make_window(number)
+            while len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        return self._windows[number]
+
+    def _make_window(self, number: int) -> tuple[Row, ...]:
+        sources, samples = self.mixture.window(number)
+        rows, refused = plan_rows(self._ruler, self._indexes, sources, samples)
+        if refused:
+            index = self._indexes[refused[0].source]
+            logger.warning(
+                "%d of %d samples do not fit a row of %d tokens at their smallest scale and are left out; the first: "
+                "sample %d of %s",
+                *(len(refused), len(samples), self._ruler.seq_length, refused[0].number, index.path),
+            )
+        shuffled_rows = [rows[row] for row in shuffled(len(rows), self._seed, _ROWS, number)]
+        if shuffled_rows:
+            shuffled_rows[0] = replace(shuffled_rows[0], num_refused=len(refused))
+        return tuple(shuffled_rows)
+
+
+def plan_rows(
+    ruler: Ruler, indexes: Sequence[SourceIndex], sources: np.ndarray, samples: np.ndarray
+) -> tuple[list[Row], list[SampleId]]:
+    """Rows of [n] samples that lie source by source, in the order of packing; and the samples that fit no row."""
+    parts = [ruler.measure(index, samples[sources == number]) for number, index in enumerate(indexes)]
+    for index in indexes:
+        index.release()
+    measures = Measures.concatenate(parts)
+    fits = np.flatnonzero(measures.dropped != REFUSED)
+    num_text, num_visual, cost = (array[fits] for array in (measures.num_text, measures.num_visual, measures.cost))
+    rows = []
+    for positions in pack_rows(num_text, num_visual, cost, ruler.seq_length, ruler.pad_segments_to):
+        row = fits[positions]
+        rows.append(Row(sources[row], samples[row], measures.dropped[row], int(cost[positions].sum())))
+    refused = np.flatnonzero(measures.dropped == REFUSED)
+    return rows, list(map(SampleId, sources[refused].tolist(), samples[refused].tolist()))

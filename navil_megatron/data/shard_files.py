@@ -1,0 +1,99 @@
+"""Where shards lie: local paths, or any URL that ``fsspec`` opens."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+from fsspec.utils import get_protocol
+
+from navil_megatron.config.errors import UserError
+
+
+def is_url(shard: str) -> bool:
+    """Opened by ``fsspec``; all else is a path of this machine."""
+    return "://" in shard or "::" in shard
+
+
+def expand_shards(patterns: Sequence[str]) -> list[str]:
+    """The shards behind paths, URLs and glob patterns: patterns in order, the files of each sorted by name.
+
+    Raises:
+        UserError: a pattern matches nothing, or two match the same shard.
+    """
+    shards: dict[str, None] = {}
+    for pattern in patterns:
+        found = _find(pattern)
+        if not found:
+            raise UserError(f"no shard matches {pattern!r}: check the path, or build shards first")
+        for shard in found:
+            if shard in shards:
+                raise UserError(f"shard {shard} is matched twice: make the patterns disjoint")
+            shards[shard] = None
+    return list(shards)
+
+
+def _find(pattern: str) -> list[str]:
+    """Absolute paths or URLs."""
+    for url in pattern.split("::"):
+        about = known_implementations.get(get_protocol(url), {})
+        if about and find_spec(about["class"].partition(".")[0]) is None:
+            raise UserError(f"shards {pattern!r} cannot be opened: {about['err']}")
+    try:
+        files, path = url_to_fs(pattern)
+        found = [path] if files.isfile(path) else sorted(files.glob(path))
+    except (OSError, ValueError) as error:  # an unknown protocol is a ValueError
+        raise UserError(f"shards {pattern!r} cannot be listed ({error}): check the URL") from None
+    if isinstance(files, LocalFileSystem):
+        return found
+    _, chain, outer = pattern.partition("::")
+    return [f"{files.unstrip_protocol(path)}{chain}{outer}" for path in found]
+
+
+def stored_path(shard: str, folder: Path) -> str:
+    """How an index in a folder names a shard: below the folder relative to it, so that both can be moved."""
+    folder = Path(os.path.abspath(folder))
+    return shard if is_url(shard) or not Path(shard).is_relative_to(folder) else str(Path(shard).relative_to(folder))
+
+
+def resolve_path(stored: str, folder: Path) -> str:
+    """The path or URL behind a name in an index."""
+    return stored if is_url(stored) else str(folder / stored)
+
+
+def version_of(shard: str) -> str:
+    """A name for the bytes that a shard holds now, from its size and its time or tag."""
+    if not is_url(shard):
+        status = os.stat(shard)
+        return f"{status.st_size} {status.st_mtime_ns}"
+    files, path = url_to_fs(shard)
+    about = files.info(path)
+    tags = ("ETag", "etag", "Content-MD5", "mtime", "LastModified", "Last-Modified", "created")
+    return " ".join(str(about.get(name, "")) for name in ("size", *tags))
+
+
+@contextmanager
+def open_file(shard: str) -> Iterator[IO[bytes]]:
+    """A shard, opened for reading from front to back.
+
+    Raises:
+        UserError: it cannot be opened or read.
+    """
+    try:
+        if not is_url(shard):
+            with open(shard, "rb") as file:
+                yield file
+            return
+        files, path = url_to_fs(shard)
+        # Headers are read one ahead of the files before them: blocks are kept, or they would be fetched twice.
+        with files.open(path, "rb", cache_type="blockcache", cache_options={"maxblocks": 4}) as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"shard {shard} is missing: check the path") from None
+    except OSError as error:
+        raise UserError(f"shard {shard} cannot be read ({error}): check the path and its rights") from None

@@ -1,0 +1,88 @@
+"""What each token of a microbatch is, and its colour: text, learned text, an image's scales and breaks, padding."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+
+from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.data.image_plan import num_patches
+from navil_megatron.data.picture_layout import Colour
+from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
+
+
+class TokenKind(IntEnum):
+    """Kinds of tokens; context tokens of scale n, counted from the smallest, are ``FIRST_SCALE + n``."""
+
+    TEXT = 0
+    LEARNED = 1
+    IMAGE_END = 2
+    LINE_BREAK = 3
+    FRAME_BREAK = 4
+    VISUAL_PADDING = 5
+    TEXT_PADDING = 6
+    FIRST_SCALE = 7
+
+
+SCALE_COLOURS: tuple[Colour, ...] = (
+    (255, 218, 160),
+    (252, 184, 100),
+    (243, 146, 52),
+    (217, 108, 22),
+    (172, 76, 10),
+    (122, 50, 6),
+)
+"""From the smallest scale; further scales share the last."""
+
+COLOURS: tuple[Colour, ...] = (
+    (122, 138, 166),
+    (30, 144, 96),
+    (32, 32, 44),
+    (86, 196, 228),
+    (214, 40, 64),
+    (248, 236, 222),
+    (226, 229, 236),
+    *SCALE_COLOURS,
+)
+"""By kind."""
+
+LEGEND: tuple[tuple[int, str], ...] = (
+    (TokenKind.TEXT, "text"),
+    (TokenKind.LEARNED, "learned text"),
+    (TokenKind.IMAGE_END, "<img> </img>"),
+    (TokenKind.FIRST_SCALE, "image, scale 1"),
+    *((TokenKind.FIRST_SCALE + n, f"scale {n + 1}") for n in range(1, len(SCALE_COLOURS))),
+    (TokenKind.LINE_BREAK, "line break"),
+    (TokenKind.FRAME_BREAK, "frame break"),
+    (TokenKind.VISUAL_PADDING, "visual padding"),
+    (TokenKind.TEXT_PADDING, "text padding"),
+)
+
+
+def token_kinds(
+    rows: Sequence[PackedSequence], microbatch: Microbatch, special_token_ids: Sequence[int], merge_size: int
+) -> np.ndarray:
+    """[t] uint8 of ``TokenKind``: what each token of the microbatch is."""
+    kinds = np.where(microbatch.visual_token_mask, TokenKind.VISUAL_PADDING, TokenKind.TEXT_PADDING).astype(np.uint8)
+    samples = [sample for row in rows for sample in row.samples]
+    for start, length, sample in zip(microbatch.sample_starts, microbatch.sample_lengths, samples, strict=True):
+        kinds[start] = TokenKind.TEXT
+        learned = microbatch.loss_weights[start : start + length - 1] > 0
+        kinds[start + 1 : start + length] = np.where(learned, TokenKind.LEARNED, TokenKind.TEXT)
+        _mark_images(kinds[start : start + length], sample, special_token_ids, merge_size)
+    return kinds
+
+
+def _mark_images(kinds: np.ndarray, sample: EncodedSample, special_token_ids: Sequence[int], merge_size: int) -> None:
+    """Writes the kinds of one sample's image tokens."""
+    for token, kind in (
+        ("<img>", TokenKind.IMAGE_END),
+        ("</img>", TokenKind.IMAGE_END),
+        ("<IMG_LINE_BREAK>", TokenKind.LINE_BREAK),
+        ("<IMG_FRAME_BREAK>", TokenKind.FRAME_BREAK),
+    ):
+        kinds[sample.input_ids == special_token_ids[SPECIAL_TOKENS.index(token)]] = kind
+    numbers = [min(number, len(SCALE_COLOURS) - 1) for image in sample.scales for number in range(len(image))]
+    lengths = [num_patches(scale) // merge_size**2 for image in sample.scales for scale in image]
+    context = sample.input_ids == special_token_ids[SPECIAL_TOKENS.index("<IMG_CONTEXT>")]
+    kinds[context] = TokenKind.FIRST_SCALE + np.repeat(np.array(numbers, dtype=np.int64), lengths)

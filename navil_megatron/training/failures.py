@@ -1,0 +1,37 @@
+"""Samples whose images did not decode: one verdict for all ranks that work on them.
+
+An image is decoded by one rank of a model replica, but its sample's loss is computed by others. So before a step the
+ranks of a replica tell one another, on the host, which samples failed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from navil_megatron.data.assemble import drop_loss
+from navil_megatron.data.types import FailedSample, Microbatch
+from navil_megatron.runtime.session import Session
+
+
+def settle_failures(
+    session: Session, microbatches: Sequence[Microbatch], failures: Sequence[Sequence[FailedSample]]
+) -> tuple[list[Microbatch], int]:
+    """The microbatches without loss on what failed on any rank of the replica, and how many samples that are.
+
+    Every rank of a replica calls it with the same microbatches.
+
+    Args:
+        session: This rank.
+        microbatches: What it works on next.
+        failures: For each of them what this rank could not decode.
+    """
+    failed = [np.zeros(len(microbatch.samples), dtype=bool) for microbatch in microbatches]
+    for flags, seen in zip(failed, failures, strict=True):
+        flags[[failure.position for failure in seen]] = True
+    agreed = session.any_in_replica(np.concatenate(failed))
+    parts = np.split(agreed, np.cumsum([len(flags) for flags in failed])[:-1])
+    settled = [
+        drop_loss(microbatch, np.flatnonzero(flags).tolist())
+        for microbatch, flags in zip(microbatches, parts, strict=True)
+    ]
+    return settled, int(agreed.sum())

@@ -1,0 +1,25 @@
+"""Indexes of random samples, without shards behind them, for the tests of planning."""
+
+from pathlib import Path
+
+import numpy as np
+
+from navil_megatron.data.shard_index import IMAGE, SAMPLE, Shard, SourceIndex, save_index
+
+
+def random_index(path: Path, shard_sizes: list[int], seed: int = 0, *, most_images: int = 3) -> SourceIndex:
+    """An index of shards of these sizes; samples have up to ``most_images`` images of any shape, and short texts."""
+    random = np.random.default_rng(seed)
+    tables, pictures, shards = [], [], []
+    for number, size in enumerate(shard_sizes):
+        samples = np.zeros(size, dtype=SAMPLE)
+        samples["num_images"] = random.integers(0, most_images + 1, size)
+        samples["first_image"] = np.cumsum(samples["num_images"]) - samples["num_images"]
+        samples["text_tokens"] = random.integers(2, 60, size)
+        images = np.zeros(int(samples["num_images"].sum()), dtype=IMAGE)
+        images["height"], images["width"] = random.integers(20, 400, (2, len(images)))
+        tables.append(samples)
+        pictures.append(images)
+        shards.append(Shard(f"{number:05d}.tar", size, 512, f"{seed:016x}{number:016x}"))
+    save_index(path, tables, pictures, shards, bytes(16))
+    return SourceIndex(path)
