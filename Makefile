@@ -1,12 +1,16 @@
-# Everything runs in .venv, which the first target to need it makes. PYTHON=/path/to/python chooses the interpreter.
+# Everything runs in .venv, which the first target to need it makes. PYTHON=/path/to/python chooses the interpreter
+# that makes it; the targets for a GPU run in that interpreter itself, where the packages are laid out already.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-gpu test-transformers lint format
+.PHONY: help venv quickstart test test-all test-gpu bench-gpu test-transformers lint format
 
 VENV := .venv/.installed
 BIN := .venv/bin
 # Two files of tests at a time: most of a test with ranks is waiting for processes to start.
 PARALLEL := -n 2 --dist loadfile
+# What the targets for a GPU need and run in.
+ON_GPU := $(if $(PYTHON),,$(VENV))
+GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +29,11 @@ test: lint ## the default suite, as continuous integration runs it
 test-all: lint ## the default suite and the slow tests
 	$(BIN)/python -m pytest -q $(PARALLEL) -m ""
 
-test-gpu: $(VENV) ## the tests that need a GPU; fails where there is none
-	NAVIL_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m gpu tests/gpu
+test-gpu: $(ON_GPU) ## the tests that need a GPU; fails where there is none
+	NAVIL_REQUIRE_CUDA=1 $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu
+
+bench-gpu: $(ON_GPU) ## speed on a GPU, into benchmarks/results; fails where there is none
+	$(GPU_PYTHON) tools/bench/gpu.py
 
 test-transformers: $(VENV) ## exported folders under the lowest and other transformers (downloads them)
 	tools/test_transformers.sh 4.51.0 4.57.6 5.0.0

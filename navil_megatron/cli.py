@@ -1,4 +1,4 @@
-"""The ``navil-megatron`` command: train, data, convert, generate, doctor.
+"""The ``navil-megatron`` command: train, plan, data, convert, generate, doctor.
 
 Each verb imports what it needs when it runs, so that ``--help`` and ``doctor`` answer at once and on a broken install.
 What a user can mend is printed as ``error: ...`` lines and exits with code 2; ``--json`` prints one JSON object, last
@@ -17,8 +17,10 @@ from typing import Any
 
 from navil_megatron import __version__
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
+from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.command import add_data_verbs
 from navil_megatron.hf.command import add_convert_verbs
+from navil_megatron.planner.command import add_plan_verb
 
 Report = dict[str, Any]
 OnProgress = Callable[[int, int], None]
@@ -55,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"navil-megatron {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_train(verbs)
+    _add_plan(verbs)
     _add_data(_add_group(verbs, "data", "make what a run reads"))
     _add_convert(_add_group(verbs, "convert", "between sharded checkpoints and Hugging Face folders"))
     _add_generate(verbs)
@@ -99,6 +102,15 @@ def _add_train(verbs: Any) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change, in TOML")
     parser.add_argument("--nproc", type=_count, default=1, metavar="N", help="ranks to start on this machine (1)")
+    parser.add_argument("--dry-run", action="store_true", help="check and build everything without a GPU, and stop")
+    parser.add_argument("--gpus", type=_count, metavar="N", help="of the dry run (the fewest that hold the layout)")
+
+
+def _add_plan(verbs: Any) -> None:
+    def add_verb(name: str, run: Callable[..., Any], what: str, example: str) -> argparse.ArgumentParser:
+        return _add_verb(verbs, name, partial(_show, run), what, example)
+
+    add_plan_verb(add_verb)
 
 
 def _add_data(verbs: Any) -> None:
@@ -148,12 +160,26 @@ def run_train(options: argparse.Namespace) -> int:
 
     arguments = [str(options.config), *options.overrides, *options.rest]
     config = load_config(arguments[0], arguments[1:])
+    if options.dry_run:
+        return _dry_run(config, options.gpus)
+    if options.gpus is not None:
+        raise UserError("--gpus belongs to --dry-run; a run has the ranks that --nproc or torchrun starts")
     if "RANK" not in os.environ:
         validate(config, options.nproc)
         if options.nproc > 1:
             return run_ranks("navil_megatron.pretrain", arguments, options.nproc)
     # One rank, or a rank that torchrun started: this process becomes it, so that signals and the exit code are its own.
     os.execv(sys.executable, [sys.executable, "-m", "navil_megatron.pretrain", *arguments])
+
+
+def _dry_run(config: NaViLConfig, gpus: int | None) -> int:
+    from navil_megatron.runtime.logs import quiet_known_warnings
+
+    quiet_known_warnings()  # comes before the first import of megatron-core
+    from navil_megatron.dry_run import dry_run
+
+    print(dry_run(config, gpus))
+    return 0
 
 
 def _compare_outputs(options: argparse.Namespace) -> tuple[Report, str, int]:
@@ -201,6 +227,13 @@ def _with_bar(run: RunVerb, bar: Callable[[], AbstractContextManager[OnProgress]
         return status
 
     return verb
+
+
+def _show(run: Callable[[argparse.Namespace], tuple[Report, str, int]], options: argparse.Namespace) -> int:
+    """Runs a verb that is done in seconds, and shows its report."""
+    report, text, status = run(options)
+    _tell(options, report, text)
+    return status
 
 
 def _tell(options: argparse.Namespace, report: Report, text: str) -> int:

@@ -144,7 +144,7 @@ def check_transformer_engine() -> Check:
     """Transformer Engine and its part for torch."""
     found = installed_version("transformer-engine")
     if found is None and find_spec("transformer_engine") is None:
-        return Check("transformer-engine", "absent", "not installed; no kernels of this version use it")
+        return Check("transformer-engine", "absent", 'not installed: runtime.kernels = "torch" only')
     if find_spec("transformer_engine_torch") is None:
         return Check("transformer-engine", "wrong", f"{found} without its torch part", INSTALL_TRANSFORMER_ENGINE)
     return Check("transformer-engine", "ok", str(found))
@@ -155,13 +155,15 @@ def check_apex() -> Check:
     spec = find_spec("apex")
     version = installed_version("apex")
     if spec is None and version is None:
-        return Check("apex", "absent", "not installed; no kernels of this version use it")
+        return Check("apex", "absent", 'not installed: runtime.gradient_accumulation_fusion = "apex" is refused')
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     if not any((folder / "normalization").is_dir() for folder in folders):
         found = f"{version}: the web toolkit of that name on PyPI, not NVIDIA Apex"
         return Check("apex", "wrong", found, f"pip uninstall apex; if Apex is wanted: {INSTALL_APEX}")
     if find_spec("amp_C") is None:
         return Check("apex", "wrong", f"{version}: built without its CUDA extensions (no amp_C)", INSTALL_APEX)
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:
+        return Check("apex", "wrong", f"{version}: built without fused_weight_gradient_mlp_cuda", INSTALL_APEX)
     return Check("apex", "ok", str(version))
 
 

@@ -42,20 +42,25 @@ IMPORT_TABLE = {
         ("torch", "numpy", "PIL", "webdataset", "tokenizers", "transformers", "fsspec", "pyarrow", "nvidia.dali"),
         ("torch.distributed",),
     ),
+    "planner": Row(("data", "layers")),
     "checkpoint": Row(("runtime",), _ENGINE),
-    "training": Row(_BELOW_TRAINING, (*_ENGINE, "rich")),
+    "training": Row((*_BELOW_TRAINING, "planner"), (*_ENGINE, "rich")),
     "hf": Row(
         ("checkpoint",),
         ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "xxhash"),
     ),
     "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
+    "dry_run.py": Row(("runtime", "models", "data", "training", "planner"), ("torch",)),
     "launch.py": Row(),
     "doctor.py": Row(),
     "compare_outputs.py": Row(
         ("runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"), ("torch", "numpy", "PIL")
     ),
-    "cli.py": Row(("runtime", "data", "hf", "launch.py", "doctor.py", "compare_outputs.py"), ("torch", "rich")),
+    "cli.py": Row(
+        ("runtime", "data", "hf", "planner", "launch.py", "dry_run.py", "doctor.py", "compare_outputs.py"),
+        ("torch", "rich"),
+    ),
     "__init__.py": Row(),
 }
 """Area of the package -> what it may import. A folder without a row fails."""

@@ -41,6 +41,8 @@ def oracle_config(**sections) -> NaViLConfig:
     """
     defaults = {
         "data": {"seq_length": SEQ_LENGTH, "pad_segments_to": 4},
+        # A row predicts more tokens than a chunk of the loss holds.
+        "training": {"loss_chunk_tokens": 8},
         "optimizer": {"lr": 1e-2, "warmup_steps": 0, "clip_grad": 1.0, "epsilon": 1e-3},
     }
     merged = merge_sections(defaults, sections)

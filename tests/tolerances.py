@@ -24,3 +24,32 @@ DALI_PIXELS = 2
 BF16_LOGITS = 0.05
 """Relative L2 distance of the bf16 logits of a tiny random model from its fp32 logits: each value is rounded to 2^-9
 some hundred times on its way, and roundings add up as their square root."""
+
+BF16_CHUNKS = 2**-7
+"""Relative L2 distance of a bf16 gradient summed in chunks from the same in one GEMM: parts, which may be larger than
+their sum, the sum and the GEMM's own result are rounded once, to 2^-9 each."""
+
+ONE_CHUNK = 1.05
+"""Peak memory of the chunked loss, grown with the vocabulary, as a multiple of what one chunk's logits grew by."""
+
+LINEAR_MEMORY = 0.01
+"""Relative deviation of the activation bytes from a multiple of the tokens: ends of index lists."""
+
+BF16_KERNELS = 0.05
+"""Relative L2 distance of one kernel library's outputs and gradients from another's in bf16, and of a loss: as
+``BF16_LOGITS``, since each side rounds on its own way."""
+
+BF16_KERNELS_WEIGHTS = 0.01
+"""The same of weights after one or a few updates, which move them little."""
+
+FUSED_ADAM = {"rtol": 1e-5, "atol": 1e-7}
+"""Transformer Engine's AdamW against ours (fp32): the same formula in another order."""
+
+FP8_LOSS = 0.01
+"""Mean loss of some steps in FP8 against BF16's, relative."""
+
+ACTIVATION_BYTES = 0.10
+"""Relative distance of the planned activation memory from the bytes that autograd holds at tiny sizes."""
+
+ACTIVATION_BYTES_ON_GPU = 0.05
+"""The same against what a GPU allocates."""

@@ -196,8 +196,9 @@ class _Reader[T]:
         if not isinstance(value, list | tuple) and dataclasses.is_dataclass(annotation):
             return self._note(key, f"{key}: found {_found(value)}, expected an array of tables [[{key}]]")
         if not isinstance(value, list | tuple):
-            example = '["a", "b"]' if annotation is str else "[1, 2]"
-            expected = f"an array of {_PLURALS[annotation]}, e.g. {example}"
+            choices = get_args(annotation) or ("a", "b")
+            example = "[1, 2]" if annotation in (int, float) else str(list(choices)).replace("'", '"')
+            expected = f"an array of {_PLURALS.get(annotation, 'strings')}, e.g. {example}"
             return self._note(key, f"{key}: found {_found(value)}, expected {expected}")
         items = tuple(self._value(annotation, item, f"{key}[{index}]") for index, item in enumerate(value))
         return _INVALID if any(item is _INVALID for item in items) else items

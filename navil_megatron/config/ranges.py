@@ -80,6 +80,7 @@ RANGES: dict[str, Range] = {
     "training.global_batch_size": COUNT,
     "training.micro_batch_size": COUNT,
     "training.seed": Range(0, 2**31, below=True),
+    "training.loss_chunk_tokens": COUNT,
     "training.evaluate_every_steps": COUNT,
     "training.log_every_steps": COUNT,
     "optimizer.lr": POSITIVE,

@@ -247,6 +247,15 @@ class OptimizerConfig:
     """Largest global gradient norm; ``None``: no clipping."""
     distributed: bool = True
     """Split optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data-parallel ranks bucket by bucket during a step's last backward pass, not after it."""
+    overlap_param_gather: bool = False
+    """Gather updated weights bucket by bucket during the next forward pass, not after the update. Needs ``distributed``
+    and ``overlap_grad_reduce``."""
+
+
+Recomputed = Literal["attention", "mlp", "encoder"]
+"""Parts of the model whose activations can be computed again in the backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,14 +275,34 @@ class TrainingConfig:
     """Type of weights and activations; gradients, master weights and moments are FP32."""
     seed: int = 1234
     """Decides initial weights and data order."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Recipe of the decoder's matrix products (``runtime.kernels = "transformer_engine"``): ``delayed`` scales by the
+    largest values of past steps, ``tensorwise`` by those of the tensor itself, ``blockwise`` by those of 128-wide
+    blocks. Weights and checkpoints stay BF16. The scales of ``delayed`` are not saved: a resumed run starts with 1, as
+    a new one does. ``mxfp8`` needs Blackwell and is refused."""
+    fp8_first_last_layers_bf16: bool = False
+    """Keep the decoder's first and last layer in BF16; not with ``delayed``, whose scales are updated once a pass."""
+    fp8_encoder: bool = False
+    """Run the encoder's layers in FP8 too; not with ``delayed``."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of attention, or whole layers."""
+    """Activations computed again in the backward pass: none, those of ``recompute_modules``, or those of every layer of
+    decoder and encoder."""
+    recompute_modules: tuple[Recomputed, ...] = ("attention",)
+    """What ``recompute = "selective"`` computes again: ``attention`` the decoder's softmax and its gathers, ``mlp`` its
+    feed-forward experts, ``encoder`` every layer of the visual encoder. Read where ``recompute`` is selective."""
+    loss_chunk_tokens: int = 1_024
+    """Predicted positions whose logits exist at once, in tokens: 1,024 fill a GPU's GEMM, and their FP32 logits over
+    152k words take 0.6 GB."""
     evaluate_every_steps: int | None = None
     """Steps between evaluations on the held-out shards; ``None``: never."""
     evaluate_swapped_images: bool = False
     """Evaluate a second time with each sample showing another one's picture: the loss must rise if images are read."""
     log_every_steps: int = 1
     """Steps between metric records."""
+
+    def recomputes(self, part: Recomputed) -> bool:
+        """Whether the activations of a part are computed again in the backward pass."""
+        return self.recompute == "full" or (self.recompute == "selective" and part in self.recompute_modules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,8 +325,11 @@ class RuntimeConfig:
 
     device: Literal["cuda", "cpu"]
     """``cuda`` with NCCL, or ``cpu`` with gloo. Never guessed."""
-    kernels: Literal["torch"] = "torch"
-    """Which arithmetic the layers use."""
+    kernels: Literal["torch", "transformer_engine"] = "torch"
+    """Which arithmetic the layers use. Weights and checkpoints are the same, so a run may change it on resume."""
+    gradient_accumulation_fusion: Literal["none", "apex", "transformer_engine"] = "none"
+    """What adds weight gradients to the FP32 sums inside the matrix product: ``apex`` in megatron-core's own layers
+    (the LM head), ``transformer_engine`` in the linear layers of those kernels."""
     collective_timeout_seconds: int = 600
     """A collective that does not come back within this time ends the run."""
     cpu_threads: int | None = None

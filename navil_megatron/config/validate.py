@@ -5,11 +5,22 @@ the world size.
 """
 
 from collections.abc import Iterator
+from typing import get_args
 
 from navil_megatron.config.errors import ConfigError
 from navil_megatron.config.families import family_rules
+from navil_megatron.config.precision import kernel_rules
 from navil_megatron.config.ranges import check_model_ranges, check_ranges
-from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, ModelConfig, NaViLConfig, ParallelConfig
+from navil_megatron.config.schema import (
+    MODALITIES,
+    SPECIAL_TOKENS,
+    ModelConfig,
+    NaViLConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recomputed,
+    TrainingConfig,
+)
 
 _SUGGESTED_UP_TO = 64
 """Divisors named in a message stop here: no layout is larger along one axis."""
@@ -33,9 +44,12 @@ def validate(config: NaViLConfig, world_size: int | None = None) -> None:
             *_vision_rules(config.model),
             *_row_rules(config),
             *_schedule_rules(config),
+            *_recompute_rules(config.training),
+            *_overlap_rules(config.optimizer),
             *_layout_rules(config),
             *_pipeline_rules(config.parallel, config.model.language.num_layers),
             *_batch_rules(config, world_size),
+            *kernel_rules(config),
         ]
     if problems:
         raise ConfigError(problems)
@@ -158,6 +172,26 @@ def _schedule_rules(config: NaViLConfig) -> Iterator[str]:
             f"training.evaluate_every_steps = {training.evaluate_every_steps}, but data.validation_sources is empty; "
             'name held-out shards or set evaluate_every_steps = "none"'
         )
+
+
+def _recompute_rules(training: TrainingConfig) -> Iterator[str]:
+    chosen = training.recompute_modules
+    if training.recompute == "selective" and not chosen:
+        yield (
+            'training.recompute = "selective", but training.recompute_modules is empty; name some of '
+            f'{", ".join(get_args(Recomputed))}, or set training.recompute = "none"'
+        )
+    if len(set(chosen)) < len(chosen):
+        yield f"training.recompute_modules = {list(chosen)} holds a name more than once; name each part once"
+
+
+def _overlap_rules(optimizer: OptimizerConfig) -> Iterator[str]:
+    for needed in ("distributed", "overlap_grad_reduce"):
+        if optimizer.overlap_param_gather and not getattr(optimizer, needed):
+            yield (
+                f"optimizer.overlap_param_gather = true needs optimizer.{needed} = true; switch it on, or switch "
+                "overlap_param_gather off"
+            )
 
 
 def _layout_rules(config: NaViLConfig) -> Iterator[str]:

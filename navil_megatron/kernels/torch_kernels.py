@@ -1,4 +1,4 @@
-"""Norms and packed attention in plain torch, for CPU and GPU, with no kernel library."""
+"""Norms, linears and packed attention in plain torch, for CPU and GPU, with no kernel library."""
 
 from typing import Any
 
@@ -23,6 +23,13 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
         return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """[..., in] -> [..., out]. Starts empty: ``models.build`` fills every weight by its own seed."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: random numbers for billions of weights would be thrown away."""
 
 
 def segment_attention(

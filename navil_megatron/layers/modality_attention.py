@@ -17,6 +17,7 @@ from torch import Tensor
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
     ComposedRowParallelLinear,
+    LinearKernels,
     ModalityColumnParallelLinear,
     ModalityRowParallelLinear,
 )
@@ -51,6 +52,7 @@ class ModalityAttentionSubmodules:
     """What varies between models and kernels."""
 
     attention: SegmentAttention
+    linears: LinearKernels
     composed_visual_output_projection: bool = False
 
 
@@ -71,19 +73,19 @@ class ModalitySelfAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
-        tp_group = pg_collection.tp
+        tp_group, linears = pg_collection.tp, submodules.linears
         self.head_dim = config.kv_channels
         self.num_groups = divide(config.num_query_groups, tp_group.size())
         self.heads_per_group = divide(config.num_attention_heads, config.num_query_groups)
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_query_groups * self.head_dim
         self.linear_qkv = ModalityColumnParallelLinear(
-            config, query_size + 2 * kv_size, config.hidden_size, tp_group, bias=config.add_qkv_bias
+            config, linears, query_size + 2 * kv_size, config.hidden_size, tp_group, bias=config.add_qkv_bias
         )
         projection = (
             ComposedRowParallelLinear if submodules.composed_visual_output_projection else ModalityRowParallelLinear
         )
-        self.linear_proj = projection(config, config.hidden_size, query_size, tp_group)
+        self.linear_proj = projection(config, linears, config.hidden_size, query_size, tp_group)
         if config.qk_layernorm:
             self.q_layernorm = ModalityHeadNorm(config, self.head_dim)
             self.k_layernorm = ModalityHeadNorm(config, self.head_dim)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from navil_megatron.config.schema import MODALITIES, Modality
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_linear import ModalityWeight, Offsets
+from navil_megatron.layers.modality_linear import LinearKernels, Offsets
 from navil_megatron.layers.modality_mlp import SwiGLU
 
 
@@ -57,6 +57,7 @@ class ExpertLinear(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
+        linears: LinearKernels,
         modality: Modality,
         output_size: int,
         input_size: int,
@@ -69,17 +70,18 @@ class ExpertLinear(MegatronModule):
         self.tp_group, self.dp_group = pg_collection.expt_tp, pg_collection.expt_dp
         shape = [output_size, input_size]
         shape[partition_dim] = divide(shape[partition_dim], self.tp_group.size())
-        expert = ModalityWeight(shape[0], shape[1], config.params_dtype)
+        expert = linears.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
         set_tensor_model_parallel_attributes(
             expert.weight, is_parallel=True, dim=partition_dim, stride=partition_stride
         )
         # Core's mark of a weight that only the ranks with the same expert share: they alone sum its gradient.
-        expert.weight.allreduce = False  # type: ignore[attr-defined]
+        expert.weight.allreduce = False  # type: ignore[union-attr]
         self.add_module(modality, expert)
 
     def forward(self, rows: Tensor) -> Tensor:
         """[rows, in] -> [rows, out], of which in or out is this rank's part."""
-        return torch.nn.functional.linear(rows, self.get_parameter(f"{self.modality}.weight"))
+        output: Tensor = self.get_submodule(self.modality)(rows)
+        return output
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
@@ -102,15 +104,19 @@ class ModalityExperts(MegatronModule):
     dispatcher is driven from here. The dispatcher remembers one forward pass between its own calls, nothing longer.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any):
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, linears: LinearKernels, **_: Any
+    ):
         super().__init__(config=config)
         number = pg_collection.ep.rank()
         self.modality = MODALITIES[number]
         self.router = ModalityRouter(config, pg_collection)
         self.dispatcher = MoEAlltoAllTokenDispatcher(1, [number], config, pg_collection)
         hidden, inner = config.hidden_size, config.ffn_hidden_size
-        self.linear_fc1 = ExpertLinear(config, self.modality, 2 * inner, hidden, pg_collection, 0, partition_stride=2)
-        self.linear_fc2 = ExpertLinear(config, self.modality, hidden, inner, pg_collection, 1)
+        self.linear_fc1 = ExpertLinear(
+            config, linears, self.modality, 2 * inner, hidden, pg_collection, 0, partition_stride=2
+        )
+        self.linear_fc2 = ExpertLinear(config, linears, self.modality, hidden, inner, pg_collection, 1)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Each token through its modality's expert. Every rank sends and receives, with no rows too."""

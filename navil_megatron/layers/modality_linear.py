@@ -5,7 +5,9 @@ megatron-core's own column and row parallel layers and run once for both modalit
 modality without rows leaves a zero gradient, never none, and no rank waits for another.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -27,6 +29,26 @@ from navil_megatron.layers.modality import NaViLPackedSeqParams
 
 type Offsets = tuple[tuple[int, int, int], ...]
 """Where a module lies along prepended axes of the whole tensor: (axis, index, size)."""
+
+
+class ModalityProduct(Protocol):
+    """Text rows through one matrix and visual rows through another; the kernel provider may supply it.
+
+    Takes rows [t, in], or this rank's share of them under sequence parallelism, and gives [t, out]; ``group`` None: no
+    collective.
+    """
+
+    def __call__(
+        self,
+        rows: Tensor,
+        text: nn.Module,
+        visual: nn.Module,
+        num_text: int,
+        group: ProcessGroup | None,
+        sequence_parallel: bool,
+    ) -> Tensor:
+        """[t, out]."""
+        ...
 
 
 class _ModalityMatmul(torch.autograd.Function):
@@ -118,15 +140,24 @@ def _start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) ->
     return share, torch.distributed.reduce_scatter_tensor(share, grad, group=group, async_op=True)
 
 
-class ModalityWeight(nn.Module):
-    """One modality's matrix, and its bias if it has one; a module of its own, so that freezing and checkpoints name it
-    ``<layer>.<modality>``.
-    """
+def modality_product(
+    rows: Tensor, text: nn.Module, visual: nn.Module, num_text: int, group: ProcessGroup | None, sequence_parallel: bool
+) -> Tensor:
+    """The product in plain torch, written into one output by both modalities."""
+    output: Tensor = _ModalityMatmul.apply(
+        rows, text.weight, visual.weight, text.bias, visual.bias, num_text, group, sequence_parallel
+    )
+    return output
 
-    def __init__(self, output_size: int, input_size: int, dtype: torch.dtype, bias: bool = False):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=dtype))
-        self.register_parameter("bias", nn.Parameter(torch.empty(output_size, dtype=dtype)) if bias else None)
+
+@dataclass(frozen=True)
+class LinearKernels:
+    """How matrices are held and multiplied: what varies between kernel libraries."""
+
+    linear: Callable[..., nn.Module]
+    """Built with (input size, output size, bias=, dtype=); holds ``weight`` [out, in] and, if asked for, ``bias``."""
+    product: ModalityProduct = modality_product
+    """Multiplies the rows of both modalities."""
 
 
 class ModalityLinear(MegatronModule):
@@ -134,6 +165,8 @@ class ModalityLinear(MegatronModule):
 
     Args:
         config: Supplies the parameter type and the sequence-parallel switch.
+        kernels: Hold and multiply the matrices. Each is a module of its own, so that freezing and checkpoints name it
+            ``<layer>.<modality>``.
         output_size: Rows of the whole matrix.
         input_size: Columns of the whole matrix.
         tp_group: Tensor-parallel ranks.
@@ -145,6 +178,7 @@ class ModalityLinear(MegatronModule):
     def __init__(
         self,
         config: ModelParallelConfig,
+        kernels: LinearKernels,
         output_size: int,
         input_size: int,
         tp_group: ProcessGroup,
@@ -153,14 +187,15 @@ class ModalityLinear(MegatronModule):
         bias: bool = False,
     ):
         super().__init__(config=config)
+        self.product = kernels.product
         self.tp_group = tp_group
         self.partition_dim = partition_dim
         if partition_dim == 0:
             output_size = divide(output_size, tp_group.size())
         else:
             input_size = divide(input_size, tp_group.size())
-        self.text = ModalityWeight(output_size, input_size, config.params_dtype, bias)
-        self.visual = ModalityWeight(output_size, input_size, config.params_dtype, bias)
+        self.text = kernels.linear(input_size, output_size, bias=bias, dtype=config.params_dtype)
+        self.visual = kernels.linear(input_size, output_size, bias=bias, dtype=config.params_dtype)
         for parameter in self.parameters():
             set_tensor_model_parallel_attributes(
                 parameter, is_parallel=True, dim=partition_dim, stride=partition_stride
@@ -187,22 +222,21 @@ class ModalityColumnParallelLinear(ModalityLinear):
     def __init__(
         self,
         config: ModelParallelConfig,
+        kernels: LinearKernels,
         output_size: int,
         input_size: int,
         tp_group: ProcessGroup,
         partition_stride: int = 1,
         bias: bool = False,
     ):
-        super().__init__(config, output_size, input_size, tp_group, 0, partition_stride, bias)
+        super().__init__(config, kernels, output_size, input_size, tp_group, 0, partition_stride, bias)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix."""
-        output = _ModalityMatmul.apply(
+        output = self.product(
             hidden_states.flatten(0, 1),
-            self.text.weight,
-            self.visual.weight,
-            self.text.bias,
-            self.visual.bias,
+            self.text,
+            self.visual,
             packed_seq_params.num_text_tokens,
             self.tp_group if self.tp_group.size() > 1 else None,
             self.config.sequence_parallel,
@@ -213,15 +247,20 @@ class ModalityColumnParallelLinear(ModalityLinear):
 class ModalityRowParallelLinear(ModalityLinear):
     """[t, 1, in/tp] -> [t/tp, 1, out] under sequence parallelism, else [t, 1, out], rows in modality-major order."""
 
-    def __init__(self, config: ModelParallelConfig, output_size: int, input_size: int, tp_group: ProcessGroup):
-        super().__init__(config, output_size, input_size, tp_group, 1)
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        kernels: LinearKernels,
+        output_size: int,
+        input_size: int,
+        tp_group: ProcessGroup,
+    ):
+        super().__init__(config, kernels, output_size, input_size, tp_group, 1)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix and sum over the ranks."""
         num_text = packed_seq_params.num_text_tokens
-        partial = _ModalityMatmul.apply(
-            hidden_states.flatten(0, 1), self.text.weight, self.visual.weight, None, None, num_text, None, False
-        )
+        partial = self.product(hidden_states.flatten(0, 1), self.text, self.visual, num_text, None, False)
         return reduce_over_tensor_parallel(partial.unsqueeze(1), self.config, self.tp_group)
 
 
@@ -229,22 +268,29 @@ class ComposedRowParallelLinear(ModalityRowParallelLinear):
     """Output projection of the released 2B model: text rows get W_text x, visual rows W_visual (W_text x).
 
     Reference behaviour of InternLM2VE, which differs from the paper's equation. W_visual acts on the summed output, so
-    each rank holds it whole and applies it to the visual rows of its own share.
+    each rank holds it whole and applies it to the visual rows of its own share. Such a share may end anywhere, which
+    no FP8 product takes, so W_visual is multiplied in plain torch.
     """
 
-    def __init__(self, config: ModelParallelConfig, output_size: int, input_size: int, tp_group: ProcessGroup):
-        super().__init__(config, output_size, input_size, tp_group)
-        self.visual = ModalityWeight(output_size, output_size, config.params_dtype)
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        kernels: LinearKernels,
+        output_size: int,
+        input_size: int,
+        tp_group: ProcessGroup,
+    ):
+        super().__init__(config, kernels, output_size, input_size, tp_group)
+        self.visual = nn.Linear(output_size, output_size, bias=False, dtype=config.params_dtype)
         self.visual.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project all tokens with the text matrix, then the visual ones again."""
-        partial = torch.nn.functional.linear(hidden_states, self.text.weight)
+        partial = self.text(hidden_states)
         output = reduce_over_tensor_parallel(partial, self.config, self.tp_group)
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
         num_text = packed_seq_params.local_num_text_tokens(self.tp_group.rank() if ranks > 1 else 0, ranks)
-        visual = torch.nn.functional.linear(output[num_text:], self.visual.weight)
-        return torch.cat([output[:num_text], visual])
+        return torch.cat([output[:num_text], self.visual(output[num_text:])])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None

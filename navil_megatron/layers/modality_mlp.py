@@ -11,7 +11,12 @@ from torch import Tensor
 
 from navil_megatron.config.schema import MODALITIES
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_linear import ModalityColumnParallelLinear, ModalityRowParallelLinear, Offsets
+from navil_megatron.layers.modality_linear import (
+    LinearKernels,
+    ModalityColumnParallelLinear,
+    ModalityRowParallelLinear,
+    Offsets,
+)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -39,13 +44,17 @@ class SwiGLU(torch.autograd.Function):
 class ModalityMLP(MegatronModule):
     """[t/tp, 1, h] or [t, 1, h] -> the same, rows in modality-major order."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: Any):
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, linears: LinearKernels, **_: Any
+    ):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         self.linear_fc1 = ModalityColumnParallelLinear(
-            config, 2 * config.ffn_hidden_size, config.hidden_size, self.tp_group, partition_stride=2
+            config, linears, 2 * config.ffn_hidden_size, config.hidden_size, self.tp_group, partition_stride=2
         )
-        self.linear_fc2 = ModalityRowParallelLinear(config, config.hidden_size, config.ffn_hidden_size, self.tp_group)
+        self.linear_fc2 = ModalityRowParallelLinear(
+            config, linears, config.hidden_size, config.ffn_hidden_size, self.tp_group
+        )
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Each token through its modality's expert."""

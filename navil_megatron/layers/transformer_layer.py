@@ -24,11 +24,17 @@ class NaViLTransformerLayer(TransformerLayer):
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         if self.recompute_mlp and torch.is_grad_enabled():
             output = torch.utils.checkpoint.checkpoint(
-                self.mlp, normed, packed_seq_params, use_reentrant=False, preserve_rng_state=False
+                self._experts, normed, packed_seq_params, use_reentrant=False, preserve_rng_state=False
             )
         else:
             output = self.mlp(normed, packed_seq_params)
         return self._forward_post_mlp((output, None), hidden_states)
+
+    def _experts(self, normed: Tensor, packed_seq_params: Any) -> Tensor:
+        """The feed-forward network; its second run, in the backward pass, is in the layer's precision too."""
+        with self.get_inner_quantization_context():
+            output: Tensor = self.mlp(normed, packed_seq_params)
+        return output
 
 
 def residual_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:

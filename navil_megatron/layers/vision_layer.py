@@ -4,7 +4,10 @@ Reference behaviour: multi-head attention with fused (query, key, value) rows, e
 residual branches, no bias on the fused projection unless asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +16,41 @@ from navil_megatron.config.schema import VisionConfig
 from navil_megatron.layers.rope import apply_rotary
 from navil_megatron.layers.segments import SegmentGroup
 
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}
+
+@dataclass(frozen=True)
+class VisionKernels:
+    """What varies between kernel libraries."""
+
+    attention: Callable[..., Tensor]
+    linear: Callable[..., nn.Module]
+    norms: Mapping[str, Callable[..., nn.Module]]
+    precision: Callable[[], AbstractContextManager[Any]]
 
 
 class VisionLayer(nn.Module):
     """[p, w] -> [p, w]. The encoder is not tensor parallel: each rank runs whole images (see ``VisionEncoder``)."""
 
-    def __init__(self, config: VisionConfig, attention: Callable[..., Tensor], dtype: torch.dtype):
+    def __init__(self, config: VisionConfig, kernels: VisionKernels, dtype: torch.dtype):
         super().__init__()
         width = config.hidden_size
-        norm = NORMS[config.norm]
+        norm, linear = kernels.norms[config.norm], kernels.linear
         self.num_heads = config.num_attention_heads
-        self.attention = attention
+        self.attention, self.precision = kernels.attention, kernels.precision
         self.norm1 = norm(width, eps=config.norm_epsilon, dtype=dtype)
-        self.linear_qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias, dtype=dtype)
-        self.linear_proj = nn.Linear(width, width, dtype=dtype)
+        self.linear_qkv = linear(width, 3 * width, bias=config.qkv_bias, dtype=dtype)
+        self.linear_proj = linear(width, width, dtype=dtype)
         self.layer_scale1 = nn.Parameter(torch.empty(width, dtype=dtype))
         self.norm2 = norm(width, eps=config.norm_epsilon, dtype=dtype)
-        self.linear_fc1 = nn.Linear(width, config.ffn_hidden_size, dtype=dtype)
-        self.linear_fc2 = nn.Linear(config.ffn_hidden_size, width, dtype=dtype)
+        self.linear_fc1 = linear(width, config.ffn_hidden_size, dtype=dtype)
+        self.linear_fc2 = linear(config.ffn_hidden_size, width, dtype=dtype)
         self.layer_scale2 = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, patches: Tensor, rotary: Tensor, segments: "VisionSegments") -> Tensor:
         """patches [p, w] in encoder order; rotary [2, p, 1, d]."""
-        patches = patches + self._attend(self.norm1(patches), rotary, segments) * self.layer_scale1
-        hidden = nn.functional.gelu(self.linear_fc1(self.norm2(patches)))
-        return patches + self.linear_fc2(hidden) * self.layer_scale2
+        with self.precision():
+            patches = patches + self._attend(self.norm1(patches), rotary, segments) * self.layer_scale1
+            hidden = nn.functional.gelu(self.linear_fc1(self.norm2(patches)))
+            return patches + self.linear_fc2(hidden) * self.layer_scale2
 
     def _attend(self, normed: Tensor, rotary: Tensor, segments: "VisionSegments") -> Tensor:
         qkv = self.linear_qkv(normed).unflatten(-1, (3, self.num_heads, -1))
@@ -57,7 +69,8 @@ class VisionLayer(nn.Module):
         )
         if segments.inverse is not None:
             context = context.index_select(0, segments.inverse)
-        return self.linear_proj(context)
+        projected: Tensor = self.linear_proj(context)
+        return projected
 
 
 class VisionSegments:

@@ -27,8 +27,9 @@ def build_model(config: NaViLConfig, pg_collection: ProcessGroupCollection, devi
             chunks.append(
                 NaViLModel(
                     config.model,
+                    config.training,
                     transformer_config,
-                    choose_kernels(config.runtime),
+                    choose_kernels(config),
                     pg_collection,
                     pre_process=pp_rank == 0 and chunk == 0,
                     post_process=pp_rank == pp_size - 1 and chunk == num_chunks - 1,
@@ -48,6 +49,8 @@ def initialize_weights(chunk: NaViLModel, model: ModelConfig, seed: int) -> None
     Every whole tensor has a generator of its own, seeded by (seed, name, layer), and a tensor-parallel rank keeps its
     slice. Text and visual experts start different; copying one from the other is the converter's business.
     """
+    if any(parameter.is_meta for parameter in chunk.parameters()):
+        return  # a dry run: shapes without values
     first_layer = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     for name, parameter in chunk.named_parameters():
         mean, std = initial_values(name, parameter.dim(), model)

@@ -1,5 +1,7 @@
 """Joins NaViL's layers with the chosen kernels into megatron-core's layer spec."""
 
+from functools import partial
+
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,6 +11,7 @@ from navil_megatron.config.schema import LanguageConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_attention import ModalityAttentionSubmodules, ModalitySelfAttention
 from navil_megatron.layers.modality_experts import ModalityExperts
+from navil_megatron.layers.modality_linear import LinearKernels, modality_product
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.layers.transformer_layer import NaViLTransformerLayer, residual_add
 
@@ -17,6 +20,8 @@ def decoder_block_spec(
     language: LanguageConfig, config: TransformerConfig, kernels: Kernels, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """The decoder layers of one pipeline stage (one chunk of it under the interleaved schedule)."""
+    linears = LinearKernels(kernels.linear, kernels.modality_product or modality_product)
+    experts = ModalityMLP if config.expert_model_parallel_size == 1 else ModalityExperts
     layer = ModuleSpec(
         module=NaViLTransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -25,12 +30,13 @@ def decoder_block_spec(
                 module=ModalitySelfAttention,
                 submodules=ModalityAttentionSubmodules(
                     attention=kernels.segment_attention,
+                    linears=linears,
                     composed_visual_output_projection=language.composed_visual_output_projection,
                 ),
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=kernels.rms_norm,
-            mlp=ModalityMLP if config.expert_model_parallel_size == 1 else ModalityExperts,
+            mlp=partial(experts, linears=linears),
             mlp_bda=residual_add,
         ),
     )

@@ -4,7 +4,7 @@ import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig
+from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig, Recomputed, TrainingConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,10 +46,11 @@ def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=config.runtime.gradient_accumulation_fusion == "apex",
         **_experts(parallel),
         **_interleaving(parallel),
-        **_recompute(config.training.recompute),
+        **_recompute(config.training),
+        **_fp8(config.training),
     )
 
 
@@ -74,12 +75,26 @@ def _interleaving(parallel: ParallelConfig) -> dict:
     return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
 
 
-def _recompute(granularity: str) -> dict:
-    if granularity == "full":
+def _fp8(training: TrainingConfig) -> dict:
+    """Core enters the recipe around each layer, around the whole pass for delayed scaling, and again in recompute."""
+    if training.fp8 == "none":
+        return {}
+    return {
+        "fp8": "e4m3" if training.fp8 == "blockwise" else "hybrid",
+        "fp8_recipe": training.fp8,
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": training.fp8_first_last_layers_bf16,
+    }
+
+
+def _recompute(training: TrainingConfig) -> dict:
+    """The decoder's part; the encoder is not core's and reads its own choice."""
+    if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if granularity == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return {}
+    core_names: dict[Recomputed, str] = {"attention": "core_attn", "mlp": "mlp"}
+    modules = [name for part, name in core_names.items() if training.recomputes(part)]
+    return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
 
 
 def _pipeline_layout(config: NaViLConfig) -> PipelineParallelLayerLayout | None:

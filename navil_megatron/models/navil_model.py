@@ -11,8 +11,6 @@ from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -21,9 +19,10 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig, TrainingConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.feature_gather import gather_features
+from navil_megatron.layers.loss_head import LossHead
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.connector import Connector
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
@@ -52,7 +51,8 @@ class NaViLModel(LanguageModule):
 
     Args:
         model: The model section of the config.
-        config: Its megatron-core translation.
+        training: The training section: what is computed again, and how many logits exist at once.
+        config: Their megatron-core translation.
         kernels: The chosen arithmetic.
         pg_collection: Process groups.
         pre_process: This stage embeds tokens and encodes images.
@@ -63,6 +63,7 @@ class NaViLModel(LanguageModule):
     def __init__(
         self,
         model: ModelConfig,
+        training: TrainingConfig,
         config: TransformerConfig,
         kernels: Kernels,
         pg_collection: ProcessGroupCollection,
@@ -73,10 +74,13 @@ class NaViLModel(LanguageModule):
         super().__init__(config=config, pg_collection=pg_collection)
         self.model_type = ModelType.encoder_or_decoder
         self.model, self.vp_stage = model, vp_stage
+        self.loss_chunk_tokens = training.loss_chunk_tokens
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = model.language.tied_embeddings
         if pre_process:
-            self.vision_encoder = VisionEncoder(model.vision, config, kernels, self.tp_group)
+            self.vision_encoder = VisionEncoder(
+                model.vision, config, kernels, self.tp_group, recompute=training.recomputes("encoder")
+            )
             self.connector = Connector(model, config)
             for parameter in (*self.vision_encoder.parameters(), *self.connector.parameters()):
                 parameter.sum_gradient_over_tensor_parallel = True
@@ -104,11 +108,11 @@ class NaViLModel(LanguageModule):
             tp_group=self.tp_group,
         )
 
-    def _build_output_layer(self) -> ColumnParallelLinear:
+    def _build_output_layer(self) -> LossHead:
         # The head reads rows that were already gathered and picked, so it must not gather the sequence again.
         config = copy.copy(self.config)
         config.sequence_parallel = False
-        return ColumnParallelLinear(
+        return LossHead(
             self.model.language.hidden_size,
             self.model.language.vocab_size,
             config=config,
@@ -162,10 +166,6 @@ class NaViLModel(LanguageModule):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        picked = hidden_states.index_select(0, inputs.loss_positions)
+        picked = hidden_states.index_select(0, inputs.loss_positions).squeeze(1)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(picked, weight=weight)
-        if inputs.labels is None:
-            return logits.squeeze(1)
-        losses = vocab_parallel_cross_entropy(logits.float(), inputs.labels.unsqueeze(1), tp_group=self.tp_group)
-        return losses.squeeze(1)
+        return self.output_layer(picked, weight, inputs.labels, self.loss_chunk_tokens)

@@ -6,6 +6,7 @@ rank encodes whole scale-images and the features are gathered.
 
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,43 +19,60 @@ from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_linear import Offsets
 from navil_megatron.layers.rope import cos_sin, rotary_angles_2d
 from navil_megatron.layers.segments import group_segments, inverse_order
-from navil_megatron.layers.vision_layer import VisionLayer, VisionSegments
+from navil_megatron.layers.vision_layer import VisionKernels, VisionLayer, VisionSegments
 from navil_megatron.layers.vision_plan import VisionPlan
 
 
 class VisionEncoder(MegatronModule):
     """This rank's images -> merged tokens, [k, w * merge^2], in encoder order."""
 
-    def __init__(self, vision: VisionConfig, config: TransformerConfig, kernels: Kernels, tp_group: ProcessGroup):
+    def __init__(
+        self,
+        vision: VisionConfig,
+        config: TransformerConfig,
+        kernels: Kernels,
+        tp_group: ProcessGroup,
+        recompute: bool = False,
+    ):
         super().__init__(config=config)
         self.vision = vision
+        self.recompute = recompute
         self.tp_group = tp_group
         self.patch_embedding = nn.Linear(vision.patch_dim, vision.hidden_size, dtype=config.params_dtype)
-        self.layers = nn.ModuleList(
-            VisionLayer(vision, kernels.segment_attention, config.params_dtype) for _ in range(vision.num_layers)
+        self.rows_multiple = kernels.encoder_rows
+        chosen = VisionKernels(
+            kernels.segment_attention, kernels.linear, kernels.encoder_norms, kernels.encoder_precision
         )
+        self.layers = nn.ModuleList(VisionLayer(vision, chosen, config.params_dtype) for _ in range(vision.num_layers))
 
     def forward(self, pixel_values: Tensor, plan: VisionPlan) -> Tensor:
         """pixel_values [patches of the microbatch, patch_dim]; ``plan`` says which of them are this rank's."""
         device, dtype = self.patch_embedding.weight.device, self.patch_embedding.weight.dtype
         index = torch.from_numpy(plan.patch_index).to(device, non_blocking=True)
         patches = self.patch_embedding(pixel_values.index_select(0, index).to(dtype))
-        rows, columns = (torch.from_numpy(x).to(device, non_blocking=True) for x in (plan.rows, plan.columns))
-        rotary = cos_sin(rotary_angles_2d(rows, columns, self.vision.head_dim, self.vision.rope_theta), dtype)
-        whole_images = build_segments(plan.image_segments, device)
-        windows = (
-            whole_images if self.vision.full_attention_layers is None else build_segments(plan.window_segments, device)
+        num_patches = patches.shape[0]
+        padding = -num_patches % self.rows_multiple
+        if padding:
+            # Empty patches, a segment of their own.
+            patches = nn.functional.pad(patches, (0, 0, 0, padding))
+        rows, columns = (
+            torch.from_numpy(np.pad(x, (0, padding))).to(device, non_blocking=True) for x in (plan.rows, plan.columns)
         )
+        rotary = cos_sin(rotary_angles_2d(rows, columns, self.vision.head_dim, self.vision.rope_theta), dtype)
+        whole_images = build_segments((*plan.image_segments, padding), device)
+        windows = whole_images
+        if self.vision.full_attention_layers is not None:
+            windows = build_segments((*plan.window_segments, padding), device)
         for number, layer in enumerate(self.layers):
             segments = whole_images if number in (self.vision.full_attention_layers or ()) else windows
-            if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 patches = torch.utils.checkpoint.checkpoint(
                     layer, patches, rotary, segments, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 patches = layer(patches, rotary, segments)
         # Pixel shuffle: patches arrive block by block, so merging a block is a reshape (TL, TR, BL, BR).
-        return patches.reshape(-1, self.vision.merged_size)
+        return patches[:num_patches].reshape(-1, self.vision.merged_size)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None

@@ -121,7 +121,7 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
     def tensor_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         named = original(tensor, *args, **kwargs)
         if isinstance(named, str) and not named.startswith("torch.cuda."):
-            return named.replace("torch.", "torch.cuda.", 1)
+            return named.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return named
 
     return tensor_type
@@ -180,7 +180,7 @@ def _pad_rows(rows: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
 
 
-_FACTORIES = (
+FACTORIES = (
     "empty",
     "zeros",
     "ones",
@@ -195,6 +195,7 @@ _FACTORIES = (
     "ones_like",
     "full_like",
 )
+"""Functions that make tensors."""
 
 _RANDOM = "megatron.core.tensor_parallel.random"
 _MAPPINGS = "megatron.core.tensor_parallel.mappings"
@@ -227,7 +228,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(_MAPPINGS, "_gather_along_first_dim", _gather_uneven, "experts under tensor parallelism: gloo is even"),
     Patch(_MAPPINGS, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven, "experts under tensor parallelism"),
-    *(Patch("torch", name, _on_cpu, "device='cuda' literals in optimizers, schedules, MoE") for name in _FACTORIES),
+    *(Patch("torch", name, _on_cpu, "device='cuda' literals in optimizers, schedules, MoE") for name in FACTORIES),
 )
 """Everything that is replaced. A global ``TorchFunctionMode`` would catch more, at a cost on every single operation."""
 

@@ -11,6 +11,7 @@ from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
+from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
@@ -20,6 +21,7 @@ from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
 from navil_megatron.training.metrics import MetricsLog, StepMeter
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
 from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import train_step
@@ -32,6 +34,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
 
     A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end.
     """
+    session.together(lambda: choose_kernels(config))
     loader, held_out = session.together(lambda: _open_data(config, session))
     model = build_model(config, session.groups, session.device)
     manager = CheckpointManager(config, session)
@@ -74,6 +77,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             if stopping or saving:
                 session.watchdog.enter("save")
                 state.loader = loader.state()
+                gather_parameters(chunks)
                 manager.save(state.step, model, optimizer, state.to_dict())
                 meter.restart()
             if stopping:

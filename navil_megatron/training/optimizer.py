@@ -12,24 +12,41 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
 from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.adamw import AdamW
+from navil_megatron.training.overlap import set_schedule_hooks, wait_for_held_weights
 
 
-def wrap_ddp(config: NaViLConfig, session: Session, chunks: list[MegatronModule]) -> list[DistributedDataParallel]:
-    """The model chunks with FP32 gradient buffers that are summed over the data-parallel ranks."""
+def wrap_ddp(
+    config: NaViLConfig, session: Session, chunks: list[MegatronModule], bucket_size: int | None = None
+) -> list[DistributedDataParallel]:
+    """The model chunks with FP32 gradient buffers that are summed over the data-parallel ranks.
+
+    Args:
+        config: The run.
+        session: This rank.
+        chunks: Its model chunks.
+        bucket_size: Parameters whose communication overlaps as one; None: as core chooses by the number of ranks.
+    """
+    ours = config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
-        use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=ours.overlap_grad_reduce,
+        overlap_param_gather=ours.overlap_param_gather,
+        use_distributed_optimizer=ours.distributed,
+        bucket_size=bucket_size,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             get_model_config(chunk), ddp_config, chunk, disable_bucketing=index > 0, pg_collection=session.groups
         )
         for index, chunk in enumerate(chunks)
     ]
+    set_schedule_hooks(wrapped)
+    for chunk in wrapped:
+        wait_for_held_weights(chunk)
+    return wrapped
 
 
 def build_optimizer(config: NaViLConfig, chunks: list[DistributedDataParallel], session: Session) -> ChainedOptimizer:
@@ -37,7 +54,7 @@ def build_optimizer(config: NaViLConfig, chunks: list[DistributedDataParallel], 
 
     Load initial weights before this: the master weights are copied here.
     """
-    _use_our_adamw()
+    _use_adam(choose_kernels(config).adam or AdamW)
     optimizer = get_megatron_optimizer(
         _core_config(config), chunks, use_gloo_process_groups=False, pg_collection=session.groups
     )
@@ -76,17 +93,18 @@ def _core_config(config: NaViLConfig) -> core_optimizer.OptimizerConfig:
         params_dtype=torch.bfloat16 if is_bf16 else torch.float32,
         clip_grad=ours.clip_grad or 0.0,
         use_distributed_optimizer=ours.distributed,
+        overlap_param_gather=ours.overlap_param_gather,
     )
 
 
-def _use_our_adamw() -> None:
-    """Makes core choose our AdamW, on every machine, and treat it like a fused one: step in the parameter groups.
+def _use_adam(adam: type) -> None:
+    """Makes core take this Adam, on every machine, and treat it like a fused one: step in the parameter groups.
 
     Core decides at import by what is installed (optimizer/__init__.py, distrib_optimizer.py): Transformer Engine's or
     Apex's Adam if they are there, torch's otherwise, whose state it cannot restore rightly.
     """
-    core_optimizer.Adam = AdamW
+    core_optimizer.Adam = adam
     core_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = AdamW
+    distrib_optimizer.Adam = adam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True

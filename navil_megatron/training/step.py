@@ -153,7 +153,7 @@ def weighted_loss(inputs: ModelInputs, losses: Tensor) -> tuple[Tensor, Tensor, 
     is a copy.
     """
     loss_sum = (losses * inputs.loss_weights).sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
     return loss_sum, count, {"loss_sum": loss_sum.detach().clone()}
 
 
@@ -192,6 +192,7 @@ def finalize_gradients(
 def _global_weight(microbatches: Sequence[Microbatch], session: Session) -> Tensor:
     """Weight of the global batch, [] float32."""
     local = sum(float(microbatch.loss_weights.sum(dtype="float64")) for microbatch in microbatches)
-    weight = torch.tensor(local, dtype=torch.float32, device=session.device)
+    # Filled on the device: a copy of a host tensor would make the host wait for it.
+    weight = torch.full((), local, dtype=torch.float32, device=session.device)
     torch.distributed.all_reduce(weight, group=session.groups.dp)
     return weight

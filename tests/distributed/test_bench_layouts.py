@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from navil_megatron.planner.communication import Traffic, buffer_size
 from tests.oracle import MIXED, TEXT_ONLY, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
-from tools.bench.layouts import Trainer, compare
-from tools.bench.traffic_count import CountTraffic, Traffic
-from tools.bench.traffic_formula import buffer_size, traffic_by_formula
+from tools.bench.layouts import Trainer, compare, traffic_by_formula
+from tools.bench.traffic_count import CountTraffic
 
 BATCH = (MIXED, TEXT_ONLY, TEXT_ONLY, MIXED)
 NOT_SPLIT = {"optimizer": {"distributed": False}}
@@ -24,6 +24,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2-sp": (2, {"parallel": TP2_SP}),
     "tp2-sp-composed": (2, {"parallel": TP2_SP, "model": COMPOSED}),
     "tp2-sp-bf16": (2, {"parallel": TP2_SP, **BF16}),
+    "tp2-recompute": (2, {"parallel": {"tp": 2}, "training": {"recompute": "full"}}),
+    "tp2-sp-recompute": (2, {"parallel": TP2_SP, "training": {"recompute": "full"}}),
     "pp2": (2, {"parallel": {"pp": 2}}),
     "pp2-uneven": (2, {"parallel": {"pp": 2, "pipeline_layers": (1, 3)}}),
     "pp2-interleaved-tied": (2, {"parallel": {"pp": 2, "vpp": 2}, "model": TIED}),

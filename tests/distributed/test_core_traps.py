@@ -20,6 +20,7 @@ keys of two optimizers begin with chained_0.         test_expert_parallel_and_on
 loading drops empty containers and closes gaps       test_frozen_experts_leave_checkpoints_those_of_one_rank
 with nothing to train the optimizer is a stub        test_nothing_to_train_is_saved_and_restored
 each of two optimizers gathers all weights           test_updated_weights_are_gathered_once
+waits for gathered weights of called modules alone   test_overlap_equals_none
 its metadata reader fails on torch 2.15              test_a_new_process_resumes_bit_for_bit
 a save spawns a server process                       test_a_save_starts_no_process
 a spawned process imports the main module again      test_importing_a_script_does_nothing

@@ -13,6 +13,7 @@ import torch
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params, plan_modality_order
 from navil_megatron.layers.modality_experts import ModalityExperts
+from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.models.build import build_model
 from navil_megatron.models.mcore_config import build_transformer_config
@@ -67,7 +68,7 @@ def _feed_forward(rank: int, world_size: int, parallel: dict) -> list:
     config = oracle_config(parallel=parallel)
     with start_session(rank, world_size, config) as session:
         kind = ModalityMLP if session.ep_size == 1 else ModalityExperts
-        layer = kind(build_transformer_config(config), session.groups)
+        layer = kind(build_transformer_config(config), session.groups, LinearKernels(torch.nn.Linear))
         load_whole([layer], _weights())
         return [_case(layer, session, counts, frozen) for counts in COUNTS for frozen in FROZEN]
 

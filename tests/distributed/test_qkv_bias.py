@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
-from navil_megatron.layers.modality_linear import ModalityColumnParallelLinear
+from navil_megatron.layers.modality_linear import LinearKernels, ModalityColumnParallelLinear
 from navil_megatron.models.mcore_config import build_transformer_config
 from tests.ranks import run_ranks, start_session, tiny_config
 
@@ -16,7 +16,9 @@ def project(rank: int, world_size: int, num_text: int, sequence_parallel: bool) 
     config = tiny_config(parallel=parallel)
     with start_session(rank, world_size, config) as session:
         transformer = build_transformer_config(config)
-        layer = ModalityColumnParallelLinear(transformer, OUTPUT, INPUT, session.groups.tp, bias=True).double()
+        layer = ModalityColumnParallelLinear(
+            transformer, LinearKernels(torch.nn.Linear), OUTPUT, INPUT, session.groups.tp, bias=True
+        ).double()
         generator = torch.Generator().manual_seed(0)
         whole = {
             name: torch.randn(OUTPUT, *rest, generator=generator, dtype=torch.float64)

@@ -13,6 +13,7 @@ from tests.unit.config_examples import EXAMPLE_TOML
 
 VERBS = [
     ("train",),
+    ("plan",),
     ("data", "build"),
     ("data", "index"),
     ("data", "inspect"),

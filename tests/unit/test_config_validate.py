@@ -15,6 +15,9 @@ from tests.unit.config_examples import example_tables
 IDS = list(range(84, 96))
 INTERNLM2 = {"model__language__family": "internlm2", "model__language__qk_norm": False}
 LLAMA = {"model__language__family": "llama", "model__language__qk_norm": False}
+ENGINE = {"runtime__device": "cuda", "runtime__kernels": "transformer_engine"}
+TENSORWISE = {**ENGINE, "training__fp8": "tensorwise"}
+DELAYED = {**ENGINE, "training__fp8": "delayed"}
 
 
 def configured(**settings: Any) -> NaViLConfig:
@@ -54,6 +57,14 @@ def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str
         ({**INTERNLM2, "model__language__composed_visual_output_projection": True}, 1),
         ({"model__language__family": "qwen2", "model__language__qk_norm": False, "model__language__qkv_bias": True}, 1),
         ({**LLAMA, "model__language__rope_scaling_factor": 8.0}, 1),
+        (ENGINE, 8),
+        ({**ENGINE, "runtime__gradient_accumulation_fusion": "transformer_engine"}, 8),
+        ({"runtime__device": "cuda", "runtime__gradient_accumulation_fusion": "apex"}, 8),
+        ({**DELAYED, "training__recompute": "full"}, 8),
+        ({**TENSORWISE, "training__fp8_first_last_layers_bf16": True}, 8),
+        ({**TENSORWISE, "training__fp8_encoder": True, "model__vision__hidden_size": 48}, 8),
+        ({**ENGINE, "training__fp8": "blockwise", "data__pad_segments_to": 128}, 8),
+        ({**TENSORWISE, "parallel__tensor_model_parallel_size": 2}, 8),
     ],
 )
 def test_good_runs_pass(settings: dict[str, Any], world_size: int | None) -> None:
@@ -125,6 +136,30 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     ({"data__seq_length": 1024}, None, "lets one image take 1024 tokens, but a row has data.seq_length = 1024"),
     ({"optimizer__warmup_steps": 1001}, None, "optimizer.warmup_steps = 1001 is more than training.train_steps = 1000"),
     ({"optimizer__min_lr": 0.1}, None, "optimizer.min_lr = 0.1 is more than optimizer.lr = 0.001"),
+    (
+        {"training__recompute": "selective", "training__recompute_modules": []},
+        None,
+        "training.recompute_modules is empty; name some of attention, mlp, encoder, or set",
+    ),
+    (
+        {"training__recompute_modules": ["mlp", "mlp"]},
+        None,
+        "training.recompute_modules = ['mlp', 'mlp'] holds a name more than once; name each part once",
+    ),
+    (
+        {"optimizer__overlap_param_gather": True},
+        None,
+        "optimizer.overlap_param_gather = true needs optimizer.overlap_grad_reduce = true; switch it on, or",
+    ),
+    (
+        {
+            "optimizer__overlap_param_gather": True,
+            "optimizer__overlap_grad_reduce": True,
+            "optimizer__distributed": False,
+        },
+        None,
+        "optimizer.overlap_param_gather = true needs optimizer.distributed = true; switch it on, or",
+    ),
     ({"training__evaluate_every_steps": 10}, None, "data.validation_sources is empty"),
     (
         {"parallel__tensor_model_parallel_size": 4},
@@ -192,6 +227,56 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         },
         2,
         "the interleaved schedule needs microbatches in multiples of pipeline_model_parallel_size = 2, found 3",
+    ),
+    (
+        {"runtime__kernels": "transformer_engine"},
+        8,
+        'needs runtime.device = "cuda", found "cpu"; set kernels = "torch"',
+    ),
+    ({**ENGINE, "training__precision": "fp32"}, 8, 'needs training.precision = "bf16", found "fp32"; change it or'),
+    (
+        {"runtime__gradient_accumulation_fusion": "transformer_engine"},
+        8,
+        'but runtime.kernels = "torch" has no such layers; set kernels = "transformer_engine" or the fusion to "none"',
+    ),
+    (
+        {"runtime__gradient_accumulation_fusion": "apex"},
+        8,
+        'fusion = "apex" needs runtime.device = "cuda", found "cpu"',
+    ),
+    ({"training__fp8": "mxfp8"}, 8, 'fp8 = "mxfp8" needs Blackwell GPUs; Hopper has no such products: use "blockwise"'),
+    ({"training__fp8": "delayed"}, 8, 'fp8 = "delayed" needs runtime.kernels = "transformer_engine", found "torch"'),
+    ({"training__fp8_encoder": True}, 8, 'fp8_encoder = true, but training.fp8 = "none"; choose a recipe or set'),
+    (
+        {**DELAYED, "training__fp8_first_last_layers_bf16": True},
+        8,
+        'fp8_first_last_layers_bf16 = true does not go with training.fp8 = "delayed", which updates all scales once',
+    ),
+    (
+        {**DELAYED, "training__fp8_encoder": True, "model__vision__hidden_size": 48},
+        8,
+        'training.fp8_encoder = true does not go with training.fp8 = "delayed"',
+    ),
+    (
+        {**TENSORWISE, "data__pad_segments_to": 8},
+        8,
+        'data.pad_segments_to = 8: training.fp8 = "tensorwise" takes segments of a multiple of 16 tokens; set it to 16',
+    ),
+    (
+        {**ENGINE, "training__fp8": "blockwise"},
+        8,
+        'data.pad_segments_to = 16: training.fp8 = "blockwise" takes segments of a multiple of 128 tokens; set it to',
+    ),
+    (
+        {**TENSORWISE, "parallel__tensor_model_parallel_size": 2, "model__language__ffn_hidden_size": 48},
+        8,
+        "model.language.ffn_hidden_size is 24 on one of 2 tensor-parallel ranks; FP8 takes multiples of 16: change",
+    ),
+    ({**TENSORWISE, "model__language__hidden_size": 40}, 8, "model.language.hidden_size is 40 on one of 1 tensor-"),
+    (
+        {**TENSORWISE, "training__fp8_encoder": True},
+        8,
+        "model.vision.hidden_size is 24 on one of 1 tensor-parallel ranks; FP8 takes multiples of 16",
     ),
 ]
 

@@ -138,6 +138,8 @@ def test_apex_without_extensions_and_whole(good_install: Path) -> None:
     assert check["status"] == "wrong"
     assert "no amp_C" in check["found"]
     (good_install / "amp_C.py").touch()
+    assert "fused_weight_gradient_mlp_cuda" in examine(good_install)["by_name"]["apex"]["found"]
+    (good_install / "fused_weight_gradient_mlp_cuda.py").touch()
     assert examine(good_install)["by_name"]["apex"]["status"] == "ok"
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from navil_megatron.config.phases import is_trainable
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.hf.param_map import mcore_shapes
-from navil_megatron.models.freezing import is_trainable
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
 
 

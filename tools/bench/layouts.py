@@ -3,7 +3,7 @@
     python tools/bench/layouts.py [--layouts tp2,pp2] [--json]
 
 Bytes are counted during one training step and stand beside what a formula of the layout and the batch's sizes says
-(``traffic_formula.py``); every rank is compared. Bytes are payload, the size of the whole tensor: input of an
+(``planner/communication.py``); every rank is compared. Bytes are payload, the size of the whole tensor: input of an
 all-reduce, output of an all-gather, input of a reduce-scatter, what is sent of an all-to-all or of a message.
 
 Step times are of gloo ranks that share this machine's cores: they compare layouts no better than they would a cluster's
@@ -22,17 +22,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_run import mixed_row, one_sample_row, small_config, start_rank
-from traffic_count import CountTraffic, Traffic, TrafficTable
-from traffic_formula import RankView, sizes_of, state_bytes, traffic_by_formula
+from traffic_count import CountTraffic
 
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.types import Microbatch
+from navil_megatron.layers.vision_plan import plan_vision
 from navil_megatron.models.build import build_model
+from navil_megatron.planner.communication import (
+    MicrobatchSizes,
+    RankView,
+    Traffic,
+    TrafficTable,
+    is_exact,
+    traffic_of_step,
+)
+from navil_megatron.planner.memory import state_bytes
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
@@ -76,6 +86,25 @@ def bench_rows(config: NaViLConfig) -> list[Microbatch]:
     rows = [mixed_row(config, seed, GRID) for seed in range(NUM_ROWS)]
     rows[1] = one_sample_row(config, 1, config.data.seq_length, [])
     return rows
+
+
+def sizes_of(microbatch: Microbatch, config: NaViLConfig) -> MicrobatchSizes:
+    """What the formula needs, counted on the host."""
+    ranks = config.parallel.tensor_model_parallel_size
+    grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
+    num_visual = int(np.count_nonzero(microbatch.visual_token_mask))
+    return MicrobatchSizes(
+        num_predictions=int(np.count_nonzero(microbatch.labels != -100)),
+        gathered_features=ranks * plan_vision(grids, config.model.vision, 0, ranks).gathered_tokens,
+        rows_by_modality=(microbatch.visual_token_mask.size - num_visual, num_visual),
+    )
+
+
+def traffic_by_formula(view: RankView) -> TrafficTable:
+    """The formula, where it is exact."""
+    if not is_exact(view.config):
+        raise SystemExit("the formula of the traffic is exact in phase s2, and with experts beside data parallelism")
+    return traffic_of_step(view)
 
 
 class Trainer:
@@ -155,7 +184,9 @@ def measure_rank(rank: int, layout: str, options: argparse.Namespace, folder: st
             "step_seconds": statistics.median(seconds),
             "peak_bytes": peak,
             "state_bytes": trainer.state_bytes(),
-            "state_bytes_formula": state_bytes(view),
+            "state_bytes_formula": state_bytes(
+                config, [item for chunk in view.parameters for item in chunk.items()], view.dp_size
+            ).total,
             "traffic": compare(counted, expected),
         }
     (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))

@@ -7,12 +7,14 @@ what is sent of an all-to-all or of a message to a neighbour. How much crosses a
 """
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from navil_megatron.planner.communication import Traffic, TrafficTable
 
 AXES = {
     "tp": ("tp",),
@@ -45,20 +47,6 @@ INPUT_SECOND = ("reduce-scatter", "all-to-all")
 
 NOT_COUNTED = ("recv_", "barrier")
 """A receive is the other side of a send; a barrier carries nothing."""
-
-
-class Traffic(NamedTuple):
-    """How often, and how much in all."""
-
-    calls: int = 0
-    num_bytes: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
-        return Traffic(self.calls + other.calls, self.num_bytes + other.num_bytes)
-
-
-type TrafficTable = dict[tuple[str, str], Traffic]
-"""(axis, collective) -> traffic."""
 
 
 class CountTraffic(TorchDispatchMode):

@@ -1,26 +1,38 @@
-"""What one rank sends in a training step, by arithmetic on host-known sizes: the counterpart of ``traffic_count``.
+"""What one rank sends in a training step, by arithmetic on host-known sizes.
 
-Holds for phase ``s2`` (everything trains) without recompute; another setting is refused rather than guessed.
+``tools/bench/layouts.py`` counts the bytes of real steps and holds them against this formula. It is exact where
+``is_exact`` says so; elsewhere it is an estimate: frozen parameters may save a collective of input gradients.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from traffic_count import Traffic, TrafficTable
+from typing import NamedTuple
 
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.types import Microbatch
-from navil_megatron.layers.vision_plan import plan_vision
+from navil_megatron.planner.memory import FP32, INT64, number_bytes
+from navil_megatron.planner.parameters import layers_of_chunks
 
-FP32, INT64 = 4, 8
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 """Numbers to which the distributed optimizer aligns each parameter, and each buffer as a whole."""
 
 type Part = tuple[str, str, int, int]
 """Axis, collective, calls, bytes of all of them."""
+
+
+class Traffic(NamedTuple):
+    """How often, and how much in all."""
+
+    calls: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":  # type: ignore[override]
+        return Traffic(self.calls + other.calls, self.num_bytes + other.num_bytes)
+
+
+type TrafficTable = dict[tuple[str, str], Traffic]
+"""(axis, collective) -> traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +45,6 @@ class MicrobatchSizes:
     """Image tokens after the gather over tensor-parallel ranks: each share is padded to the largest."""
     rows_by_modality: tuple[int, int]
     """Text and visual rows."""
-
-
-def sizes_of(microbatch: Microbatch, config: NaViLConfig) -> MicrobatchSizes:
-    """Counted on the host."""
-    ranks = config.parallel.tensor_model_parallel_size
-    grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
-    num_visual = int(np.count_nonzero(microbatch.visual_token_mask))
-    return MicrobatchSizes(
-        num_predictions=int(np.count_nonzero(microbatch.labels != -100)),
-        gathered_features=ranks * plan_vision(grids, config.model.vision, 0, ranks).gathered_tokens,
-        rows_by_modality=(microbatch.visual_token_mask.size - num_visual, num_visual),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +77,8 @@ class RankView:
     @property
     def num_layers(self) -> int:
         """Decoder layers of this stage."""
-        parallel = self.config.parallel
-        even = self.config.model.language.num_layers // parallel.pipeline_model_parallel_size
-        of_chunks = parallel.pipeline_layers or ()
-        stages = parallel.pipeline_model_parallel_size
-        return sum(of_chunks[self.pp_rank :: stages]) if of_chunks else even
+        layers = layers_of_chunks(self.config.parallel, self.config.model.language.num_layers)
+        return sum(layers[self.pp_rank :: self.config.parallel.pipeline_model_parallel_size])
 
     @property
     def is_first(self) -> bool:
@@ -94,14 +91,9 @@ class RankView:
         return self.pp_rank == self.config.parallel.pipeline_model_parallel_size - 1
 
     @property
-    def number_bytes(self) -> int:
-        """Bytes of a number of weights and activations."""
-        return FP32 if self.config.training.precision == "fp32" else 2
-
-    @property
     def row_bytes(self) -> int:
         """Bytes of a token's hidden state."""
-        return self.config.model.language.hidden_size * self.number_bytes
+        return self.config.model.language.hidden_size * number_bytes(self.config)
 
     @property
     def tokens_bytes(self) -> int:
@@ -109,17 +101,15 @@ class RankView:
         return self.config.microbatch_tokens * self.row_bytes
 
 
-def traffic_by_formula(view: RankView) -> TrafficTable:
-    """(axis, collective) -> calls and bytes of one step of this rank.
+def is_exact(config: NaViLConfig) -> bool:
+    """Whether the counted bytes equal the formula's: everything trains, and experts stand beside data parallelism."""
+    parallel = config.parallel
+    is_plain = parallel.expert_model_parallel_size == 1 or parallel.model_parallel_size == 1
+    return config.training.phase == "s2" and is_plain
 
-    Raises:
-        SystemExit: The formula does not hold for the setting.
-    """
-    parallel, training = view.config.parallel, view.config.training
-    if training.phase != "s2" or training.recompute != "none":
-        raise SystemExit("the formula of the traffic holds for phase s2 without recompute")
-    if parallel.expert_model_parallel_size > 1 and parallel.model_parallel_size > 1:
-        raise SystemExit("the formula of the traffic knows expert parallelism beside data parallelism alone")
+
+def traffic_of_step(view: RankView) -> TrafficTable:
+    """(axis, collective) -> calls and bytes of one step of this rank."""
     found: TrafficTable = defaultdict(Traffic)
     for part in (tensor_parallel, tensor_parallel_gradients, pipeline, experts, data_parallel, gradient_norm):
         for axis, collective, calls, num_bytes in part(view):
@@ -128,32 +118,47 @@ def traffic_by_formula(view: RankView) -> TrafficTable:
     return dict(found)
 
 
+def layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
+    """Tensor-parallel collectives of one decoder layer and microbatch, forward and backward."""
+    # A part that is computed again repeats the forward collectives of its column and its row layer.
+    again = (config.training.recompute == "full") + config.training.recomputes("mlp")
+    # Attention and feed-forward are a column and a row layer each; experts of their own ranks gather their rows.
+    if config.parallel.sequence_parallel:
+        # Each column layer gathers, forward and again backward; each row layer gathers its gradient.
+        yield "tp", "all-gather", 6 + again, (6 + again) * tokens_bytes
+        # Each row layer scatters its sum; each column layer the sum of its gradients.
+        yield "tp", "reduce-scatter", 4 + again, (4 + again) * tokens_bytes
+    else:
+        # Outputs of the row layers, gradients of the column layers.
+        yield "tp", "all-reduce", 4 + again, (4 + again) * tokens_bytes
+
+
 def tensor_parallel(view: RankView) -> Iterator[Part]:
     """Activations: t tokens of width h, in every layer; g image features; k predictions."""
     if view.config.parallel.tensor_model_parallel_size == 1:
         return
-    split_rows = view.config.parallel.sequence_parallel
     for microbatch in view.mine:
-        layers, tokens = view.num_layers, view.tokens_bytes
+        for axis, collective, calls, num_bytes in layer_parts(view.config, view.tokens_bytes):
+            yield axis, collective, calls * view.num_layers, num_bytes * view.num_layers
+        yield from edge_parts(view, microbatch)
+
+
+def edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Part]:
+    """Tensor-parallel collectives around the layers: embeddings and images before them, the head behind."""
+    split_rows, tokens = view.config.parallel.sequence_parallel, view.tokens_bytes
+    if view.is_first:
+        yield "tp", "all-reduce", 1, tokens  # the embedding table is split by vocabulary
+        yield "tp", "all-gather", 1, microbatch.gathered_features * view.row_bytes
         if split_rows:
-            # Two column layers gather, forward and again backward; two row layers gather their gradients.
-            yield "tp", "all-gather", 6 * layers, 6 * layers * tokens
-            # Two row layers scatter their sums; two column layers the sums of their gradients.
-            yield "tp", "reduce-scatter", 4 * layers, 4 * layers * tokens
-        else:
-            # Outputs of two row layers, gradients of two column layers.
-            yield "tp", "all-reduce", 4 * layers, 4 * layers * tokens
-        if view.is_first:
-            yield "tp", "all-reduce", 1, tokens  # the embedding table is split by vocabulary
-            yield "tp", "all-gather", 1, microbatch.gathered_features * view.row_bytes
-            if split_rows:
-                yield "tp", "all-gather", 1, tokens  # gradient of the embeddings' rows
-        if view.is_last:
-            if split_rows:
-                yield "tp", "all-gather", 1, tokens  # rows for the head
-            yield "tp", "all-reduce", 1, microbatch.num_predictions * view.row_bytes  # the head's input gradient
-            # Cross entropy over a split vocabulary: maximum, label's logit, sum of exponentials.
-            yield "tp", "all-reduce", 3, 3 * microbatch.num_predictions * FP32
+            yield "tp", "all-gather", 1, tokens  # gradient of the embeddings' rows
+    if view.is_last:
+        if split_rows:
+            yield "tp", "all-gather", 1, tokens  # rows for the head
+        # The head's input gradient, one chunk of positions after the other.
+        num_chunks = math.ceil(microbatch.num_predictions / view.config.training.loss_chunk_tokens)
+        yield "tp", "all-reduce", num_chunks, microbatch.num_predictions * view.row_bytes
+        # Cross entropy over a split vocabulary: maximum; then label's logit and sum of exponentials together.
+        yield "tp", "all-reduce", 2, 3 * microbatch.num_predictions * FP32
 
 
 def tensor_parallel_gradients(view: RankView) -> Iterator[Part]:
@@ -163,7 +168,7 @@ def tensor_parallel_gradients(view: RankView) -> Iterator[Part]:
         return
     parameters = [item for chunk in view.parameters for item in chunk.items()]
     by_heads = ("q_layernorm", "k_layernorm")
-    by_rows = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+    by_rows: tuple[str, ...] = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm")
     if view.config.model.language.composed_visual_output_projection:
         by_rows += ("linear_proj.visual",)
     words = (*by_heads, *by_rows) if parallel.sequence_parallel else by_heads
@@ -190,25 +195,26 @@ def pipeline(view: RankView) -> Iterator[Part]:
 
 def experts(view: RankView) -> Iterator[Part]:
     """Rows to the rank of their expert and back, forward and backward."""
-    ranks = view.config.parallel.expert_model_parallel_size
-    if ranks == 1:
+    if view.config.parallel.expert_model_parallel_size == 1:
         return
-    first = view.dp_rank - view.dp_rank % ranks
-    modality = view.dp_rank % ranks
     for number in range(len(view.mine)):
-        arriving = sum(view.batch[rank][number].rows_by_modality[modality] for rank in range(first, first + ranks))
-        layers = view.num_layers
-        # Each rank tells how many rows go to which of the experts.
-        yield "ep", "all-gather", layers, layers * ranks * ranks * INT64
-        # Own rows out (forward) and their output's gradient out (backward); core sends each row's probability along.
-        yield (
-            "ep",
-            "all-to-all",
-            3 * layers,
-            layers * (2 * view.tokens_bytes + view.tokens_bytes // view.row_bytes * view.number_bytes),
-        )
-        # The expert's rows back: their output (forward), their gradient (backward).
-        yield "ep", "all-to-all", 2 * layers, layers * 2 * arriving * view.row_bytes
+        for axis, collective, calls, num_bytes in expert_layer_parts(view, number):
+            yield axis, collective, calls * view.num_layers, num_bytes * view.num_layers
+
+
+def expert_layer_parts(view: RankView, number: int) -> Iterator[Part]:
+    """What one layer sends between the ranks of an expert-parallel group for one microbatch."""
+    ranks = view.config.parallel.expert_model_parallel_size
+    shares = view.config.parallel.tensor_model_parallel_size if view.config.parallel.sequence_parallel else 1
+    first, modality = view.dp_rank - view.dp_rank % ranks, view.dp_rank % ranks
+    arriving = sum(view.batch[rank][number].rows_by_modality[modality] for rank in range(first, first + ranks))
+    # Each rank tells how many rows go to which of the experts.
+    yield "ep", "all-gather", 1, ranks * ranks * INT64
+    # Own rows out (forward) and their output's gradient out (backward); core sends each row's probability along.
+    probabilities = view.config.microbatch_tokens * number_bytes(view.config)
+    yield "ep", "all-to-all", 3, (2 * view.tokens_bytes + probabilities) // shares
+    # The expert's rows back: their output (forward), their gradient (backward).
+    yield "ep", "all-to-all", 2, 2 * arriving * view.row_bytes // shares
 
 
 def data_parallel(view: RankView) -> Iterator[Part]:
@@ -230,7 +236,7 @@ def data_parallel(view: RankView) -> Iterator[Part]:
                 yield axis, "all-reduce", 1, sum(numbers) * FP32
                 continue
             yield axis, "reduce-scatter", 1, buffer_size(numbers, ranks) * FP32
-            yield axis, "all-gather", 1, buffer_size(numbers, ranks) * view.number_bytes
+            yield axis, "all-gather", 1, buffer_size(numbers, ranks) * number_bytes(view.config)
 
 
 def buffer_size(numbers: Sequence[int], ranks: int) -> int:
@@ -249,18 +255,6 @@ def gradient_norm(view: RankView) -> Iterator[Part]:
     yield "replica", "all-reduce", int(replica > 1), FP32
     if parallel.expert_model_parallel_size > 1:
         yield "replica", "all-reduce", 1, FP32  # the experts' own
-
-
-def state_bytes(view: RankView) -> int:
-    """Bytes of weights, FP32 gradients and Adam's two moments of this rank; FP32 master weights under bf16 too."""
-    expert_ranks, is_split = view.config.parallel.expert_model_parallel_size, view.config.optimizer.distributed
-    optimizer_bytes = 2 * FP32 + (FP32 if view.number_bytes == 2 else 0)
-    total = 0.0
-    for chunk in view.parameters:
-        for name, numbers in chunk.items():
-            ranks = view.dp_size // (expert_ranks if ".mlp." in name else 1) if is_split else 1
-            total += numbers * (view.number_bytes + FP32 + optimizer_bytes / ranks)
-    return round(total)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -1,0 +1,148 @@
+"""``navil-megatron train --dry-run``: everything of a run that can be checked on a machine without a GPU.
+
+The config is validated for its GPUs, the data is opened where it is here, and every pipeline stage is built with its
+optimizer by the code of a real run, on the meta device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.validate import validate
+from navil_megatron.data.loader import load_run_tokenizer, open_sources
+from navil_megatron.models.build import build_model
+from navil_megatron.planner.estimate import Estimator
+from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.parameters import count_by_part
+from navil_megatron.planner.search import what_is_too_large
+from navil_megatron.planner.workload import typical_workload
+from navil_megatron.runtime.logs import configure_logging
+from navil_megatron.runtime.meta_rank import meta_rank
+from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltRank:
+    """What one rank was found to hold."""
+
+    stage: int
+    """Pipeline stage."""
+    expert: int
+    """Place in the expert-parallel group."""
+    sizes: dict[str, int]
+    """Numbers of each parameter."""
+    num_trained: int
+    """Numbers that the phase trains."""
+    num_groups: int
+    """Parameter groups of the optimizer, with weight decay and without."""
+    optimizer_bytes: int
+    """Moments and master weights."""
+
+
+def dry_run(config: NaViLConfig, gpus: int | None = None) -> str:
+    """What a run on so many GPUs would be, by default on the fewest that hold the layout.
+
+    Raises:
+        UserError: The run would be refused: its settings, its layout on these GPUs, or its data.
+    """
+    parallel = config.parallel
+    gpus = gpus or parallel.model_parallel_size * parallel.expert_model_parallel_size
+    validate(config, gpus)
+    configure_logging(rank=0, world_size=1)
+    lines = [f"settings and layout are valid on {gpus} GPUs", *_data_lines(config), ""]
+    total, trained = count_by_part(config.model), count_by_part(config.model, config.training.phase)
+    lines += [f"{part:24} {count:16,} of which trained {trained[part]:16,}" for part, count in total.items()]
+    lines += [f"{'together':24} {sum(total.values()):16,} of which trained {sum(trained.values()):16,}", ""]
+    for built in build_ranks(config, gpus):
+        expert = f", expert rank {built.expert}" if parallel.expert_model_parallel_size > 1 else ""
+        lines.append(
+            f"stage {built.stage}{expert}: {sum(built.sizes.values()):,} parameters a rank, {built.num_trained:,} "
+            f"trained in {built.num_groups} groups, optimizer state {built.optimizer_bytes / 1e9:.2f} GB"
+        )
+    return "\n".join([*lines, *_memory_lines(config, gpus)])
+
+
+def build_ranks(config: NaViLConfig, gpus: int) -> Iterator[BuiltRank]:
+    """Builds one rank for each pipeline stage and expert, with its optimizer."""
+    parallel = config.parallel
+    # Weights and gradients have no device here; the kernels are those of any machine.
+    built_as = replace(config, runtime=replace(config.runtime, device="cpu", kernels="torch"))
+    ranks_of_stage = gpus // parallel.pipeline_model_parallel_size
+    for stage in range(parallel.pipeline_model_parallel_size):
+        for expert in range(parallel.expert_model_parallel_size):
+            rank = stage * ranks_of_stage + expert * parallel.tensor_model_parallel_size
+            with meta_rank(parallel, rank, gpus) as groups:
+                chunks = build_model(built_as, groups, torch.device("cpu"))
+                session: Any = SimpleNamespace(groups=groups)
+                optimizer = build_optimizer(built_as, wrap_ddp(built_as, session, chunks), session)
+                parameters = [
+                    (f"{number}.{name}", parameter)
+                    for number, chunk in enumerate(chunks)
+                    for name, parameter in chunk.named_parameters()
+                ]
+                yield BuiltRank(
+                    stage=stage,
+                    expert=expert,
+                    sizes={name: parameter.numel() for name, parameter in parameters},
+                    num_trained=sum(p.numel() for _, p in parameters if p.requires_grad),
+                    num_groups=len(optimizer.param_groups),
+                    optimizer_bytes=_optimizer_bytes(optimizer, built_as.training.precision == "bf16"),
+                )
+
+
+def _optimizer_bytes(optimizer: Any, has_master_weights: bool) -> int:
+    """Moments, and under bf16 the FP32 weights that they update."""
+    total = 0
+    for part in optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        tensors = [x for state in part.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        if has_master_weights:
+            tensors += [x for group in part.optimizer.param_groups for x in group["params"]]
+        total += sum(x.numel() * x.element_size() for x in tensors)
+    return total
+
+
+def _data_lines(config: NaViLConfig) -> Iterator[str]:
+    """The tokenizer and the sources, opened where they are here."""
+    indexes = [*(source.index for source in config.data.train_sources), *config.data.validation_sources]
+    tokenizer = None
+    if Path(config.data.tokenizer).exists():
+        tokenizer = load_run_tokenizer(config)
+        yield f"tokenizer {config.data.tokenizer} fits the model"
+    else:
+        yield f"NOT CHECKED: tokenizer {config.data.tokenizer} is not on this machine"
+    for index in indexes:
+        if not Path(index).exists():
+            yield f"NOT CHECKED: source {index} is not on this machine"
+        elif tokenizer is None:
+            yield f"NOT CHECKED: source {index} is here, but not the tokenizer that it must have been built with"
+        else:
+            (source,) = open_sources([index], tokenizer)
+            source.check_shards()
+            yield f"source {index}: {len(source.index):,} samples, all shards present"
+
+
+def _memory_lines(config: NaViLConfig, gpus: int) -> Iterator[str]:
+    machine = Machine(gpus=gpus)
+    work = typical_workload(config, text_tokens=256, image_side=1024)
+    estimate = Estimator(machine, work).estimate(config)
+    for stage in estimate.stages:
+        yield (
+            f"stage {stage.stage}: peak memory {stage.peak / 1e9:.2f} GB expected: weights {stage.weights / 1e9:.2f}, "
+            f"gradients {stage.gradients / 1e9:.2f}, optimizer {stage.optimizer / 1e9:.2f}, activations "
+            f"{stage.activations / 1e9:.2f}, encoder {stage.encoder / 1e9:.2f}, inputs {stage.inputs / 1e9:.2f}, "
+            f"working {stage.working / 1e9:.2f}"
+        )
+    fits = estimate.fullest.peak <= machine.usable_bytes
+    yield (
+        f"fits {machine.hbm:g} GB"
+        if fits
+        else f"does NOT fit {machine.hbm:g} GB: {what_is_too_large(estimate, machine)}"
+    )
+    yield "(expected for rows of 1024 x 1024 images with 256 tokens of text; navil-megatron plan tells more)"

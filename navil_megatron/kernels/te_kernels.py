@@ -1,0 +1,171 @@
+"""Transformer Engine (2.20): linears, norms, packed attention, fused Adam, and the encoder's FP8.
+
+Parameters have the names, shapes and types of ``torch_kernels``, and nothing else is saved: a checkpoint of either
+loads into the other. Without ``_extra_state`` the scales of delayed FP8 start with 1 on resume, as in a new run.
+
+Imported by ``provider.choose_kernels`` alone, once ``te_install`` has found that it can be.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Recipe
+from transformer_engine.pytorch.optimizers import FusedAdam
+
+from navil_megatron.config.precision import FP8_ROWS
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.kernels import torch_kernels
+from navil_megatron.kernels.provider import Kernels
+
+ENCODER_RECIPES: Mapping[str, type[Recipe]] = {"tensorwise": Float8CurrentScaling, "blockwise": Float8BlockScaling}
+"""``training.fp8`` -> the recipe for the encoder. The decoder's are chosen by megatron-core, by the same names."""
+
+
+def build_kernels(config: NaViLConfig) -> Kernels:
+    """The kernels of a run, with its FP8 recipe and its fusion of gradient sums."""
+    training = config.training
+    fused_sums = config.runtime.gradient_accumulation_fusion == "transformer_engine"
+    encoder_precision, encoder_rows = nullcontext, 1
+    if training.fp8_encoder:
+        encoder_precision = partial(_fp8, ENCODER_RECIPES[training.fp8]())  # type: ignore[assignment]
+        encoder_rows = FP8_ROWS[training.fp8]
+    return Kernels(
+        rms_norm=decoder_norm,
+        segment_attention=segment_attention,
+        linear=partial(build_linear, fuse_wgrad_accumulation=fused_sums),
+        encoder_norms={"rmsnorm": partial(build_norm, RMSNorm), "layernorm": partial(build_norm, LayerNorm)},
+        modality_product=modality_product,
+        adam=Adam,
+        encoder_precision=encoder_precision,
+        encoder_rows=encoder_rows,
+    )
+
+
+def _fp8(recipe: Recipe) -> AbstractContextManager[Any]:
+    context: AbstractContextManager[Any] = te.autocast(enabled=True, recipe=recipe)
+    return context
+
+
+class _WeightsAlone:
+    """Leaves ``_extra_state`` out of state dicts: torch asks for it only where a class has its own methods."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+
+class Linear(_WeightsAlone, te.Linear):
+    """[..., in] -> [..., out] in the precision of the context that it runs in; no rows at all are legal."""
+
+
+class RMSNorm(_WeightsAlone, te.RMSNorm):
+    """RMSNorm over the last dimension."""
+
+
+class LayerNorm(_WeightsAlone, te.LayerNorm):
+    """LayerNorm over the last dimension."""
+
+
+def build_linear(
+    input_size: int, output_size: int, bias: bool = True, dtype: torch.dtype | None = None, **options: Any
+) -> nn.Module:
+    """A linear without collectives: those are the layers', once for both modalities."""
+    # By name: Transformer Engine compares it with "meta".
+    device = str(torch.get_default_device())
+    linear = Linear(input_size, output_size, bias=bias, params_dtype=dtype, device=device, **options)
+    for parameter in linear.parameters():
+        # Transformer Engine marks every weight as split over tensor-parallel ranks; the layers say which is.
+        for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+    return linear
+
+
+def build_norm(kind: type[nn.Module], size: int, eps: float, dtype: torch.dtype) -> nn.Module:
+    """One of the encoder's norms."""
+    return kind(size, eps=eps, dtype=dtype, device=torch.get_default_device())
+
+
+def decoder_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:
+    """A norm of the decoder; core sums its gradient over the tensor-parallel ranks under sequence parallelism."""
+    norm = build_norm(RMSNorm, hidden_size, eps, config.params_dtype)
+    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+    return norm
+
+
+def modality_product(
+    rows: Tensor, text: nn.Module, visual: nn.Module, num_text: int, group: ProcessGroup | None, sequence_parallel: bool
+) -> Tensor:
+    """Text rows through one linear and visual rows through the other, after a column layer's collective.
+
+    Args:
+        rows: [t, in] in modality-major order, or this rank's share of it under sequence parallelism.
+        text: The text expert's linear.
+        visual: The visual expert's linear.
+        num_text: Rows of the text segment, of all ranks.
+        group: Tensor-parallel ranks that share the input; ``None``: no collective.
+        sequence_parallel: The ranks hold shares of the rows, which are gathered first.
+
+    Returns:
+        [t, out].
+    """
+    if group is not None and sequence_parallel:
+        rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=True, group=group)
+    elif group is not None:
+        rows = copy_to_tensor_model_parallel_region(rows, group=group)
+    text_rows, visual_rows = rows.split([num_text, rows.shape[0] - num_text])
+    return torch.cat([text(text_rows), visual(visual_rows)])
+
+
+@cache
+def _attention(num_heads: int, head_dim: int, num_groups: int) -> nn.Module:
+    """It has no weights, so all layers of one shape share it."""
+    attention: nn.Module = te.DotProductAttention(
+        num_heads, head_dim, num_groups, attention_dropout=0.0, qkv_format="thd", attn_mask_type="padding"
+    )
+    return attention
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, groups: Any, cu_seqlens: Tensor, max_seqlen: int, causal: bool
+) -> Tensor:
+    """Softmax attention inside packed segments in one ``thd`` kernel; arguments as of ``torch_kernels``' own.
+
+    It stays in BF16 under every recipe.
+    """
+    if query.shape[0] == 0:
+        return torch_kernels.segment_attention(
+            query, key, value, groups=groups, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
+        )
+    attention = _attention(query.shape[1], query.shape[2], key.shape[1])
+    with te.autocast(enabled=False):
+        context: Tensor = attention(
+            query,
+            key,
+            value,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+            attn_mask_type="padding_causal" if causal else "padding",
+        )
+    return context
+
+
+class Adam(FusedAdam):
+    """Transformer Engine's fused AdamW with the step count in every parameter group from the start, as our own."""
+
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group.setdefault("step", 0)

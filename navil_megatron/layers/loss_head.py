@@ -1,0 +1,122 @@
+"""The LM head and its cross entropy, a chunk of positions at a time: no more logits than one chunk's ever exist.
+
+Megatron-core's cross entropies take the logits of all positions and keep their softmax in FP32 for the backward pass;
+its fused one returns BF16 gradients besides. Here the forward pass keeps two numbers a position, and the backward pass
+makes each chunk's logits again. That is one more GEMM of the head, at predicted positions alone; gradients made in the
+forward pass would have to know each position's weight there, and would hold the weight's gradient until the backward.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, Work
+
+
+class LossHead(ColumnParallelLinear):
+    """megatron-core's vocabulary-parallel LM head, which also gives the cross entropy of its logits.
+
+    A module that is called, not a weight that is read: core waits for gathered parameters when a module is called.
+    """
+
+    def forward(self, hidden_states: Tensor, weight: Tensor | None, labels: Tensor | None, chunk_tokens: int) -> Tensor:
+        """Cross entropies of the labels, or logits where there are none.
+
+        Args:
+            hidden_states: [k, h], the same on all tensor-parallel ranks.
+            weight: [v/tp, h] of a tied table; None: the head's own.
+            labels: [k] token ids.
+            chunk_tokens: Positions whose logits exist at once.
+
+        Returns:
+            [k] float32, or [k, v/tp].
+        """
+        if labels is None:
+            return super().forward(hidden_states, weight)[0]
+        head = self.weight if weight is None else weight
+        return _LinearCrossEntropy.apply(hidden_states, head, labels, chunk_tokens, self.tp_group)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """log(sum(exp(x W^T))) - (x W^T)[label], the rows of W split over a group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, group: ProcessGroup
+    ) -> Tensor:
+        """hidden_states [k, h], weight [v/tp, h], labels [k] -> [k] float32. Two all-reduces, however many chunks."""
+        local = labels - group.rank() * weight.shape[0]
+        largest, sums, picked = hidden_states.new_empty(3, labels.shape[0], dtype=torch.float32)
+        for rows in _chunks(labels.shape[0], chunk_tokens):
+            logits = _logits(hidden_states[rows], weight)
+            torch.amax(logits, dim=1, out=largest[rows])
+            picked[rows] = logits.gather(1, _column(local[rows], weight)).squeeze(1)
+            torch.sum(logits.sub_(largest[rows, None]).exp_(), dim=1, out=sums[rows])
+            del logits  # Before the next chunk's are made, not after.
+        picked *= _is_here(local, weight)
+        if group.size() > 1:
+            largest_here = largest.clone()
+            torch.distributed.all_reduce(largest, ReduceOp.MAX, group=group)
+            totals = torch.stack([sums * (largest_here - largest).exp_(), picked])
+            torch.distributed.all_reduce(totals, group=group)
+            sums, picked = totals
+        log_sum = largest + sums.log()
+        ctx.save_for_backward(hidden_states, weight, local, log_sum)
+        ctx.chunk_tokens, ctx.group = chunk_tokens, group
+        return log_sum - picked
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states and, unless the head is frozen, of its weight.
+
+        Chunks of the weight's gradient are summed in FP32. A chunk of the other is summed over the group while the next
+        one is computed.
+        """
+        hidden_states, weight, local, log_sum = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        works: list[Work] = []
+        for rows in _chunks(local.shape[0], ctx.chunk_tokens):
+            grad = _logits(hidden_states[rows], weight).sub_(log_sum[rows, None]).exp_()
+            here = _is_here(local[rows], weight)
+            grad.scatter_add_(1, _column(local[rows], weight), -here.to(grad.dtype).unsqueeze(1))
+            grad = grad.mul_(grad_output[rows, None]).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                if ctx.group.size() > 1:
+                    works.append(torch.distributed.all_reduce(grad_hidden[rows], group=ctx.group, async_op=True))
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.t(), hidden_states[rows])
+            del grad
+        for work in works:
+            work.wait()
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(num_rows: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+def _logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
+    """A chunk's logits in float32, rounded to the weight's type first, as the head itself gives them."""
+    return torch.mm(hidden_states, weight.t()).float()
+
+
+def _is_here(local: Tensor, weight: Tensor) -> Tensor:
+    """Which labels lie in this rank's rows of the vocabulary."""
+    return (local >= 0) & (local < weight.shape[0])
+
+
+def _column(local: Tensor, weight: Tensor) -> Tensor:
+    """The labels' columns here, [rows, 1]; any column for a label that lies elsewhere."""
+    return local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; in one kernel where the types are the same."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

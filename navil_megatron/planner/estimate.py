@@ -1,0 +1,284 @@
+"""One layout: memory of its fullest rank, seconds of its step, and where they go."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from navil_megatron.config.phases import is_trainable
+from navil_megatron.config.schema import NaViLConfig, TrainingConfig
+from navil_megatron.planner.communication import (
+    MicrobatchSizes,
+    Part,
+    RankView,
+    data_parallel,
+    edge_parts,
+    expert_layer_parts,
+    layer_parts,
+    tensor_parallel_gradients,
+)
+from navil_megatron.planner.flops import Term, backward_flops, encoder_terms, forward_terms, head_terms, layer_terms
+from navil_megatron.planner.machine import Machine, ring_share
+from navil_megatron.planner.memory import ActivationModel, StateBytes, number_bytes, state_bytes
+from navil_megatron.planner.parameters import chunk_parameters, layers_of_chunks
+from navil_megatron.planner.schedule import ChunkTime, Schedule, balanced_layers, most_in_flight, simulate
+from navil_megatron.planner.workload import Workload, fullest_share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes of a rank of one pipeline stage, at the fullest moment of a step."""
+
+    stage: int
+    parameters: int
+    """Numbers, not bytes."""
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Decoder, embeddings and head, of all microbatches in flight."""
+    encoder: float
+    """Encoder and connector, the same."""
+    inputs: float
+    """Pixels and ids of the step's microbatches, which are all on the device at once."""
+    working: float
+    """Beside these while a layer or the head runs."""
+
+    @property
+    def peak(self) -> float:
+        """All of it."""
+        return sum(getattr(self, kind) for kind in MEMORY_KINDS)
+
+
+MEMORY_KINDS = ("weights", "gradients", "optimizer", "activations", "encoder", "inputs", "working")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What is expected of a layout."""
+
+    config: NaViLConfig
+    """The run with this layout."""
+    dp_size: int
+    """Replicas."""
+    num_microbatches: int
+    """Of a step and replica."""
+    stages: tuple[StageMemory, ...]
+    """Memory of a rank of each pipeline stage."""
+    schedule: Schedule
+    """The pipeline in time."""
+    step_seconds: float
+    """One update."""
+    layer_traffic_seconds: float
+    """Of it, collectives inside the layers, tensor and expert parallel, of the stage with most of them."""
+    gradient_seconds: float
+    """Of it, gradients and updated weights over the ranks that share them."""
+    update_seconds: float
+    """Of it, the optimizer."""
+    model_flops: float
+    """Of the step, all ranks."""
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage whose rank takes most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+
+class Estimator:
+    """Estimates layouts of one run.
+
+    Args:
+        machine: What it runs on.
+        work: One microbatch.
+    """
+
+    def __init__(self, machine: Machine, work: Workload):
+        self.machine, self.work = machine, work
+
+    def estimate(self, config: NaViLConfig) -> Estimate:
+        """What to expect of the run with its layout, which ``validate`` has passed."""
+        parallel, phase = config.parallel, config.training.phase
+        stages, dp_size = parallel.pipeline_model_parallel_size, self.machine.gpus // parallel.model_parallel_size
+        num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp_size)
+        memory = tuple(self._stage_memory(config, stage, dp_size, num_microbatches) for stage in range(stages))
+        layer, first, last = self._part_times(config)
+        counts = layers_of_chunks(parallel, config.model.language.num_layers)
+        times = [layer * count for count in counts]
+        times[0] += first
+        times[-1] += last
+        send = self._link(config, "pp") * config.microbatch_tokens * config.model.language.hidden_size
+        send *= number_bytes(config) / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        schedule = simulate(times, stages, num_microbatches, send)
+        views = [self._view(config, stage) for stage in range(stages)]
+        gradients = max(
+            self._seconds(config, chain(data_parallel(view), tensor_parallel_gradients(view))) for view in views
+        )
+        # Gradient and state are read, state is written.
+        update = max(2 * stage.optimizer + stage.gradients for stage in memory) / (self.machine.hbm_bandwidth * 1e9)
+        terms = list(forward_terms(config.model, self.work))
+        flops = sum(forward for _, forward in terms) + backward_flops(terms, phase)
+        on_stage = max(sum(counts[stage::stages]) for stage in range(stages))
+        return Estimate(
+            config=config,
+            dp_size=dp_size,
+            num_microbatches=num_microbatches,
+            stages=memory,
+            schedule=schedule,
+            step_seconds=schedule.seconds + gradients + update,
+            layer_traffic_seconds=num_microbatches * on_stage * self._layer_traffic(config),
+            gradient_seconds=gradients,
+            update_seconds=update,
+            model_flops=flops * num_microbatches * dp_size,
+        )
+
+    def balance(self, config: NaViLConfig) -> NaViLConfig:
+        """The run with the decoder layers laid over the stages so that the slowest is as fast as can be."""
+        parallel, num_layers = config.parallel, config.model.language.num_layers
+        chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+        layer, first, last = self._part_times(config)
+        extra = [0.0] * chunks
+        extra[0] += first.both
+        extra[-1] += last.both
+        counts: tuple[int, ...] | None = balanced_layers(parallel, num_layers, layer.both, extra)
+        if num_layers % chunks == 0 and counts == (num_layers // chunks,) * chunks:
+            counts = None
+        return replace(config, parallel=replace(parallel, pipeline_layers=counts))
+
+    def _part_times(self, config: NaViLConfig) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
+        """Of one microbatch: one decoder layer; encoder, connector and embeddings; the head."""
+        model, parallel, training = config.model, config.parallel, config.training
+        tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+        work = self.work
+        flops = list(layer_terms(model.language, work))
+        if experts > 1:
+            # The rank of the fuller expert computes the rows of all ranks, and the others wait for it.
+            fuller = experts * max(work.text_tokens, work.visual_tokens)
+            alone = [term for term in flops if ".mlp." in term[0]]
+            per_row = sum(forward for _, forward in alone) / work.num_tokens
+            flops = [term for term in flops if term not in alone] + [(alone[-1][0], per_row * fuller)]
+        again = sum(forward for name, forward in flops if _is_repeated(name, training))
+        layer = self._compute(config, flops, tensor, again, self._layer_traffic(config))
+        encoded = replace(work, grids=fullest_share(work, model.vision, tensor))
+        last_stage = parallel.pipeline_model_parallel_size - 1
+        before, behind = (self._edge_traffic(config, stage) for stage in (0, last_stage))
+        encoder = list(encoder_terms(model, encoded))
+        again = sum(forward for _, forward in encoder) if training.recomputes("encoder") else 0.0
+        first = self._compute(config, encoder, 1, again, before)
+        # One stage is first and last at once: its collectives are counted with the encoder.
+        head = list(head_terms(model.language, work))
+        again = sum(forward for _, forward in head)  # the backward pass makes the logits again, chunk by chunk
+        last = self._compute(config, head, tensor, again, behind if last_stage else 0)
+        return layer, first, last
+
+    def _compute(
+        self, config: NaViLConfig, terms: list[Term], ranks: int, again: float, traffic_seconds: float
+    ) -> ChunkTime:
+        """Seconds of some matrices; ``again`` FLOPs of them are repeated in the backward pass."""
+        forward = sum(flops for _, flops in terms)
+        backward = backward_flops(terms, config.training.phase) + again
+        scale = 1 / (ranks * self.machine.rate * 1e12)
+        # Collectives of the two passes are nearly the same.
+        return ChunkTime(forward * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2)
+
+    def _layer_traffic(self, config: NaViLConfig) -> float:
+        """Seconds of the collectives inside one decoder layer."""
+        parts: list[Part] = []
+        view = self._view(config, 0)
+        if config.parallel.tensor_model_parallel_size > 1:
+            parts += layer_parts(config, view.tokens_bytes)
+        if config.parallel.expert_model_parallel_size > 1:
+            parts += expert_layer_parts(view, 0)
+        return self._seconds(config, parts)
+
+    def _edge_traffic(self, config: NaViLConfig, stage: int) -> float:
+        """Seconds of the collectives before the first layer or behind the last."""
+        if config.parallel.tensor_model_parallel_size == 1:
+            return 0.0
+        view = self._view(config, stage)
+        return self._seconds(config, edge_parts(view, view.mine[0]))
+
+    def _seconds(self, config: NaViLConfig, parts: Iterable[Part]) -> float:
+        """Time of these collectives, one after the other, at ring cost."""
+        return sum(
+            num_bytes * ring_share(word, self._ranks(config, axis)[0]) * self._link(config, axis)
+            for axis, word, _, num_bytes in parts
+        )
+
+    def _ranks(self, config: NaViLConfig, axis: str) -> tuple[int, int]:
+        """Ranks of a group along an axis, and how far apart they lie: core's order is tensor, data, pipeline."""
+        parallel = config.parallel
+        tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+        stages, replicas = parallel.pipeline_model_parallel_size, self.machine.gpus // parallel.model_parallel_size
+        return {
+            "tp": (tensor, 1),
+            "ep": (experts, tensor),
+            "dp": (replicas, tensor),
+            "expert dp": (replicas // experts, tensor * experts),
+            "pp": (stages, tensor * replicas),
+        }[axis]
+
+    def _link(self, config: NaViLConfig, axis: str) -> float:
+        """Seconds a byte along an axis."""
+        return 1 / self.machine.link(*self._ranks(config, axis))
+
+    def _view(self, config: NaViLConfig, stage: int) -> RankView:
+        """A rank of a stage and one microbatch, as the formula of the traffic wants it."""
+        tensor = config.parallel.tensor_model_parallel_size
+        share = replace(self.work, grids=fullest_share(self.work, config.model.vision, tensor))
+        sizes = MicrobatchSizes(
+            num_predictions=self.work.num_predictions,
+            gathered_features=tensor * share.image_tokens(config.model.vision),
+            rows_by_modality=(self.work.text_tokens, self.work.visual_tokens),
+        )
+        phase = config.training.phase
+        return RankView(
+            config=config,
+            pp_rank=stage,
+            dp_rank=self._expert_rank(config),
+            world_size=self.machine.gpus,
+            batch=[[sizes]] * (self.machine.gpus // config.parallel.model_parallel_size),
+            parameters=[
+                {name: numbers for name, numbers in chunk.items() if is_trainable(name, phase)}
+                for chunk in self._parameters(config, stage)
+            ],
+        )
+
+    def _parameters(self, config: NaViLConfig, stage: int) -> list[dict[str, int]]:
+        """What the rank with the fuller expert holds, chunk by chunk."""
+        parallel, num_layers = config.parallel, config.model.language.num_layers
+        chunks = range(stage, len(layers_of_chunks(parallel, num_layers)), parallel.pipeline_model_parallel_size)
+        return [dict(chunk_parameters(config.model, parallel, chunk, self._expert_rank(config))) for chunk in chunks]
+
+    def _expert_rank(self, config: NaViLConfig) -> int:
+        return int(config.parallel.expert_model_parallel_size > 1 and self.work.visual_tokens > self.work.text_tokens)
+
+    def _stage_memory(self, config: NaViLConfig, stage: int, dp_size: int, num_microbatches: int) -> StageMemory:
+        activations = ActivationModel(config, self.work, fused=config.runtime.device == "cuda")
+        stages = config.parallel.pipeline_model_parallel_size
+        counts = layers_of_chunks(config.parallel, config.model.language.num_layers)
+        decoder = [count * activations.layer() + activations.shared_by_layers() for count in counts]
+        # A chunk's output stays until its gradient arrives.
+        decoder[:-1] = [kept + activations.row_bytes for kept in decoder[:-1]]
+        decoder[0] += activations.embedding()
+        decoder[-1] += activations.final_norm() + activations.head()
+        encoder = [activations.encoder(), *[0] * (len(counts) - 1)]
+        parameters = [item for chunk in self._parameters(config, stage) for item in chunk.items()]
+        state: StateBytes = state_bytes(config, parameters, dp_size)
+        is_last = stage == stages - 1
+        return StageMemory(
+            stage=stage,
+            parameters=sum(numbers for _, numbers in parameters),
+            weights=state.weights,
+            gradients=state.gradients,
+            optimizer=state.optimizer,
+            activations=most_in_flight(stage, stages, num_microbatches, decoder),
+            encoder=most_in_flight(stage, stages, num_microbatches, encoder),
+            inputs=num_microbatches * activations.inputs(stage == 0),
+            working=max(activations.layer_working(), activations.head_working() if is_last else 0),
+        )
+
+
+def _is_repeated(name: str, training: TrainingConfig) -> bool:
+    """Whether the backward pass repeats a matrix group of a decoder layer; the softmax of attention has no name."""
+    if training.recompute == "full":
+        return True
+    return training.recomputes("mlp") if ".mlp." in name else not name and training.recomputes("attention")

@@ -1,0 +1,215 @@
+"""Bytes that a rank holds: weights, gradients, optimizer state, and what a microbatch keeps for its backward pass.
+
+Activations are read off the layers: each line below is a tensor that autograd saves. ``fused`` says how RMSNorm runs:
+the CUDA kernel keeps its input and one number a row; the CPU's composite form keeps the scaled rows too.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from navil_megatron.config.phases import is_trainable
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.planner.parameters import Sized
+from navil_megatron.planner.workload import Workload, fullest_share, num_patches
+
+FP32, INT64 = 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """What outlives a step; the distributed optimizer's padding is left out."""
+
+    weights: float = 0
+    """In the precision of the run."""
+    gradients: float = 0
+    """FP32, of trained parameters."""
+    optimizer: float = 0
+    """Two FP32 moments, and FP32 master weights under bf16."""
+
+    def __add__(self, other: "StateBytes") -> "StateBytes":
+        """Both together."""
+        return StateBytes(
+            self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer
+        )
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return round(self.weights + self.gradients + self.optimizer)
+
+
+def number_bytes(config: NaViLConfig) -> int:
+    """Bytes of a number of weights and activations."""
+    return FP32 if config.training.precision == "fp32" else 2
+
+
+def state_bytes(config: NaViLConfig, parameters: Iterable[Sized], dp_size: int) -> StateBytes:
+    """State of a rank that holds these parameters, one of so many replicas."""
+    size = number_bytes(config)
+    optimizer = 2 * FP32 + (FP32 if size == 2 else 0)
+    expert_ranks = config.parallel.expert_model_parallel_size
+    found = StateBytes()
+    for name, numbers in parameters:
+        trained = numbers if is_trainable(name, config.training.phase) else 0
+        replicas = dp_size // (expert_ranks if ".mlp." in name else 1)
+        shares = replicas if config.optimizer.distributed else 1
+        found += StateBytes(numbers * size, trained * FP32, trained * optimizer / shares)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationModel:
+    """Activations of one microbatch on one rank of a layout."""
+
+    config: NaViLConfig
+    """The run, its layout included."""
+    work: Workload
+    """The microbatch."""
+    fused: bool
+    """RMSNorm keeps no scaled rows: on CUDA."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return number_bytes(self.config)
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Hidden states between the matrices: this rank's share of the rows under sequence parallelism."""
+        shares = self.tensor if self.config.parallel.sequence_parallel else 1
+        return self.config.microbatch_tokens * self.config.model.language.hidden_size * self.size // shares
+
+    def norm(self, rows: int, width: int) -> int:
+        """An RMSNorm: its input, a number a row, and unless fused the scaled rows."""
+        return rows * width * self.size * (1 if self.fused else 2) + rows * FP32
+
+    def layer(self) -> int:
+        """One decoder layer."""
+        if self.config.training.recompute == "full":
+            return self.row_bytes
+        language = self.config.model.language
+        shares = self.tensor if self.config.parallel.sequence_parallel else 1
+        rows = self.config.microbatch_tokens // shares
+        kept = 2 * self.norm(rows, language.hidden_size)
+        kept += self.row_bytes  # input of linear_qkv
+        kept += self._attention(again=self.config.training.recomputes("attention"))
+        if language.composed_visual_output_projection:
+            kept += self.row_bytes  # output of the text projection, input of the visual one
+        if self.config.training.recomputes("mlp"):
+            return kept + self.row_bytes
+        return kept + self._feed_forward()
+
+    def _attention(self, again: bool) -> int:
+        """From linear_qkv's output to linear_proj's input; the softmax and its gathers may be computed again."""
+        language, t = self.config.model.language, self.config.microbatch_tokens
+        heads, groups = language.num_attention_heads // self.tensor, language.num_query_groups // self.tensor
+        query, key = (t * n * language.head_dim * self.size for n in (heads, groups))
+        qkv = query + 2 * key
+        kept = query  # input of linear_proj
+        if not again:
+            # In attention order: query, key, value, output, and a logarithm of each softmax's sum.
+            on_cpu = 1 if self.fused else FP32 // self.size
+            kept += (qkv + query) * on_cpu + t * heads * FP32
+        else:
+            kept += query + key  # turned by their positions; the value is a view of linear_qkv's output
+        if language.qk_norm:
+            copied = query if groups > 1 else 0  # heads of several groups do not lie side by side
+            kept += copied + query + key + t * (heads + groups) * FP32
+        if language.qk_norm or again:
+            kept += qkv
+        return kept
+
+    def _feed_forward(self) -> int:
+        """Inputs of linear_fc1, SwiGLU and linear_fc2."""
+        language = self.config.model.language
+        inner = 3 * language.ffn_hidden_size // self.tensor * self.size
+        ranks = self.config.parallel.expert_model_parallel_size
+        if ranks == 1:
+            return self.row_bytes + self.config.microbatch_tokens * inner
+        # The fuller expert's rows of all ranks; core also keeps where each came from.
+        arriving = ranks * max(self.work.text_tokens, self.work.visual_tokens)
+        return arriving * (language.hidden_size * self.size + inner) + self.config.microbatch_tokens * INT64
+
+    def shared_by_layers(self) -> int:
+        """Rotary tables, and under attention without recompute the orders of the rows."""
+        orders = 0 if self.config.training.recomputes("attention") else 2 * INT64
+        return self.config.microbatch_tokens * (2 * self.config.model.language.head_dim * self.size + orders)
+
+    def final_norm(self) -> int:
+        """After the last layer."""
+        shares = self.tensor if self.config.parallel.sequence_parallel else 1
+        return self.norm(self.config.microbatch_tokens // shares, self.config.model.language.hidden_size)
+
+    def embedding(self) -> int:
+        """Token ids, rows of special tokens, places of image tokens; under sequence parallelism the embeddings of all
+        rows, of which the first layer's input is a view.
+        """
+        tokens = self.config.microbatch_tokens
+        kept = tokens * (2 * INT64 + 1) + self.image_tokens * INT64
+        return kept + tokens * self.config.model.language.hidden_size * self.size - self.row_bytes
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of the microbatch."""
+        return self.work.image_tokens(self.config.model.vision)
+
+    def encoder(self) -> int:
+        """Encoder and connector on the tensor-parallel rank with most patches."""
+        vision, hidden = self.config.model.vision, self.config.model.language.hidden_size
+        grids = fullest_share(self.work, vision, self.tensor)
+        patches = num_patches(grids)
+        tokens = patches // vision.merge_size**2
+        kept = patches * vision.patch_dim * self.size  # input of the patch embedding
+        kept += 2 * patches * vision.head_dim * self.size  # rotary tables
+        for number in range(vision.num_layers):
+            windowed = vision.full_attention_layers is not None and number not in vision.full_attention_layers
+            kept += self._vision_layer(patches, windowed)
+        # Connector: input and scaled input of the norm with two numbers a row, then the inputs of GELU and linear_fc2.
+        kept += 2 * patches * vision.hidden_size * self.size + tokens * (2 * FP32 + 2 * hidden * self.size)
+        return kept + self.image_tokens * INT64
+
+    def _vision_layer(self, patches: int, windowed: bool) -> int:
+        vision = self.config.model.vision
+        rows = patches * vision.hidden_size * self.size
+        if self.config.training.recomputes("encoder"):
+            return rows
+        norm = self.norm(patches, vision.hidden_size) if vision.norm == "rmsnorm" else rows + 2 * patches * FP32
+        value = rows if windowed else 3 * rows  # in place it is a view of linear_qkv's output
+        attention = 3 * rows + value + patches * vision.num_attention_heads * FP32
+        # Inputs of linear_qkv, linear_proj, both LayerScales and linear_fc1; of GELU and linear_fc2.
+        return 2 * norm + attention + 5 * rows + 2 * patches * vision.ffn_hidden_size * self.size
+
+    def head(self) -> int:
+        """Picked rows with their places in the row and in this rank's vocabulary, and the log-sum of each."""
+        row = self.config.model.language.hidden_size * self.size
+        return self.work.num_predictions * (row + 2 * INT64 + FP32)
+
+    def head_working(self) -> int:
+        """Logits of one chunk, in FP32 beside the run's precision, and the FP32 sum of a trained head's gradient."""
+        language = self.config.model.language
+        rows = min(self.work.num_predictions, self.config.training.loss_chunk_tokens)
+        words = language.vocab_size // self.tensor
+        rounded = 0 if self.size == FP32 else self.size
+        trained = is_trainable("output_layer.weight", self.config.training.phase)
+        return words * (rows * (FP32 + rounded) + language.hidden_size * (FP32 + rounded) * trained)
+
+    def layer_working(self) -> int:
+        """Beyond what is kept, while one layer runs backward: gradients of the widest activation and of its input and
+        output, and with recompute the layer's own activations.
+        """
+        language, training = self.config.model.language, self.config.training
+        wide = self.config.microbatch_tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
+        nothing = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
+        again = nothing.layer() - self.layer()
+        return wide + 2 * self.row_bytes + again
+
+    def inputs(self, is_first: bool) -> int:
+        """What the device is given of a microbatch: ids and orders, and the first stage's share of the pixels, FP32."""
+        vision = self.config.model.vision
+        patches = num_patches(fullest_share(self.work, vision, self.tensor)) if is_first else 0
+        return patches * vision.patch_dim * FP32 + self.config.microbatch_tokens * 5 * INT64

@@ -1,0 +1,181 @@
+"""A plan as one JSON object and as the text of a terminal."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, StageMemory
+from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.parameters import count_by_part
+from navil_megatron.planner.search import Candidate
+from navil_megatron.planner.workload import Workload
+
+PEAK_TFLOPS = 989
+"""Dense BF16 of an H100 SXM, for MFU."""
+
+Report = dict[str, Any]
+
+
+def as_json(config: NaViLConfig, machine: Machine, work: Workload, found: Sequence[Candidate]) -> Report:
+    """Everything that the plan found."""
+    by_phase = {phase: count_by_part(config.model, phase) for phase in ("s1.1", "s1.2", "s2")}
+    return {
+        "parameters": {
+            "total": sum(by_phase["s2"].values()),
+            "trainable": sum(by_phase[config.training.phase].values()),
+            "by_part": by_phase["s2"],
+            "trainable_by_phase": {phase: sum(parts.values()) for phase, parts in by_phase.items()},
+        },
+        "gpus": machine.gpus,
+        "microbatch": {
+            "text_tokens": work.text_tokens,
+            "visual_tokens": work.visual_tokens,
+            "patches": work.num_patches,
+            "predictions": work.num_predictions,
+        },
+        "assumptions": list(machine.assumptions()),
+        "layouts": [_layout(candidate, machine) for candidate in found],
+    }
+
+
+def _layout(candidate: Candidate, machine: Machine) -> Report:
+    parallel, estimate = candidate.config.parallel, candidate.estimate
+    report: Report = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size,
+        "pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
+        "expert": parallel.expert_model_parallel_size,
+        "data": machine.gpus // parallel.model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "recompute": candidate.config.training.recompute,
+        "recompute_modules": list(candidate.config.training.recompute_modules),
+        "fits": candidate.fits,
+        "reason": candidate.reason,
+        "step_seconds": None,
+        "bubble": None,
+        "memory": None,
+    }
+    if estimate is not None:
+        report |= {
+            "num_microbatches": estimate.num_microbatches,
+            "step_seconds": estimate.step_seconds,
+            "layer_traffic_seconds": estimate.layer_traffic_seconds,
+            "gradient_seconds": estimate.gradient_seconds,
+            "update_seconds": estimate.update_seconds,
+            "tokens_per_second_per_gpu": _tokens_per_second(estimate, machine),
+            "mfu": _mfu(estimate, machine),
+            "bubble": estimate.schedule.bubble,
+            "memory": _memory(estimate.fullest),
+            "stages": [_memory(stage) for stage in estimate.stages],
+        }
+    return report
+
+
+def _memory(stage: StageMemory) -> Report:
+    kinds = {f"{kind}_bytes": round(getattr(stage, kind)) for kind in MEMORY_KINDS}
+    return {"stage": stage.stage, "parameters": stage.parameters, **kinds, "peak_bytes": round(stage.peak)}
+
+
+def _tokens_per_second(estimate: Estimate, machine: Machine) -> float:
+    config = estimate.config
+    return config.training.global_batch_size * config.data.seq_length / estimate.step_seconds / machine.gpus
+
+
+def _mfu(estimate: Estimate, machine: Machine) -> float:
+    return estimate.model_flops / estimate.step_seconds / machine.gpus / (PEAK_TFLOPS * 1e12)
+
+
+def as_text(config: NaViLConfig, machine: Machine, work: Workload, found: Sequence[Candidate], top: int) -> str:
+    """Parameters, assumptions, the best layouts, the best one's memory, and what is out."""
+    fitting = [candidate for candidate in found if candidate.fits]
+    lines = [*_parameter_lines(config), "", *_assumption_lines(config, machine, work), ""]
+    lines.append(f"{len(fitting)} of {len(found)} layouts fit {machine.gpus} GPUs of {machine.hbm:g} GB; the fastest:")
+    lines += _table(fitting[:top], machine)
+    if fitting:
+        lines += ["", *_best_lines(fitting[0], machine)]
+    large = [candidate for candidate in found if candidate.estimate and not candidate.fits]
+    if large:
+        lines += ["", f"{len(large)} take too much memory; the nearest:"]
+        lines += [f"  {describe_layout(candidate.config)}: {candidate.reason}" for candidate in large[:top]]
+    refused = [candidate for candidate in found if candidate.estimate is None]
+    if refused:
+        lines += ["", f"{len(refused)} are refused by a rule:"]
+        lines += [f"  {count} x {reason}" for reason, count in _counted(refused).items()]
+    return "\n".join(lines)
+
+
+def describe_layout(config: NaViLConfig) -> str:
+    """A layout in a few words."""
+    parallel = config.parallel
+    words = [f"tp{parallel.tensor_model_parallel_size}", f"pp{parallel.pipeline_model_parallel_size}"]
+    if parallel.virtual_pipeline_model_parallel_size:
+        words.append(f"vpp{parallel.virtual_pipeline_model_parallel_size}")
+    if parallel.expert_model_parallel_size > 1:
+        words.append(f"ep{parallel.expert_model_parallel_size}")
+    if parallel.sequence_parallel:
+        words.append("sp")
+    if config.training.recompute != "none":
+        parts = "+".join(config.training.recompute_modules)
+        words.append(f"recompute={'full' if config.training.recompute == 'full' else parts}")
+    return " ".join(words)
+
+
+def _parameter_lines(config: NaViLConfig) -> list[str]:
+    phase = config.training.phase
+    total, trained = count_by_part(config.model), count_by_part(config.model, phase)
+    lines = [f"{'parameters':26} {'total':>16} {'trained in ' + phase:>18}"]
+    lines += [f"  {part:24} {count:16,} {trained[part]:18,}" for part, count in total.items()]
+    return [*lines, f"  {'together':24} {sum(total.values()):16,} {sum(trained.values()):18,}"]
+
+
+def _assumption_lines(config: NaViLConfig, machine: Machine, work: Workload) -> list[str]:
+    share = work.visual_tokens / work.num_tokens
+    row = (
+        f"rows: {config.microbatch_tokens:,} tokens a microbatch, {share:.0%} visual, {work.num_patches:,} patches in "
+        f"{len(work.grids)} scale-images, {work.num_predictions:,} predictions"
+    )
+    return ["assumed", *(f"  {line}" for line in (row, *machine.assumptions()))]
+
+
+def _table(fitting: Sequence[Candidate], machine: Machine) -> list[str]:
+    lines = [f"  {'layout':34} {'dp':>4} {'step':>8} {'tok/s/GPU':>10} {'MFU':>5} {'idle':>5} {'peak':>8}  why"]
+    for candidate in fitting:
+        estimate = candidate.estimate
+        assert estimate is not None
+        lines.append(
+            f"  {describe_layout(candidate.config):34} {estimate.dp_size:4} {estimate.step_seconds:6.2f} s "
+            f"{_tokens_per_second(estimate, machine):10,.0f} {_mfu(estimate, machine):5.0%} "
+            f"{estimate.schedule.bubble:5.0%} {estimate.fullest.peak / 1e9:5.1f} GB  {candidate.reason}"
+        )
+    return lines
+
+
+def _best_lines(best: Candidate, machine: Machine) -> list[str]:
+    estimate, parallel = best.estimate, best.config.parallel
+    assert estimate is not None
+    lines = ["memory of a rank of each stage under the fastest, in GB"]
+    lines.append("  stage " + "".join(f"{kind:>12}" for kind in (*MEMORY_KINDS, "peak")))
+    for stage in estimate.stages:
+        values = "".join(f"{getattr(stage, kind) / 1e9:12.2f}" for kind in (*MEMORY_KINDS, "peak"))
+        lines.append(f"  {stage.stage:5} {values}")
+    lines += ["", "to use it:"]
+    settings = {
+        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
+        "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "parallel.virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "parallel.pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
+        "parallel.expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "training.recompute": best.config.training.recompute,
+    }
+    if best.config.training.recompute == "selective":
+        settings["training.recompute_modules"] = list(best.config.training.recompute_modules)
+    return [*lines, *(f"  {key}={value}".replace(" ", "") for key, value in settings.items() if value is not None)]
+
+
+def _counted(refused: Sequence[Candidate]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for candidate in refused:
+        counts[candidate.reason] = counts.get(candidate.reason, 0) + 1
+    return counts

@@ -1,0 +1,81 @@
+"""The tokens and images of one microbatch, as numbers: what FLOPs, activations and traffic follow from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from navil_megatron.config.schema import NaViLConfig, VisionConfig
+from navil_megatron.data.image_plan import ImagePlanner, count_image_tokens
+from navil_megatron.layers.vision_plan import Grid, assign_images, encoding_cost
+
+
+def num_patches(grids: Iterable[Grid]) -> int:
+    """Patches of these scale-images."""
+    return sum(frames * rows * columns for frames, rows, columns in grids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One microbatch; padding is in none of these numbers."""
+
+    text_tokens: int
+    """Tokens of the text experts."""
+    visual_tokens: int
+    """Tokens of the visual experts."""
+    segment_lengths: tuple[int, ...]
+    """Tokens of each attention segment."""
+    grids: tuple[Grid, ...]
+    """Frames, patch rows and patch columns of every scale-image."""
+    num_predictions: int
+    """Positions with a loss."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Text and visual tokens."""
+        return self.text_tokens + self.visual_tokens
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of all scale-images."""
+        return num_patches(self.grids)
+
+    def image_tokens(self, vision: VisionConfig) -> int:
+        """Tokens that leave the encoder."""
+        return self.num_patches // vision.merge_size**2
+
+
+def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> Workload:
+    """A full microbatch of samples that each hold one square image and a text.
+
+    Args:
+        config: The run.
+        text_tokens: Tokens that follow each image, all of them predicted.
+        image_side: Side of the image, in pixels, before the limits of ``[data]``.
+    """
+    planner = ImagePlanner.from_config(config.data, config.model.vision)
+    (scales,) = planner.plan_images([(image_side, image_side)])
+    of_breaks, visual = count_image_tokens(scales, planner.merge_size)
+    text = of_breaks + text_tokens
+    length = min(text + visual, config.data.seq_length)
+    num_samples = max(1, config.data.seq_length // length) * config.training.micro_batch_size
+    left = config.microbatch_tokens - num_samples * length
+    # What is left of a row is filled with text that carries no loss, as padding would.
+    segments = (length,) * num_samples + ((left,) if left else ())
+    grids = tuple((1, scale.grid_height, scale.grid_width) for scale in scales) * num_samples
+    return Workload(
+        text_tokens=config.microbatch_tokens - num_samples * visual,
+        visual_tokens=num_samples * visual,
+        segment_lengths=segments,
+        grids=grids,
+        num_predictions=num_samples * text_tokens,
+    )
+
+
+@cache
+def fullest_share(work: Workload, vision: VisionConfig, num_ranks: int) -> tuple[Grid, ...]:
+    """The scale-images of the tensor-parallel rank that encodes most patches."""
+    owners = assign_images([encoding_cost(grid, vision) for grid in work.grids], num_ranks)
+    shares: list[list[Grid]] = [[] for _ in range(num_ranks)]
+    for grid, owner in zip(work.grids, owners, strict=True):
+        shares[owner].append(grid)
+    return tuple(max(shares, key=num_patches))

@@ -1,0 +1,65 @@
+"""One rank of any layout without its peers, memory or device: what a dry run builds a model in.
+
+torch's fake process groups know every rank of the world and send nothing, and tensors have shapes and no values. So
+megatron-core builds exactly what the rank of a real run would, in a process of its own on any machine.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from navil_megatron.config.schema import ParallelConfig
+from navil_megatron.runtime.mcore_on_cpu import FACTORIES, enable_megatron_core_on_cpu
+
+
+class _OnMeta(TorchFunctionMode):
+    """New tensors are on the meta device, whatever device was asked for.
+
+    ``torch.device("meta")`` as a context would not do: core names its device in many places.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in FACTORIES:
+            kwargs = kwargs | {"device": "meta"}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def meta_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[ProcessGroupCollection]:
+    """The process groups of a rank; tensors made inside hold nothing.
+
+    For a process that will never train: megatron-core stays in its CPU form.
+    """
+    enable_megatron_core_on_cpu()
+    gather = torch.distributed.all_gather_object
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    # Core asks all ranks which parameter groups they have: here each answers as this one.
+    torch.distributed.all_gather_object = _answer_alike  # type: ignore[assignment]
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+        with _OnMeta():
+            yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        torch.distributed.all_gather_object = gather
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _answer_alike(found: list[Any], own: Any, group: Any = None) -> None:
+    found[:] = [own] * len(found)

@@ -1,0 +1,112 @@
+"""Layers and models never ask the device for a value: no size, no mask, no number, in forward or backward."""
+
+import pytest
+import torch
+
+from navil_megatron.models.build import build_model
+from navil_megatron.training.optimizer import wrap_ddp
+from navil_megatron.training.step import run_schedule
+from tests.distributed.test_layouts import MODELS
+from tests.host_reads import watching_host_reads
+from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, global_batch, merge_sections, oracle_config
+from tests.ranks import run_ranks, start_session
+
+BATCH = (MIXED, TEXT_ONLY, IMAGE_ONLY)
+CHOICES = {
+    **{name: {"model": model} for name, model in MODELS.items()},
+    "frozen": {"training": {"phase": "s1.1"}},
+    "selective": {
+        "training": {"recompute": "selective", "recompute_modules": ("attention", "mlp", "encoder")},
+    },
+    "full": {"training": {"recompute": "full"}},
+    "bf16": {"training": {"precision": "bf16"}},
+}
+PLACES = {
+    "tp2-sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),
+    "pp2-interleaved": (2, {"parallel": {"pp": 2, "vpp": 2}, "training": {"recompute": "full"}}),
+    "ep2": (2, {"parallel": {"ep": 2}}),
+}
+
+HOST_GENERATOR = "megatron/core/tensor_parallel/random.py"
+"""Compares states of the host's random generator, which are on the host with a GPU too."""
+DISPATCHER = "megatron/core/transformer/moe/"
+
+
+def reads_of_step(rank: int, world_size: int, choices: list[dict]) -> list[str]:
+    """What forward and backward of several microbatches read, from their host-side rows to their gradients."""
+    found = []
+    for sections in choices:
+        config = oracle_config(**sections)
+        with start_session(rank, world_size, config) as session:
+            chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
+            batch = global_batch(config, (*BATCH, MIXED))
+            with watching_host_reads() as reads:
+                run_schedule(config, session, chunks, batch, forward_only=False)
+            found += reads
+    return found
+
+
+def test_one_rank_reads_nothing() -> None:
+    assert run_ranks(1, reads_of_step, list(CHOICES.values())) == [[]]
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "ep2"])
+def test_ranks_read_nothing(place: str) -> None:
+    world_size, sections = PLACES[place]
+    for reads in run_ranks(world_size, reads_of_step, [sections]):
+        assert [read for read in reads if HOST_GENERATOR not in read] == []
+
+
+def test_expert_parallel_ranks_read_only_in_the_dispatcher_of_megatron_core() -> None:
+    """It counts the rows of each expert on the device and sends the counts to the host."""
+    world_size, sections = PLACES["ep2"]
+    for reads in run_ranks(world_size, reads_of_step, [merge_sections(sections, CHOICES["selective"])]):
+        assert [read for read in reads if DISPATCHER not in read] == []
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: float(x[0]),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: x[x > 0],
+        lambda x: x.index_put((x > 0,), torch.ones(1)),
+        lambda x: x.masked_select(x > 0),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_the_watch_sees_every_kind_of_read(read) -> None:
+    with watching_host_reads() as reads:
+        read(torch.tensor([1.0, -1.0]))
+    assert reads
+
+
+class _ReadsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad.tolist()
+        return grad
+
+
+def test_the_watch_sees_the_backward_pass() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with watching_host_reads() as reads:
+        _ReadsInBackward.apply(x).sum().backward()
+    assert reads
+
+
+def test_the_watch_lets_pass_what_stays_on_the_device() -> None:
+    x, order = torch.tensor([1.0, -1.0], requires_grad=True), torch.tensor([1, 0])
+    with watching_host_reads() as reads:
+        torch.where(x > 0, x, 0.0)[order].index_select(0, order).sum().backward()
+    assert reads == []

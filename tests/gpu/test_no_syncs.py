@@ -1,0 +1,70 @@
+"""A whole step makes the host wait for the GPU nowhere but in megatron-core's optimizer: CUDA itself raises."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from navil_megatron.config.schema import RuntimeConfig
+from navil_megatron.models.build import build_model
+from navil_megatron.runtime.session import Launch, Session
+from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.step import train_step
+from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, global_batch, oracle_config
+
+CHOICES = {
+    "none": {"recompute": "none"},
+    "selective": {"recompute": "selective", "recompute_modules": ("attention", "mlp", "encoder")},
+    "full": {"recompute": "full"},
+}
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_step_waits_only_in_the_optimizer(choice: str, overlap: bool, tmp_path: Path) -> None:
+    config = oracle_config(
+        training={"precision": "bf16", **CHOICES[choice]},
+        optimizer={"overlap_grad_reduce": overlap, "overlap_param_gather": overlap},
+        logging={"directory": str(tmp_path)},
+    )
+    config = dataclasses.replace(config, runtime=RuntimeConfig(device="cuda", collective_timeout_seconds=60))
+    launch = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, rendezvous_file=tmp_path / "rendezvous")
+    with Session.start(config, launch) as session:
+        chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
+        optimizer = build_optimizer(config, chunks, session)
+        batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY))
+        # The first step loads kernels and opens the communicator.
+        train_step(config, session, chunks, optimizer, batch, lr=1e-3)
+        update = optimizer.step
+
+        def unwatched_update() -> tuple:
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return update()
+            finally:
+                torch.cuda.set_sync_debug_mode("error")
+
+        optimizer.step = unwatched_update
+        with waiting_is_an_error():
+            result = train_step(config, session, chunks, optimizer, batch, lr=1e-3)
+        assert not result.skipped
+        assert float(result.loss_sum) > 0
+
+
+@pytest.mark.gpu
+def test_the_watch_sees_a_wait() -> None:
+    with pytest.raises(RuntimeError, match="synchroniz"), waiting_is_an_error():
+        torch.ones(1, device="cuda").item()

@@ -1,0 +1,88 @@
+"""How fast the parts of a step are on this machine's GPU; writes benchmarks/results/<device>-<date>.json.
+
+    python tools/bench/gpu.py [NAME ...] [--rounds N] [--out FOLDER]
+
+Names are those of ``BENCHMARKS``; without any, all run. Each result holds the median and the spread of its rounds. MFU
+is against the GPU's dense BF16 peak, in FP8 too, so that the figures of one shape compare.
+"""
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
+
+import torch
+from gpu_layers import decoder_layers, encoder, loss_head
+
+import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
+
+BENCHMARKS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "decoder_layers": decoder_layers,
+    "encoder": encoder,
+    "loss_head": loss_head,
+}
+"""Name -> what gives its results for a number of rounds."""
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "navil_megatron")
+
+
+def versions() -> dict[str, str | None]:
+    """What the figures depend on."""
+    found = {package.name: package.version for package in metadata.distributions()}
+    return {
+        **{name: found.get(name, found.get(name.replace("-", "_"))) for name in PACKAGES},
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def main() -> int:
+    """Run the named benchmarks and write one file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each measurement (default: 10)")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(BENCHMARKS))
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(unknown)}; choose of {', '.join(BENCHMARKS)}")
+    if not torch.cuda.is_available():
+        print("error: torch finds no usable GPU; run `navil-megatron doctor`", file=sys.stderr)
+        return 2
+    device, now = torch.cuda.get_device_name(), datetime.now(UTC)
+    report: dict[str, Any] = {
+        "device": device,
+        "date": now.isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": versions(),
+        "results": {},
+        "seconds": {},
+    }
+    for name in options.names or BENCHMARKS:
+        started = time.perf_counter()
+        report["results"][name] = BENCHMARKS[name](options.rounds)
+        report["seconds"][name] = round(time.perf_counter() - started, 1)
+        for result in report["results"][name]:
+            print(name, json.dumps(result), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = options.out / f"{slug}-{now:%Y-%m-%d}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
