@@ -27,6 +27,16 @@ _ONLY_PILLOW = ("GIF", "AVIF")
 """Formats that would make DALI refuse the whole batch."""
 
 
+_started_threads: list[int] = []
+
+
+def _start_threads(count: int) -> None:
+    """Sets DALI's threads, once: an operator that was made for more threads than there are later waits for ever."""
+    if not _started_threads:
+        ndd.set_num_threads(count)
+        _started_threads.append(count)
+
+
 class DaliDecoder:
     """Within 2/255 of ``PillowDecoder``."""
 
@@ -40,14 +50,14 @@ class DaliDecoder:
             merge_size: patches along one side of a merge block.
             max_pixels: largest picture that is decoded, and as many pixels of several are decoded at a time.
             device: decodes, and holds the patches.
-            num_threads: threads that DALI decodes with, in the whole process.
+            num_threads: threads that DALI decodes with, in the whole process; the first decoder decides.
         """
         self.device = device
         """Where the patches come to lie."""
         self._patch_size, self._merge_size, self._max_pixels = patch_size, merge_size, max_pixels
         self._dali_device = ndd.device(device)
         self._thread = threading.local()
-        ndd.set_num_threads(num_threads)
+        _start_threads(num_threads)
 
     def decode(self, jobs: Sequence[DecodeJob]) -> list[list[torch.Tensor] | ImageDecodeError]:
         """See ``ImageDecoder``."""
