@@ -81,7 +81,7 @@ def run_steps(
             result = train_step(config, session, chunks, optimizer, mine, lr=1e-2)
             outcome.losses.append(global_loss(result, session))
             outcome.grad_norms.append(float(result.grad_norm))
-            if step == 0 and (session.dp_size == 1 or not config.optimizer.distributed):
+            if step == 0 and (session.dp_size * session.cp_size == 1 or not config.optimizer.distributed):
                 outcome.gradients = _gradients(chunks)
         outcome.parameters = slices_of([chunk.module for chunk in chunks])
         return outcome

@@ -71,11 +71,13 @@ def _fp8_rules(config: NaViLConfig) -> Iterator[str]:
 
 def _fp8_sizes(config: NaViLConfig) -> Iterator[str]:
     """Rows that the packer pads, then the matrices as tensor parallelism leaves them."""
-    rows, language, vision = FP8_ROWS[config.training.fp8], config.model.language, config.model.vision
+    language, vision, context = config.model.language, config.model.vision, config.parallel.context_parallel_size
+    rows = FP8_ROWS[config.training.fp8] * context
     if config.data.pad_segments_to % rows:
+        on_ranks = f" on each of {context} context-parallel ranks" if context > 1 else ""
         yield (
             f'data.pad_segments_to = {config.data.pad_segments_to}: training.fp8 = "{config.training.fp8}" takes '
-            f"segments of a multiple of {rows} tokens; set it to {rows}"
+            f"segments of a multiple of {rows // context} tokens{on_ranks}; set it to {rows}"
         )
     tensor = config.parallel.tensor_model_parallel_size
     heads = language.num_attention_heads * language.head_dim

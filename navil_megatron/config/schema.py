@@ -213,14 +213,19 @@ class ParallelConfig:
     """Ranks that split the FFN experts, out of the data-parallel ones. 2: text expert on one, visual on the other; half
     of their memory each, but work as uneven as the tokens."""
     context_parallel_size: int = 1
-    """Ranks that split a row's tokens."""
+    """Ranks that split a row's tokens, where it is too long for one. Divides key/value heads / tensor-parallel size."""
     sequence_parallel: bool = False
     """Split activations outside the matrices over the tensor-parallel ranks too."""
 
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return self.pipeline_model_parallel_size * self.row_ranks
+
+    @property
+    def row_ranks(self) -> int:
+        """Ranks of a pipeline stage that share its rows."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,3 +378,8 @@ class NaViLConfig:
     def microbatch_tokens(self) -> int:
         """Tokens of one microbatch: its rows laid end to end."""
         return self.training.micro_batch_size * self.data.seq_length
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of one microbatch on a context-parallel rank."""
+        return self.microbatch_tokens // self.parallel.context_parallel_size

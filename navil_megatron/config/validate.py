@@ -215,9 +215,25 @@ def _layout_rules(config: NaViLConfig) -> Iterator[str]:
         yield from _divides("parallel.tensor_model_parallel_size", tensor, "data.seq_length", config.data.seq_length)
     yield from _expert_rules(parallel)
     if parallel.context_parallel_size > 1:
+        yield from _context_rules(config)
+
+
+def _context_rules(config: NaViLConfig) -> Iterator[str]:
+    """Ranks that share a row hold equally many tokens of each modality, and exchange whole groups of heads."""
+    parallel, size = config.parallel, config.parallel.context_parallel_size
+    groups = config.model.language.num_query_groups // parallel.tensor_model_parallel_size
+    yield from _divides(
+        "parallel.context_parallel_size",
+        size,
+        "model.language.num_query_groups / parallel.tensor_model_parallel_size",
+        groups,
+    )
+    yield from _divides("parallel.context_parallel_size", size, "data.pad_segments_to", config.data.pad_segments_to)
+    ranks = size * parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and config.data.seq_length % ranks:
         yield (
-            f"parallel.context_parallel_size = {parallel.context_parallel_size} is not supported by this version; "
-            "set it to 1"
+            f"data.seq_length = {config.data.seq_length} does not divide over tensor * context = {ranks} ranks under "
+            f"parallel.sequence_parallel; make it a multiple of {ranks}"
         )
 
 

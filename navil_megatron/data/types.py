@@ -25,9 +25,6 @@ class DataPlace:
 
     dp_rank: int = 0
     dp_size: int = 1
-    tp_rank: int = 0
-    """Rank among those that share a row and split the encoder's images."""
-    tp_size: int = 1
     is_first_stage: bool = True
     """Holds the encoder, and so needs pixels."""
 

@@ -3,6 +3,9 @@
 Routing in NaViL is by modality, so it is known on the host before the step and is the same in every layer (paper,
 section 3.2.2). Hidden states travel in modality-major order, [text tokens | visual tokens]: every projection is then
 one plain GEMM per modality on a contiguous view, and only attention needs the tokens in causal order.
+
+Under context parallelism each rank holds every so manieth token of each modality, again [text | visual]: equally many
+of both on every rank, and about equally many predictions.
 """
 
 from collections.abc import Sequence
@@ -23,11 +26,12 @@ class NaViLPackedSeqParams(PackedSeqParams):
     """
 
     num_text_tokens: int
-    """Rows of the text segment; the visual segment is the rest."""
+    """Rows of the text segment on a context-parallel rank; the visual segment is the rest."""
     num_packed_tokens: int
-    """t, all rows."""
+    """t/cp, all rows of a context-parallel rank."""
     to_attention: torch.Tensor
-    """[t] int64: modality-major rows in attention order, i.e. segment by segment, causal inside each."""
+    """[t] int64: rows of all context-parallel ranks, one after the other, in attention order, i.e. segment by segment,
+    causal inside each."""
     to_modality_major: torch.Tensor
     """[t] int64: the inverse of ``to_attention``."""
     attention_groups: tuple[SegmentGroup, ...]
@@ -49,29 +53,38 @@ class ModalityOrder:
     """Host-side result of planning: index arrays, not yet on a device."""
 
     modality_major: np.ndarray
-    """[t] int64: causal positions in modality-major order."""
+    """[t] int64: causal positions in modality-major order, one context-parallel rank after the other."""
     num_text_tokens: int
-    """Rows of the text segment."""
+    """Rows of the text segment of each rank."""
+    cp_size: int
+    """Context-parallel ranks."""
     to_attention: np.ndarray
     """[t] int64: see ``NaViLPackedSeqParams``."""
     attention_groups: tuple[SegmentGroup, ...]
     """Segments by length."""
 
 
-def plan_modality_order(visual_token_mask: np.ndarray, segment_lengths: Sequence[int]) -> ModalityOrder:
+def plan_modality_order(
+    visual_token_mask: np.ndarray, segment_lengths: Sequence[int], cp_size: int = 1
+) -> ModalityOrder:
     """Plan one packed microbatch on the host.
 
     Args:
         visual_token_mask: [t] bool, in causal order.
         segment_lengths: Tokens of each attention segment, in causal order; they sum to t.
+        cp_size: Context-parallel ranks; it divides the tokens of each modality.
     """
     if sum(segment_lengths) != visual_token_mask.size:
         raise ValueError(f"segments hold {sum(segment_lengths)} tokens, the row holds {visual_token_mask.size}")
-    modality_major = np.argsort(visual_token_mask, kind="stable")
+    text, visual = np.flatnonzero(~visual_token_mask), np.flatnonzero(visual_token_mask)
+    if text.size % cp_size or visual.size % cp_size:
+        raise ValueError(f"{text.size} text and {visual.size} visual tokens do not divide over {cp_size} ranks")
+    modality_major = np.concatenate([tokens[r::cp_size] for r in range(cp_size) for tokens in (text, visual)])
     attention_order, groups = group_segments(segment_lengths)
     return ModalityOrder(
         modality_major=modality_major,
-        num_text_tokens=int(visual_token_mask.size - np.count_nonzero(visual_token_mask)),
+        num_text_tokens=text.size // cp_size,
+        cp_size=cp_size,
         to_attention=inverse_order(modality_major)[attention_order],
         attention_groups=groups,
     )
@@ -90,7 +103,7 @@ def build_packed_seq_params(order: ModalityOrder, device: torch.device) -> NaViL
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         num_text_tokens=order.num_text_tokens,
-        num_packed_tokens=order.modality_major.size,
+        num_packed_tokens=order.modality_major.size // order.cp_size,
         to_attention=torch.from_numpy(order.to_attention).to(device, non_blocking=True),
         to_modality_major=torch.from_numpy(inverse_order(order.to_attention)).to(device, non_blocking=True),
         attention_groups=order.attention_groups,

@@ -1,7 +1,7 @@
 """Self-attention with one set of projections per modality and one joint causal softmax (paper, section 3.2.2).
 
 Projections run on modality-major rows. Queries, keys and values are gathered into attention order once, and the
-attention output back once; nothing else in a decoder layer moves tokens.
+attention output back once; nothing else in a decoder layer moves tokens. Context-parallel ranks exchange heads there.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
 
+from navil_megatron.layers.head_exchange import heads_to_rows, rows_to_heads
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
     ComposedRowParallelLinear,
@@ -74,6 +75,7 @@ class ModalitySelfAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         tp_group, linears = pg_collection.tp, submodules.linears
+        self.cp_group = pg_collection.cp
         self.head_dim = config.kv_channels
         self.num_groups = divide(config.num_query_groups, tp_group.size())
         self.heads_per_group = divide(config.num_attention_heads, config.num_query_groups)
@@ -103,7 +105,10 @@ class ModalitySelfAttention(MegatronModule):
         packed_seq_params: NaViLPackedSeqParams,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """[t/tp, 1, h] or [t, 1, h] -> the same, and no bias. ``rotary_pos_emb`` is [2, t, 1, d], modality-major."""
+        """[t/tp, 1, h] or [t, 1, h] -> the same, and no bias. ``rotary_pos_emb`` is [2, t, 1, d], modality-major.
+
+        t are the tokens of this context-parallel rank, here and below.
+        """
         qkv = self.linear_qkv(hidden_states, packed_seq_params)
         query, key, value = self._split_heads(qkv)
         if self.config.qk_layernorm:
@@ -126,6 +131,7 @@ class ModalitySelfAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
         """To attention order, softmax inside each segment, and back. -> [t, n/tp * d]."""
+        query, key, value = rows_to_heads(query, key, value, self.cp_group)
         context = self.core_attention(
             query.index_select(0, packed.to_attention),
             key.index_select(0, packed.to_attention),
@@ -135,4 +141,4 @@ class ModalitySelfAttention(MegatronModule):
             max_seqlen=packed.max_seqlen_q,
             causal=True,
         )
-        return context.index_select(0, packed.to_modality_major)
+        return heads_to_rows(context.index_select(0, packed.to_modality_major), self.cp_group)

@@ -1,8 +1,8 @@
 """Host-side plan of the visual encoder's work: which rank encodes which scale-image, in which order, and how the
 features come back into the row.
 
-Each rank of a tensor-parallel group takes whole scale-images, balanced by cost, because 23 heads do not split and
-because images are independent. Patch order inside an image, 2D positions and windows follow the reference encoder.
+Each of the ranks that share a row takes whole scale-images, balanced by cost, because 23 heads do not split and because
+images are independent. Patch order inside an image, 2D positions and windows follow the reference encoder.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,8 @@ class VisionPlan:
     gathered_tokens: int
     """Merged tokens that every rank contributes to the gather: the largest share."""
     feature_index: np.ndarray
-    """[m] for each image token of the row, its place among the gathered features of all ranks."""
+    """[m] for each image token of the row, its place among the gathered features of all ranks; the model takes those of
+    the tokens that it holds."""
 
 
 def encoding_cost(grid: Grid, config: VisionConfig) -> int:
@@ -68,8 +69,8 @@ def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_rank
     Args:
         grids: Every scale-image, in order of appearance in the row.
         config: The encoder.
-        rank: This rank in its tensor-parallel group.
-        num_ranks: Ranks of the group.
+        rank: This rank among those that share a row: context-parallel rank by rank, its tensor-parallel ranks.
+        num_ranks: How many these are.
     """
     merge = config.merge_size
     owner = assign_images([encoding_cost(grid, config) for grid in grids], num_ranks)

@@ -10,7 +10,10 @@ from navil_megatron.layers.vision_plan import VisionPlan
 
 @dataclass(frozen=True, slots=True)
 class FirstStageInputs:
-    """What only the first stage takes: tokens and pixels. t packed tokens, m image tokens, p patches."""
+    """What only the first stage takes: tokens and pixels.
+
+    t packed tokens and m image tokens of this context-parallel rank, p patches that it encodes.
+    """
 
     input_ids: Tensor
     """[t] in modality-major order."""
@@ -24,7 +27,7 @@ class FirstStageInputs:
 
 @dataclass(frozen=True, slots=True)
 class ModelInputs:
-    """One microbatch, rows in modality-major order. t packed tokens, k positions with a loss."""
+    """One microbatch, rows in modality-major order. t packed tokens of this rank, k of them positions with a loss."""
 
     packed_seq_params: NaViLPackedSeqParams
     """The modality plan and the attention segments."""

@@ -76,6 +76,8 @@ class NaViLModel(LanguageModule):
         self.model, self.vp_stage = model, vp_stage
         self.loss_chunk_tokens = training.loss_chunk_tokens
         self.pre_process, self.post_process = pre_process, post_process
+        # The ranks that share a row share its images. A group of its own is a communicator of its own.
+        self.row_group = pg_collection.tp_cp if self.cp_group.size() > 1 else self.tp_group
         self.share_embeddings_and_output_weights = model.language.tied_embeddings
         if pre_process:
             self.vision_encoder = VisionEncoder(
@@ -155,7 +157,7 @@ class NaViLModel(LanguageModule):
         """Visual features of every image token in row order, [m, h]. Runs without an image too: same collectives."""
         plan = inputs.vision_plan
         features = self.connector(self.vision_encoder(inputs.pixel_values, plan))
-        gathered = gather_features(features, plan.gathered_tokens, self.tp_group)
+        gathered = gather_features(features, plan.gathered_tokens, self.row_group, self.cp_group)
         index = torch.from_numpy(plan.feature_index).to(gathered.device, non_blocking=True)
         return gathered.index_select(0, index)
 

@@ -42,7 +42,7 @@ class MicrobatchSizes:
     num_predictions: int
     """Positions with loss."""
     gathered_features: int
-    """Image tokens after the gather over tensor-parallel ranks: each share is padded to the largest."""
+    """Image tokens after the gather over the ranks that share a row: each share is padded to the largest."""
     rows_by_modality: tuple[int, int]
     """Text and visual rows."""
 
@@ -97,21 +97,25 @@ class RankView:
 
     @property
     def tokens_bytes(self) -> int:
-        """Bytes of a microbatch's hidden states."""
-        return self.config.microbatch_tokens * self.row_bytes
+        """Bytes of a microbatch's hidden states on a context-parallel rank."""
+        return self.config.rank_tokens * self.row_bytes
 
 
 def is_exact(config: NaViLConfig) -> bool:
-    """Whether the counted bytes equal the formula's: everything trains, and experts stand beside data parallelism."""
+    """Whether the counted bytes equal the formula's: everything trains, experts stand beside data parallelism, and no
+    context-parallel rank needs to say how many predictions it drew.
+    """
     parallel = config.parallel
     is_plain = parallel.expert_model_parallel_size == 1 or parallel.model_parallel_size == 1
+    is_plain &= parallel.context_parallel_size == 1 or parallel.tensor_model_parallel_size == 1
     return config.training.phase == "s2" and is_plain
 
 
 def traffic_of_step(view: RankView) -> TrafficTable:
     """(axis, collective) -> calls and bytes of one step of this rank."""
     found: TrafficTable = defaultdict(Traffic)
-    for part in (tensor_parallel, tensor_parallel_gradients, pipeline, experts, data_parallel, gradient_norm):
+    parts = (tensor_parallel, tensor_parallel_gradients, context, pipeline, experts, data_parallel, gradient_norm)
+    for part in parts:
         for axis, collective, calls, num_bytes in part(view):
             if calls:
                 found[axis, collective] += Traffic(calls, num_bytes)
@@ -148,7 +152,8 @@ def edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Part]:
     split_rows, tokens = view.config.parallel.sequence_parallel, view.tokens_bytes
     if view.is_first:
         yield "tp", "all-reduce", 1, tokens  # the embedding table is split by vocabulary
-        yield "tp", "all-gather", 1, microbatch.gathered_features * view.row_bytes
+        if view.config.parallel.context_parallel_size == 1:
+            yield "tp", "all-gather", 1, microbatch.gathered_features * view.row_bytes
         if split_rows:
             yield "tp", "all-gather", 1, tokens  # gradient of the embeddings' rows
     if view.is_last:
@@ -176,6 +181,37 @@ def tensor_parallel_gradients(view: RankView) -> Iterator[Part]:
     yield "tp", "all-reduce", int(summed > 0), summed * FP32  # core sends them as one
     images = [n for name, n in parameters if name.startswith(("vision_encoder.", "connector."))]
     yield "tp", "all-reduce", len(images), sum(images) * FP32
+
+
+def context(view: RankView) -> Iterator[Part]:
+    """Heads for tokens around every softmax; features of the images of all ranks that share the row."""
+    if view.config.parallel.context_parallel_size == 1:
+        return
+    for microbatch in view.mine:
+        for axis, collective, calls, num_bytes in context_layer_parts(view.config):
+            yield axis, collective, calls * view.num_layers, num_bytes * view.num_layers
+        if view.is_first:
+            yield from context_edge_parts(view, microbatch)
+
+
+def context_layer_parts(config: NaViLConfig) -> Iterator[Part]:
+    """Context-parallel collectives of one decoder layer and microbatch: query, key and value one way, the softmax's
+    output the other, and both again for their gradients.
+    """
+    language, training, tensor = config.model.language, config.training, config.parallel.tensor_model_parallel_size
+    head = config.rank_tokens * language.head_dim * number_bytes(config) // tensor
+    there = (language.num_attention_heads + 2 * language.num_query_groups) * head
+    back = language.num_attention_heads * head
+    # A part that is computed again stops where its last saved tensor is: the softmax's output is not sent again.
+    yield "cp", "all-to-all", 2 + training.recomputes("attention"), (2 + training.recomputes("attention")) * there
+    yield "cp", "all-to-all", 2 + (training.recompute == "full"), (2 + (training.recompute == "full")) * back
+
+
+def context_edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Part]:
+    """Features of all ranks' images, and the gradients of this rank's summed over the ranks that used them."""
+    gathered = microbatch.gathered_features * view.row_bytes
+    yield "cp", "all-gather", 1, gathered
+    yield "cp", "reduce-scatter", 1, gathered // view.config.parallel.tensor_model_parallel_size
 
 
 def pipeline(view: RankView) -> Iterator[Part]:
@@ -207,11 +243,14 @@ def expert_layer_parts(view: RankView, number: int) -> Iterator[Part]:
     ranks = view.config.parallel.expert_model_parallel_size
     shares = view.config.parallel.tensor_model_parallel_size if view.config.parallel.sequence_parallel else 1
     first, modality = view.dp_rank - view.dp_rank % ranks, view.dp_rank % ranks
-    arriving = sum(view.batch[rank][number].rows_by_modality[modality] for rank in range(first, first + ranks))
+    # Context-parallel ranks of a replica hold equally many rows of each modality.
+    context = view.config.parallel.context_parallel_size
+    rows = [replica[number].rows_by_modality[modality] for replica in view.batch for _ in range(context)]
+    arriving = sum(rows[first : first + ranks])
     # Each rank tells how many rows go to which of the experts.
     yield "ep", "all-gather", 1, ranks * ranks * INT64
     # Own rows out (forward) and their output's gradient out (backward); core sends each row's probability along.
-    probabilities = view.config.microbatch_tokens * number_bytes(view.config)
+    probabilities = view.config.rank_tokens * number_bytes(view.config)
     yield "ep", "all-to-all", 3, (2 * view.tokens_bytes + probabilities) // shares
     # The expert's rows back: their output (forward), their gradient (backward).
     yield "ep", "all-to-all", 2, 2 * arriving * view.row_bytes // shares
@@ -220,6 +259,7 @@ def expert_layer_parts(view: RankView, number: int) -> Iterator[Part]:
 def data_parallel(view: RankView) -> Iterator[Part]:
     """Gradients, in FP32; with the distributed optimizer the updated weights too. And the batch's loss weight."""
     expert_ranks = view.config.parallel.expert_model_parallel_size
+    sharing = view.dp_size * view.config.parallel.context_parallel_size
     if view.dp_size > 1:
         yield "dp", "all-reduce", 1, FP32
     is_split = view.config.optimizer.distributed
@@ -227,8 +267,8 @@ def data_parallel(view: RankView) -> Iterator[Part]:
         of_experts = [n for name, n in chunk.items() if expert_ranks > 1 and ".mlp." in name]
         shared = [n for name, n in chunk.items() if expert_ranks == 1 or ".mlp." not in name]
         for axis, numbers, ranks in (
-            ("dp", shared, view.dp_size),
-            ("expert dp", of_experts, view.dp_size // expert_ranks),
+            ("dp", shared, sharing),
+            ("expert dp", of_experts, sharing // expert_ranks),
         ):
             if ranks == 1 or not numbers:
                 continue
@@ -251,7 +291,7 @@ def gradient_norm(view: RankView) -> Iterator[Part]:
     if view.config.optimizer.distributed:
         yield "world", "all-reduce", int(view.world_size > 1), FP32
         return
-    replica = parallel.model_parallel_size
+    replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     yield "replica", "all-reduce", int(replica > 1), FP32
     if parallel.expert_model_parallel_size > 1:
         yield "replica", "all-reduce", 1, FP32  # the experts' own

@@ -10,6 +10,8 @@ from navil_megatron.planner.communication import (
     MicrobatchSizes,
     Part,
     RankView,
+    context_edge_parts,
+    context_layer_parts,
     data_parallel,
     edge_parts,
     expert_layer_parts,
@@ -69,7 +71,7 @@ class Estimate:
     step_seconds: float
     """One update."""
     layer_traffic_seconds: float
-    """Of it, collectives inside the layers, tensor and expert parallel, of the stage with most of them."""
+    """Of it, collectives inside the layers, of the stage with most of them."""
     gradient_seconds: float
     """Of it, gradients and updated weights over the ranks that share them."""
     update_seconds: float
@@ -105,7 +107,7 @@ class Estimator:
         times = [layer * count for count in counts]
         times[0] += first
         times[-1] += last
-        send = self._link(config, "pp") * config.microbatch_tokens * config.model.language.hidden_size
+        send = self._link(config, "pp") * config.rank_tokens * config.model.language.hidden_size
         send *= number_bytes(config) / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
         schedule = simulate(times, stages, num_microbatches, send)
         views = [self._view(config, stage) for stage in range(stages)]
@@ -146,8 +148,7 @@ class Estimator:
     def _part_times(self, config: NaViLConfig) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
         """Of one microbatch: one decoder layer; encoder, connector and embeddings; the head."""
         model, parallel, training = config.model, config.parallel, config.training
-        tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-        work = self.work
+        experts, work = parallel.expert_model_parallel_size, self.work
         flops = list(layer_terms(model.language, work))
         if experts > 1:
             # The rank of the fuller expert computes the rows of all ranks, and the others wait for it.
@@ -156,8 +157,8 @@ class Estimator:
             per_row = sum(forward for _, forward in alone) / work.num_tokens
             flops = [term for term in flops if term not in alone] + [(alone[-1][0], per_row * fuller)]
         again = sum(forward for name, forward in flops if _is_repeated(name, training))
-        layer = self._compute(config, flops, tensor, again, self._layer_traffic(config))
-        encoded = replace(work, grids=fullest_share(work, model.vision, tensor))
+        layer = self._compute(config, flops, parallel.row_ranks, again, self._layer_traffic(config))
+        encoded = replace(work, grids=fullest_share(work, model.vision, parallel.row_ranks))
         last_stage = parallel.pipeline_model_parallel_size - 1
         before, behind = (self._edge_traffic(config, stage) for stage in (0, last_stage))
         encoder = list(encoder_terms(model, encoded))
@@ -166,7 +167,7 @@ class Estimator:
         # One stage is first and last at once: its collectives are counted with the encoder.
         head = list(head_terms(model.language, work))
         again = sum(forward for _, forward in head)  # the backward pass makes the logits again, chunk by chunk
-        last = self._compute(config, head, tensor, again, behind if last_stage else 0)
+        last = self._compute(config, head, parallel.row_ranks, again, behind if last_stage else 0)
         return layer, first, last
 
     def _compute(
@@ -185,16 +186,21 @@ class Estimator:
         view = self._view(config, 0)
         if config.parallel.tensor_model_parallel_size > 1:
             parts += layer_parts(config, view.tokens_bytes)
+        if config.parallel.context_parallel_size > 1:
+            parts += context_layer_parts(config)
         if config.parallel.expert_model_parallel_size > 1:
             parts += expert_layer_parts(view, 0)
         return self._seconds(config, parts)
 
     def _edge_traffic(self, config: NaViLConfig, stage: int) -> float:
         """Seconds of the collectives before the first layer or behind the last."""
-        if config.parallel.tensor_model_parallel_size == 1:
-            return 0.0
         view = self._view(config, stage)
-        return self._seconds(config, edge_parts(view, view.mine[0]))
+        parts: list[Part] = []
+        if config.parallel.tensor_model_parallel_size > 1:
+            parts += edge_parts(view, view.batch[0][0])
+        if config.parallel.context_parallel_size > 1 and view.is_first:
+            parts += context_edge_parts(view, view.batch[0][0])
+        return self._seconds(config, parts)
 
     def _seconds(self, config: NaViLConfig, parts: Iterable[Part]) -> float:
         """Time of these collectives, one after the other, at ring cost."""
@@ -204,16 +210,18 @@ class Estimator:
         )
 
     def _ranks(self, config: NaViLConfig, axis: str) -> tuple[int, int]:
-        """Ranks of a group along an axis, and how far apart they lie: core's order is tensor, data, pipeline."""
+        """Ranks of a group along an axis and how far apart they lie: core orders tensor, context, data, pipeline."""
         parallel = config.parallel
         tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-        stages, replicas = parallel.pipeline_model_parallel_size, self.machine.gpus // parallel.model_parallel_size
+        stages = parallel.pipeline_model_parallel_size
+        sharing = self.machine.gpus // (tensor * stages)  # hold the same weights
         return {
             "tp": (tensor, 1),
+            "cp": (parallel.context_parallel_size, tensor),
             "ep": (experts, tensor),
-            "dp": (replicas, tensor),
-            "expert dp": (replicas // experts, tensor * experts),
-            "pp": (stages, tensor * replicas),
+            "dp": (sharing, tensor),
+            "expert dp": (sharing // experts, tensor * experts),
+            "pp": (stages, tensor * sharing),
         }[axis]
 
     def _link(self, config: NaViLConfig, axis: str) -> float:
@@ -222,12 +230,12 @@ class Estimator:
 
     def _view(self, config: NaViLConfig, stage: int) -> RankView:
         """A rank of a stage and one microbatch, as the formula of the traffic wants it."""
-        tensor = config.parallel.tensor_model_parallel_size
-        share = replace(self.work, grids=fullest_share(self.work, config.model.vision, tensor))
+        ranks, context = config.parallel.row_ranks, config.parallel.context_parallel_size
+        share = replace(self.work, grids=fullest_share(self.work, config.model.vision, ranks))
         sizes = MicrobatchSizes(
-            num_predictions=self.work.num_predictions,
-            gathered_features=tensor * share.image_tokens(config.model.vision),
-            rows_by_modality=(self.work.text_tokens, self.work.visual_tokens),
+            num_predictions=self.work.num_predictions // context,
+            gathered_features=ranks * share.image_tokens(config.model.vision),
+            rows_by_modality=(self.work.text_tokens // context, self.work.visual_tokens // context),
         )
         phase = config.training.phase
         return RankView(

@@ -47,12 +47,13 @@ def state_bytes(config: NaViLConfig, parameters: Iterable[Sized], dp_size: int) 
     """State of a rank that holds these parameters, one of so many replicas."""
     size = number_bytes(config)
     optimizer = 2 * FP32 + (FP32 if size == 2 else 0)
-    expert_ranks = config.parallel.expert_model_parallel_size
+    parallel = config.parallel
+    sharing, expert_ranks = dp_size * parallel.context_parallel_size, parallel.expert_model_parallel_size
     found = StateBytes()
     for name, numbers in parameters:
         trained = numbers if is_trainable(name, config.training.phase) else 0
-        replicas = dp_size // (expert_ranks if ".mlp." in name else 1)
-        shares = replicas if config.optimizer.distributed else 1
+        holders = sharing // (expert_ranks if ".mlp." in name else 1)
+        shares = holders if config.optimizer.distributed else 1
         found += StateBytes(numbers * size, trained * FP32, trained * optimizer / shares)
     return found
 
@@ -79,10 +80,15 @@ class ActivationModel:
         return self.config.parallel.tensor_model_parallel_size
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a context-parallel rank."""
+        return self.config.rank_tokens
+
+    @property
     def row_bytes(self) -> int:
         """Hidden states between the matrices: this rank's share of the rows under sequence parallelism."""
         shares = self.tensor if self.config.parallel.sequence_parallel else 1
-        return self.config.microbatch_tokens * self.config.model.language.hidden_size * self.size // shares
+        return self.tokens * self.config.model.language.hidden_size * self.size // shares
 
     def norm(self, rows: int, width: int) -> int:
         """An RMSNorm: its input, a number a row, and unless fused the scaled rows."""
@@ -94,7 +100,7 @@ class ActivationModel:
             return self.row_bytes
         language = self.config.model.language
         shares = self.tensor if self.config.parallel.sequence_parallel else 1
-        rows = self.config.microbatch_tokens // shares
+        rows = self.tokens // shares
         kept = 2 * self.norm(rows, language.hidden_size)
         kept += self.row_bytes  # input of linear_qkv
         kept += self._attention(again=self.config.training.recomputes("attention"))
@@ -106,7 +112,7 @@ class ActivationModel:
 
     def _attention(self, again: bool) -> int:
         """From linear_qkv's output to linear_proj's input; the softmax and its gathers may be computed again."""
-        language, t = self.config.model.language, self.config.microbatch_tokens
+        language, t = self.config.model.language, self.tokens
         heads, groups = language.num_attention_heads // self.tensor, language.num_query_groups // self.tensor
         query, key = (t * n * language.head_dim * self.size for n in (heads, groups))
         qkv = query + 2 * key
@@ -130,27 +136,30 @@ class ActivationModel:
         inner = 3 * language.ffn_hidden_size // self.tensor * self.size
         ranks = self.config.parallel.expert_model_parallel_size
         if ranks == 1:
-            return self.row_bytes + self.config.microbatch_tokens * inner
+            return self.row_bytes + self.tokens * inner
         # The fuller expert's rows of all ranks; core also keeps where each came from.
-        arriving = ranks * max(self.work.text_tokens, self.work.visual_tokens)
-        return arriving * (language.hidden_size * self.size + inner) + self.config.microbatch_tokens * INT64
+        arriving = ranks * self._share(max(self.work.text_tokens, self.work.visual_tokens))
+        return arriving * (language.hidden_size * self.size + inner) + self.tokens * INT64
 
     def shared_by_layers(self) -> int:
         """Rotary tables, and under attention without recompute the orders of the rows."""
         orders = 0 if self.config.training.recomputes("attention") else 2 * INT64
-        return self.config.microbatch_tokens * (2 * self.config.model.language.head_dim * self.size + orders)
+        # The orders are of the tokens of all ranks.
+        return (
+            self.tokens * 2 * self.config.model.language.head_dim * self.size + self.config.microbatch_tokens * orders
+        )
 
     def final_norm(self) -> int:
         """After the last layer."""
         shares = self.tensor if self.config.parallel.sequence_parallel else 1
-        return self.norm(self.config.microbatch_tokens // shares, self.config.model.language.hidden_size)
+        return self.norm(self.tokens // shares, self.config.model.language.hidden_size)
 
     def embedding(self) -> int:
         """Token ids, rows of special tokens, places of image tokens; under sequence parallelism the embeddings of all
         rows, of which the first layer's input is a view.
         """
-        tokens = self.config.microbatch_tokens
-        kept = tokens * (2 * INT64 + 1) + self.image_tokens * INT64
+        tokens = self.tokens
+        kept = tokens * (2 * INT64 + 1) + self._share(self.image_tokens) * INT64
         return kept + tokens * self.config.model.language.hidden_size * self.size - self.row_bytes
 
     @property
@@ -159,9 +168,9 @@ class ActivationModel:
         return self.work.image_tokens(self.config.model.vision)
 
     def encoder(self) -> int:
-        """Encoder and connector on the tensor-parallel rank with most patches."""
+        """Encoder and connector on the rank with most patches."""
         vision, hidden = self.config.model.vision, self.config.model.language.hidden_size
-        grids = fullest_share(self.work, vision, self.tensor)
+        grids = fullest_share(self.work, vision, self.config.parallel.row_ranks)
         patches = num_patches(grids)
         tokens = patches // vision.merge_size**2
         kept = patches * vision.patch_dim * self.size  # input of the patch embedding
@@ -171,7 +180,7 @@ class ActivationModel:
             kept += self._vision_layer(patches, windowed)
         # Connector: input and scaled input of the norm with two numbers a row, then the inputs of GELU and linear_fc2.
         kept += 2 * patches * vision.hidden_size * self.size + tokens * (2 * FP32 + 2 * hidden * self.size)
-        return kept + self.image_tokens * INT64
+        return kept + self._share(self.image_tokens) * INT64
 
     def _vision_layer(self, patches: int, windowed: bool) -> int:
         vision = self.config.model.vision
@@ -187,12 +196,16 @@ class ActivationModel:
     def head(self) -> int:
         """Picked rows with their places in the row and in this rank's vocabulary, and the log-sum of each."""
         row = self.config.model.language.hidden_size * self.size
-        return self.work.num_predictions * (row + 2 * INT64 + FP32)
+        return self._share(self.work.num_predictions) * (row + 2 * INT64 + FP32)
+
+    def _share(self, count: int) -> int:
+        """Of so many tokens, those of the context-parallel rank with most."""
+        return -(-count // self.config.parallel.context_parallel_size)
 
     def head_working(self) -> int:
         """Logits of one chunk, in FP32 beside the run's precision, and the FP32 sum of a trained head's gradient."""
         language = self.config.model.language
-        rows = min(self.work.num_predictions, self.config.training.loss_chunk_tokens)
+        rows = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
         words = language.vocab_size // self.tensor
         rounded = 0 if self.size == FP32 else self.size
         trained = is_trainable("output_layer.weight", self.config.training.phase)
@@ -203,7 +216,7 @@ class ActivationModel:
         output, and with recompute the layer's own activations.
         """
         language, training = self.config.model.language, self.config.training
-        wide = self.config.microbatch_tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
+        wide = self.tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
         nothing = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
         again = nothing.layer() - self.layer()
         return wide + 2 * self.row_bytes + again
@@ -211,5 +224,6 @@ class ActivationModel:
     def inputs(self, is_first: bool) -> int:
         """What the device is given of a microbatch: ids and orders, and the first stage's share of the pixels, FP32."""
         vision = self.config.model.vision
-        patches = num_patches(fullest_share(self.work, vision, self.tensor)) if is_first else 0
-        return patches * vision.patch_dim * FP32 + self.config.microbatch_tokens * 5 * INT64
+        ranks = self.config.parallel.row_ranks
+        patches = num_patches(fullest_share(self.work, vision, ranks)) if is_first else 0
+        return patches * vision.patch_dim * FP32 + (3 * self.tokens + 2 * self.config.microbatch_tokens) * INT64

@@ -45,6 +45,7 @@ def _layout(candidate: Candidate, machine: Machine) -> Report:
         "pipeline": parallel.pipeline_model_parallel_size,
         "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size,
         "pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
+        "context": parallel.context_parallel_size,
         "expert": parallel.expert_model_parallel_size,
         "data": machine.gpus // parallel.model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
@@ -111,6 +112,8 @@ def describe_layout(config: NaViLConfig) -> str:
     words = [f"tp{parallel.tensor_model_parallel_size}", f"pp{parallel.pipeline_model_parallel_size}"]
     if parallel.virtual_pipeline_model_parallel_size:
         words.append(f"vpp{parallel.virtual_pipeline_model_parallel_size}")
+    if parallel.context_parallel_size > 1:
+        words.append(f"cp{parallel.context_parallel_size}")
     if parallel.expert_model_parallel_size > 1:
         words.append(f"ep{parallel.expert_model_parallel_size}")
     if parallel.sequence_parallel:
@@ -166,6 +169,7 @@ def _best_lines(best: Candidate, machine: Machine) -> list[str]:
         "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "parallel.virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "parallel.pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
+        "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.expert_model_parallel_size": parallel.expert_model_parallel_size,
         "training.recompute": best.config.training.recompute,
     }

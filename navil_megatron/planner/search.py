@@ -19,6 +19,9 @@ RECOMPUTE: tuple[tuple[Literal["none", "selective", "full"], tuple[Recomputed, .
     ("full", ("attention",)),
 )
 
+SPLIT_ROWS_BEYOND = 16_384
+"""Tokens of a row beyond which context parallelism is tried."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
@@ -59,14 +62,22 @@ def search_layouts(config: NaViLConfig, machine: Machine, work: Workload) -> lis
 
 
 def layouts_of(config: NaViLConfig, machine: Machine) -> Iterator[NaViLConfig]:
-    """The run with every layout that its GPUs could hold; tensor parallelism stays inside a node."""
+    """The run with every layout that its GPUs could hold; tensor and context parallelism stay inside a node. Rows of
+    some length are needed before splitting them pays.
+    """
+    contexts = (1, 2, 4, 8) if config.data.seq_length > SPLIT_ROWS_BEYOND else (1,)
     tensors = [n for n in _powers_of_two(machine.gpus) if n <= machine.gpus_per_node]
     stages = [n for n in range(1, machine.gpus + 1) if machine.gpus % n == 0 and n <= config.model.language.num_layers]
-    for tensor, pipeline, experts, (recompute, modules) in product(tensors, stages, (1, 2), RECOMPUTE):
-        if machine.gpus % (tensor * pipeline):
+    for tensor, context, pipeline, experts, (recompute, modules) in product(
+        tensors, contexts, stages, (1, 2), RECOMPUTE
+    ):
+        if machine.gpus % (tensor * context * pipeline) or tensor * context > machine.gpus_per_node:
             continue
-        replicas = machine.gpus // (tensor * pipeline)
-        if experts > replicas or config.training.global_batch_size < replicas * config.training.micro_batch_size:
+        replicas = machine.gpus // (tensor * context * pipeline)
+        if (
+            experts > replicas * context
+            or config.training.global_batch_size < replicas * config.training.micro_batch_size
+        ):
             continue
         for virtual, sequence in product(
             (None, 2) if pipeline > 1 else (None,), (True, False) if tensor > 1 else (False,)
@@ -77,6 +88,7 @@ def layouts_of(config: NaViLConfig, machine: Machine) -> Iterator[NaViLConfig]:
                 tensor_model_parallel_size=tensor,
                 pipeline_model_parallel_size=pipeline,
                 virtual_pipeline_model_parallel_size=virtual,
+                context_parallel_size=context,
                 expert_model_parallel_size=experts,
                 sequence_parallel=sequence,
             )

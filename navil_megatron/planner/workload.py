@@ -73,7 +73,7 @@ def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> 
 
 @cache
 def fullest_share(work: Workload, vision: VisionConfig, num_ranks: int) -> tuple[Grid, ...]:
-    """The scale-images of the tensor-parallel rank that encodes most patches."""
+    """The scale-images of the rank that encodes most patches, of so many that share a row."""
     owners = assign_images([encoding_cost(grid, vision) for grid in work.grids], num_ranks)
     shares: list[list[Grid]] = [[] for _ in range(num_ranks)]
     for grid, owner in zip(work.grids, owners, strict=True):

@@ -197,9 +197,21 @@ class Session:
             ep_size=groups.ep.size(),
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
-            replica=_host_group(groups.mp, platform),
+            replica=_replica_group(groups, platform),
             watchdog=watchdog,
         )
+
+    @property
+    def row_rank(self) -> int:
+        """Position among the ranks of a stage that share its rows, and split the encoder's images: tensor- and
+        context-parallel ones, tensor-parallel ones counted fastest as in megatron-core's group of both.
+        """
+        return self.cp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def row_size(self) -> int:
+        """Ranks of a stage that share its rows."""
+        return self.cp_size * self.tp_size
 
     @property
     def device(self) -> torch.device:
@@ -297,14 +309,16 @@ class Session:
         self.close()
 
 
-def _host_group(group: ProcessGroup, platform: Platform) -> ProcessGroup:
-    """A group of the same ranks that moves host memory: a step must not wait for the GPU to learn a few bits."""
-    if platform.name == "cpu":
-        return group
-    members: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(members, torch.distributed.get_process_group_ranks(group))
-    distinct = sorted(set(map(tuple, members)))
-    mine, _ = torch.distributed.new_subgroups_by_enumeration([list(ranks) for ranks in distinct], backend="gloo")
+def _replica_group(groups: ProcessGroupCollection, platform: Platform) -> ProcessGroup:
+    """The ranks that hold one replica and share its rows; a group that moves host memory, for a step must not wait for
+    the GPU to learn a few bits. Megatron-core has such a group only without context parallelism.
+    """
+    if platform.name == "cpu" and groups.cp.size() == 1:
+        return groups.mp
+    replicas: list[int] = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(replicas, groups.dp.rank())
+    members = [[rank for rank, found in enumerate(replicas) if found == replica] for replica in sorted(set(replicas))]
+    mine, _ = torch.distributed.new_subgroups_by_enumeration(members, backend="gloo")
     assert isinstance(mine, ProcessGroup)
     return mine
 

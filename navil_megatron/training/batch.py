@@ -24,6 +24,8 @@ def build_model_inputs(
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     pre_process: bool = True,
 ) -> ModelInputs:
     """Plan one microbatch for one rank and put it on its device.
@@ -34,29 +36,37 @@ def build_model_inputs(
         device: Where the model lives.
         tp_rank: This rank in its tensor-parallel group.
         tp_size: Ranks of the group.
+        cp_rank: This rank in its context-parallel group.
+        cp_size: Ranks of the group.
         pre_process: Whether the first stage's tensors (tokens, pixels, the encoder's plan) are wanted.
     """
 
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-    order = plan_modality_order(microbatch.visual_token_mask, microbatch.segment_lengths)
-    to_row = inverse_order(order.modality_major)
-    predicted = np.flatnonzero(microbatch.labels != -100)
+    order = plan_modality_order(microbatch.visual_token_mask, microbatch.segment_lengths, cp_size)
+    num_rows = order.modality_major.size // cp_size
+    mine = order.modality_major[cp_rank * num_rows : (cp_rank + 1) * num_rows]
+    to_row = inverse_order(order.modality_major) - cp_rank * num_rows
+    is_mine = (to_row >= 0) & (to_row < num_rows)
+    predicted = np.flatnonzero((microbatch.labels != -100) & is_mine)
     first_stage = None
     if pre_process:
         is_image = microbatch.input_ids == model.special_token_id("<IMG_CONTEXT>")
-        vision_plan = plan_vision(_grids(microbatch.image_grid_thw), model.vision, tp_rank, tp_size)
+        grids = _grids(microbatch.image_grid_thw)
+        vision_plan = plan_vision(grids, model.vision, cp_rank * tp_size + tp_rank, cp_size * tp_size)
         pixel_values, held = _pixels(microbatch, vision_plan.patch_index)
         first_stage = FirstStageInputs(
-            input_ids=put(microbatch.input_ids[order.modality_major]),
-            image_positions=put(to_row[np.flatnonzero(is_image)]),
+            input_ids=put(microbatch.input_ids[mine]),
+            image_positions=put(to_row[is_image & is_mine]),
             pixel_values=pixel_values.to(device, non_blocking=True),
-            vision_plan=replace(vision_plan, patch_index=held),
+            vision_plan=replace(
+                vision_plan, patch_index=held, feature_index=vision_plan.feature_index[is_mine[is_image]]
+            ),
         )
     return ModelInputs(
         packed_seq_params=build_packed_seq_params(order, device),
-        position_ids=put(microbatch.position_ids[order.modality_major]),
+        position_ids=put(microbatch.position_ids[mine]),
         loss_positions=put(to_row[predicted]),
         labels=put(microbatch.labels[predicted]),
         loss_weights=put(microbatch.loss_weights[predicted]),
@@ -64,9 +74,11 @@ def build_model_inputs(
     )
 
 
-def needed_images(model: ModelConfig, tp_rank: int, tp_size: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Which scale images, [num_scales] bool, a rank needs of those with the grids [num_scales, 3]."""
-    return lambda grids: images_of_rank(_grids(grids), model.vision, tp_rank, tp_size)
+def needed_images(model: ModelConfig, row_rank: int, row_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Which scale images, [num_scales] bool, one of the ranks that share a row needs of those with the grids
+    [num_scales, 3].
+    """
+    return lambda grids: images_of_rank(_grids(grids), model.vision, row_rank, row_size)
 
 
 def _grids(image_grid_thw: np.ndarray) -> list[Grid]:

@@ -92,13 +92,13 @@ def _next_tokens(
     """The likeliest token after each sample, the same on every rank."""
     empty = [PackedSequence((), config.data.seq_length)] * (config.training.micro_batch_size - 1)
     microbatch = assemble([PackedSequence(tuple(samples), config.data.seq_length), *empty], row_format, pixel_values)
-    # The last token of each sample is where its next one is predicted; the label itself is never read.
+    # The last token of each sample is where its next one is predicted; the label tells whose it is, since a
+    # context-parallel rank predicts some of them.
     last = np.cumsum([len(sample.input_ids) for sample in samples]) - 1
     labels = np.full_like(microbatch.labels, -100)
-    labels[last] = 0
-    inputs = dataclasses.replace(
-        inputs_of(dataclasses.replace(microbatch, labels=labels), config, session), labels=None
-    )
+    labels[last] = np.arange(len(samples))
+    inputs = inputs_of(dataclasses.replace(microbatch, labels=labels), config, session)
+    numbers, inputs = inputs.labels, dataclasses.replace(inputs, labels=None)
     # The interleaved schedule takes microbatches in whole groups of one per stage.
     copies = session.pp_size if len(chunks) > 1 else 1
     logits = schedule_over(
@@ -107,7 +107,8 @@ def _next_tokens(
     tokens = torch.zeros(len(samples), dtype=torch.long, device=session.device)
     if session.is_last_stage:
         whole = gather_from_tensor_model_parallel_region(logits[0], group=session.groups.tp)
-        tokens = whole.argmax(dim=-1)
+        tokens[numbers] = whole.argmax(dim=-1)
+        torch.distributed.all_reduce(tokens, group=session.groups.cp)
     last_stage = torch.distributed.get_global_rank(session.groups.pp, session.pp_size - 1)
     torch.distributed.broadcast(tokens, src=last_stage, group=session.groups.pp)
     return tokens.tolist()

@@ -106,8 +106,8 @@ def _restore(
 
 def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict[str, ValidationLoader]]:
     """The training rows, and held-out rows by the name of the loss on them."""
-    place = DataPlace(session.dp_rank, session.dp_size, session.tp_rank, session.tp_size, session.is_first_stage)
-    decodes = needed_images(config.model, session.tp_rank, session.tp_size)
+    place = DataPlace(session.dp_rank, session.dp_size, session.is_first_stage)
+    decodes = needed_images(config.model, session.row_rank, session.row_size)
     held_out = {}
     if config.training.evaluate_every_steps is not None:
         swaps = (False, True) if config.training.evaluate_swapped_images else (False,)

@@ -107,6 +107,8 @@ def inputs_of(microbatch: Microbatch, config: NaViLConfig, session: Session) -> 
         session.device,
         tp_rank=session.tp_rank,
         tp_size=session.tp_size,
+        cp_rank=session.cp_rank,
+        cp_size=session.cp_size,
         pre_process=session.is_first_stage,
     )
 

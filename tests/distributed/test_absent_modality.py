@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from navil_megatron.models.build import build_model
-from navil_megatron.training.batch import build_model_inputs
+from navil_megatron.training.step import inputs_of
 from tests.oracle import IMAGE_ONLY, TEXT_ONLY, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
 
@@ -16,8 +16,7 @@ def gradients(rank: int, world_size: int, composition: tuple, parallel: dict) ->
         (microbatch,) = global_batch(config, (composition,))
         if composition == TEXT_ONLY:
             assert not microbatch.visual_token_mask.any()
-        place = {"tp_rank": session.tp_rank, "tp_size": session.tp_size}
-        inputs = build_model_inputs(microbatch, config.model, session.device, **place)
+        inputs = inputs_of(microbatch, config, session)
         (model(inputs) * inputs.loss_weights).sum().backward()
         return {
             name: None if parameter.grad is None else float(parameter.grad.abs().sum())
@@ -25,9 +24,9 @@ def gradients(rank: int, world_size: int, composition: tuple, parallel: dict) ->
         }
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"cp": 2}])
 def test_text_only(layout: dict) -> None:
-    for found in run_ranks(layout.get("tp", 1), gradients, TEXT_ONLY, layout):
+    for found in run_ranks(max([1, *layout.values()]), gradients, TEXT_ONLY, layout):
         assert None not in found.values()
         visual = {n: v for n, v in found.items() if ".visual." in n or n.startswith(("vision_encoder", "connector"))}
         assert visual and not any(visual.values())

@@ -32,10 +32,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "dp2": (2, NOT_SPLIT),
     "dp2-distributed": (2, {}),
     "dp2-distributed-bf16": (2, BF16),
+    "cp2": (2, {"parallel": {"cp": 2}, **NOT_SPLIT}),
+    "cp2-distributed-bf16": (2, {"parallel": {"cp": 2}, **BF16}),
+    "cp2-recompute": (2, {"parallel": {"cp": 2}, "training": {"recompute": "full"}}),
+    "cp2-selective-recompute": (2, {"parallel": {"cp": 2}, "training": {"recompute": "selective"}}),
     "ep2": (2, {"parallel": {"ep": 2}, **NOT_SPLIT}),
     "ep2-distributed": (2, {"parallel": {"ep": 2}}),
 }
-AXES = {"tp2-sp": "tp", "pp2": "pp", "pp2-interleaved-tied": "embd", "dp2": "dp", "ep2": "ep"}
+AXES = {"tp2-sp": "tp", "pp2": "pp", "pp2-interleaved-tied": "embd", "dp2": "dp", "cp2": "cp", "ep2": "ep"}
 
 
 def count(rank: int, world_size: int, sections: dict) -> list[dict[str, Any]]:

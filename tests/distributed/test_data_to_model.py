@@ -42,8 +42,8 @@ def learn(rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: 
     """One step on real data: what it learned, and how many samples failed on the replica."""
     config = run_config(data, sections)
     with start_session(rank, world_size, config) as session:
-        place = DataPlace(session.dp_rank, session.dp_size, session.tp_rank, session.tp_size, session.is_first_stage)
-        loader = TrainLoader(config, place, decodes=needed_images(config.model, session.tp_rank, session.tp_size))
+        place = DataPlace(session.dp_rank, session.dp_size, session.is_first_stage)
+        loader = TrainLoader(config, place, decodes=needed_images(config.model, session.row_rank, session.row_size))
         step = next(loader)
         loader.close()
         microbatches, num_failed = settle_failures(session, step.microbatches, step.failures)
@@ -53,7 +53,7 @@ def learn(rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: 
         optimizer = build_optimizer(config, chunks, session)
         result = train_step(config, session, chunks, optimizer, microbatches, lr=1e-2)
         outcome = Outcome([global_loss(result, session)], [float(result.grad_norm)], [], [])
-        if session.dp_size == 1:
+        if session.dp_size * session.cp_size == 1:
             outcome.gradients = _gradients(chunks)
         outcome.parameters = slices_of([chunk.module for chunk in chunks])
         return outcome, num_failed
@@ -99,6 +99,7 @@ LAYOUTS = {
     "tp2-sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),
     "pp2": (2, {"parallel": {"pp": 2}}),
     "dp2": (2, {}),
+    "cp2": (2, {"parallel": {"cp": 2}}),
     "tp2-sp-pp2": (4, {"parallel": {"tp": 2, "sequence_parallel": True, "pp": 2}}),
 }
 

@@ -24,7 +24,7 @@ from tests.whole import assemble, slices_of
 
 NEW_TOKENS = 6
 GRIDS = ((4, 4), (2, 4))
-PLACES = ["tp2-sp", "pp2", "pp2-uneven", "pp2-interleaved", "tp2-sp-pp2", "dp2", "ep2"]
+PLACES = ["tp2-sp", "pp2", "pp2-uneven", "pp2-interleaved", "tp2-sp-pp2", "dp2", "ep2", "cp2", "cp2-pp2"]
 
 
 def prompt_of(config, number: int) -> tuple[EncodedSample, torch.Tensor]:

@@ -11,6 +11,7 @@ from tests.tolerances import RANKS
 BATCH = (MIXED, TEXT_ONLY, IMAGE_ONLY, TINY_IMAGE)
 TP2_SP = {"tp": 2, "sequence_parallel": True}
 EP2 = {"ep": 2}
+CP2 = {"cp": 2}
 NOT_SPLIT = {"optimizer": {"distributed": False}}
 
 LAYOUTS = {
@@ -49,8 +50,17 @@ LAYOUTS = {
         4,
         {"parallel": {**EP2, "pp": 2, "vpp": 2}, "training": {"recompute": "full"}, **NOT_SPLIT},
     ),
+    "cp2": (2, {"parallel": CP2, **NOT_SPLIT}),
+    "cp2-distributed-optimizer": (2, {"parallel": CP2}),
+    "cp2-full-recompute": (2, {"parallel": CP2, "training": {"recompute": "full"}, **NOT_SPLIT}),
+    "cp2-selective-recompute": (2, {"parallel": CP2, "training": {"recompute": "selective"}, **NOT_SPLIT}),
+    "cp2-dp2": (4, {"parallel": CP2, **NOT_SPLIT}),
+    "cp2-dp2-distributed-optimizer": (4, {"parallel": CP2}),
+    "cp2-pp2": (4, {"parallel": {**CP2, "pp": 2}, **NOT_SPLIT}),
+    "cp2-pp2-interleaved": (4, {"parallel": {**CP2, "pp": 2, "vpp": 2}, **NOT_SPLIT}),
+    "cp2-ep2": (2, {"parallel": {**CP2, **EP2}, **NOT_SPLIT}),
+    "cp2-ep2-dp2-distributed-optimizer": (4, {"parallel": {**CP2, **EP2}}),
 }
-
 MODELS: dict[str, dict] = {
     "untied": {},
     "tied": {"language": {"tied_embeddings": True}},
@@ -66,12 +76,21 @@ MODELS: dict[str, dict] = {
             "rope_original_length": 16,
         }
     },
+    "four groups": {"language": {"num_query_groups": 4}},
     "windowed": {
         "vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,), "qkv_bias": True}
     },
 }
-ON_EVERY_MODEL = ("tp2-sp", "pp2", "tp2-sp-pp2")
-PHASES_AT = ("tp2-sp", "pp2-uneven", "dp2", "ep2", "ep2-distributed-optimizer")
+# Context parallelism exchanges whole groups of heads, so more of it takes more groups than the tiny model has.
+LAYOUTS_OF_FOUR_GROUPS = {
+    "cp4": (4, {"parallel": {"cp": 4}, **NOT_SPLIT}),
+    "tp2-cp2": (4, {"parallel": {"tp": 2, **CP2}, **NOT_SPLIT}),
+    "tp2-sp-cp2": (4, {"parallel": {**TP2_SP, **CP2}, **NOT_SPLIT}),
+    "tp2-sp-cp2-distributed-optimizer": (4, {"parallel": {**TP2_SP, **CP2}}),
+    "tp2-sp-cp2-ep2": (4, {"parallel": {**TP2_SP, **CP2, **EP2}, **NOT_SPLIT}),
+}
+ON_EVERY_MODEL = ("tp2-sp", "pp2", "tp2-sp-pp2", "cp2")
+PHASES_AT = ("tp2-sp", "pp2-uneven", "dp2", "ep2", "ep2-distributed-optimizer", "cp2")
 
 
 @functools.cache
@@ -85,7 +104,7 @@ def _sections(model: str, phase: str) -> dict:
 
 
 def check(layout: str, model: str = "untied", phase: str = "s2") -> None:
-    world_size, sections = LAYOUTS[layout]
+    world_size, sections = {**LAYOUTS, **LAYOUTS_OF_FOUR_GROUPS}[layout]
     found = run_ranks(world_size, run_steps, merge_sections(_sections(model, phase), sections), BATCH)
     compare(found, one_rank(model, phase), **RANKS)
 
@@ -95,7 +114,12 @@ def test_layout_equals_one_rank(layout: str) -> None:
     check(layout)
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name != "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS_OF_FOUR_GROUPS)
+def test_layouts_that_need_four_groups_of_heads(layout: str) -> None:
+    check(layout, model="four groups")
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in ("untied", "four groups")])
 @pytest.mark.parametrize("layout", ON_EVERY_MODEL)
 def test_every_kind_of_model_at_the_main_layouts(layout: str, model: str) -> None:
     check(layout, model=model)

@@ -26,7 +26,17 @@ from tests.ranks import run_ranks, start_session
 LIMIT_SECONDS = 60
 NO_SAMPLE = ()
 KINDS = {"text": TEXT_ONLY, "image": IMAGE_ONLY, "mixed": MIXED, "tiny": TINY_IMAGE, "padding": NO_SAMPLE}
-PLACES = ["tp2", "tp2-sp", "pp2", "pp2-interleaved", "dp2-distributed-optimizer", "ep2", "tp2-sp-pp2", "ep2-tp2-sp"]
+PLACES = [
+    "tp2",
+    "tp2-sp",
+    "pp2",
+    "pp2-interleaved",
+    "dp2-distributed-optimizer",
+    "ep2",
+    "tp2-sp-pp2",
+    "ep2-tp2-sp",
+    "cp2",
+]
 ROWS = 4
 
 

@@ -24,6 +24,7 @@ CHOICES = {
 PLACES = {
     "tp2-sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),
     "pp2-interleaved": (2, {"parallel": {"pp": 2, "vpp": 2}, "training": {"recompute": "full"}}),
+    "cp2": (2, {"parallel": {"cp": 2}}),
     "ep2": (2, {"parallel": {"ep": 2}}),
 }
 

@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2-tied": (2, {"model": {"language": {"tied_embeddings": True}}}),
     "dp2-s1.1": (2, {"training": {"phase": "s1.1"}}),
     "ep2": (2, {"parallel": {"ep": 2}}),
+    "cp2": (2, {"parallel": {"cp": 2}}),
     "dp2-tp2-sp": (4, {"parallel": {"tp": 2, "sequence_parallel": True}}),
     "dp2-pp2": (4, {"parallel": {"pp": 2}}),
     "dp2-pp2-interleaved": (4, {"parallel": {"pp": 2, "vpp": 2}}),

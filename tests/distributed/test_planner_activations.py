@@ -9,8 +9,8 @@ from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import ActivationModel
 from navil_megatron.planner.workload import Workload
-from navil_megatron.training.batch import build_model_inputs
 from navil_megatron.training.flops import workload_of
+from navil_megatron.training.step import inputs_of
 from tests.held_memory import watching
 from tests.oracle import MIXED, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -39,6 +39,9 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2-sp, full": {**TP2_SP, **FULL},
         "tp2-sp, composed": {**TP2_SP, "model": COMPOSED},
         "ep2": {"parallel": {"ep": 2}},
+        "cp2": {"parallel": {"cp": 2}},
+        "cp2, selective": {"parallel": {"cp": 2}, **SELECTIVE},
+        "cp2, full": {"parallel": {"cp": 2}, **FULL},
     },
 }
 """Ranks -> name -> sections of the config."""
@@ -54,7 +57,7 @@ def held_by_parts(rank: int, world_size: int, sections: dict) -> dict[str, tuple
     with start_session(rank, world_size, config) as session:
         (model,) = build_model(config, session.groups, session.device)
         (row,) = global_batch(config, (MIXED,))
-        inputs = build_model_inputs(row, config.model, session.device, tp_rank=session.tp_rank, tp_size=session.tp_size)
+        inputs = inputs_of(row, config, session)
         assert inputs.first_stage is not None
         parameters = list(model.parameters())
         with watching(parameters) as encoder:
@@ -79,7 +82,7 @@ def held_by_parts(rank: int, world_size: int, sections: dict) -> dict[str, tuple
         visual_tokens=visual,
         segment_lengths=row.segment_lengths,
         grids=workload_of(config.model, row).grids,
-        num_predictions=inputs.loss_positions.numel(),
+        num_predictions=int((row.labels != -100).sum()),
     )
     planned = ActivationModel(config, work, fused=False)
     num_layers = config.model.language.num_layers

@@ -30,6 +30,7 @@ LAYOUTS: dict[int, list[dict[str, dict[str, Any]]]] = {
         {"parallel": {"pp": 2, "pipeline_layers": (1, 3)}, **TIED},
         {"parallel": {"pp": 2, "vpp": 2}},
         {"parallel": {"ep": 2}},
+        {"parallel": {"cp": 2}},
     ],
 }
 """Ranks -> sections of the configs."""

@@ -48,6 +48,8 @@ def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str
         ({"parallel__tensor_model_parallel_size": 2}, 4),
         ({"parallel__pipeline_model_parallel_size": 2}, 2),
         ({"parallel__expert_model_parallel_size": 2}, 2),
+        ({"parallel__context_parallel_size": 2}, 2),
+        ({"parallel__context_parallel_size": 2, "parallel__expert_model_parallel_size": 2}, 2),
         ({"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [1, 3]}, 2),
         ({"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [0, 4]}, 4),
         ({"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 2}, 2),
@@ -194,7 +196,29 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     ),
     ({"model__language__num_experts": 2}, 1, "num_experts = 2: this version converts and exports such a model, but"),
     ({"model__language__experts_per_token": 2}, 1, "experts_per_token = 2 is more than num_experts = 1"),
-    ({"parallel__context_parallel_size": 2}, 2, "context_parallel_size = 2 is not supported by this version"),
+    (
+        {"parallel__context_parallel_size": 4},
+        4,
+        "context_parallel_size = 4 does not divide model.language.num_query_groups / parallel.tensor_model",
+    ),
+    (
+        {"parallel__context_parallel_size": 2, "data__pad_segments_to": 1},
+        2,
+        "context_parallel_size = 2 does not divide data.pad_segments_to = 1",
+    ),
+    (
+        {
+            "parallel__context_parallel_size": 2,
+            "parallel__tensor_model_parallel_size": 4,
+            "parallel__sequence_parallel": True,
+            "model__language__num_query_groups": 8,
+            "model__language__num_attention_heads": 8,
+            "data__seq_length": 2052,
+            "data__pad_segments_to": 2,
+        },
+        8,
+        "data.seq_length = 2052 does not divide over tensor * context = 8 ranks under parallel.sequence_parallel",
+    ),
     ({"parallel__virtual_pipeline_model_parallel_size": 2}, 1, "interleaving needs at least 2 stages"),
     ({"parallel__pipeline_model_parallel_size": 3}, 3, "num_layers = 4 does not divide evenly over 3 pipeline chunks"),
     (
@@ -290,9 +314,9 @@ def test_broken_rule(settings: dict[str, Any], world_size: int | None, expected:
 
 def test_every_broken_rule_at_once() -> None:
     config = configured(
-        data__train_sources=[], optimizer__warmup_steps=5000, parallel__context_parallel_size=2, data__seq_length=2040
+        data__train_sources=[], optimizer__warmup_steps=5000, parallel__context_parallel_size=4, data__seq_length=2040
     )
-    assert len(problems_of(config, 2)) == 4
+    assert len(problems_of(config, 4)) == 4
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,7 @@ def test_a_stage_without_the_encoder_gets_no_pixels_and_reads_no_image(config: N
 
 def test_ranks_that_split_the_images_decode_each_scale_once(config: NaViLConfig) -> None:
     def half(rank: int) -> TrainLoader:
-        return TrainLoader(
-            config, DataPlace(tp_rank=rank, tp_size=2), decodes=lambda grids: np.arange(len(grids)) % 2 == rank
-        )
+        return TrainLoader(config, ALONE, decodes=lambda grids: np.arange(len(grids)) % 2 == rank)
 
     whole, *halves = (take(loader, 2) for loader in (TrainLoader(config, ALONE), half(0), half(1)))
     for data, *parts in zip(whole, *halves, strict=True):

@@ -45,6 +45,30 @@ def test_modality_order_is_a_permutation_that_attention_undoes(lengths: list[int
     assert (inverse_order(order.modality_major)[order.modality_major] == np.arange(mask.size)).all()
 
 
+@given(
+    st.sampled_from([2, 3, 4]),
+    st.lists(st.booleans(), min_size=1, max_size=8),
+    st.lists(st.integers(1, 9), max_size=4),
+    st.integers(0, 2**32 - 1),
+)
+def test_context_parallel_ranks_hold_every_token_once_and_as_many_of_each_modality(
+    cp_size: int, kinds: list[bool], cuts: list[int], seed: int
+) -> None:
+    mask = np.random.default_rng(seed).permutation(np.repeat(kinds, cp_size))
+    lengths = np.diff([0, *sorted({min(cut, mask.size) for cut in np.cumsum(cuts, dtype=int)}), mask.size]).tolist()
+    order = plan_modality_order(mask, lengths, cp_size)
+    for tokens in np.split(order.modality_major, cp_size):
+        text, visual = np.split(tokens, [order.num_text_tokens])
+        assert not mask[text].any() and mask[visual].all()
+    assert sorted(order.modality_major.tolist()) == list(range(mask.size))
+    assert (order.modality_major[order.to_attention] == group_segments(lengths)[0]).all()
+
+
+def test_modalities_that_do_not_divide_over_context_parallel_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 text and 1 visual tokens do not divide over 2 ranks"):
+        plan_modality_order(np.array([False, False, True, False]), [4], 2)
+
+
 def test_segments_that_do_not_cover_the_row_are_refused() -> None:
     with pytest.raises(ValueError, match="segments hold 3 tokens, the row holds 4"):
         plan_modality_order(np.zeros(4, dtype=bool), [1, 2])

@@ -1,7 +1,8 @@
 """The planned layouts: what fits is ranked, what does not says why, and the command tells both ways."""
 
-import dataclasses
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,30 @@ def found_9b() -> list[Candidate]:
         runtime={"device": "cuda"},
     )
     return search_layouts(config, Machine(gpus=16), typical_workload(config, 256, 1024))
+
+
+def test_long_rows_are_split_and_short_ones_not(found_9b: list[Candidate]) -> None:
+    assert {candidate.config.parallel.context_parallel_size for candidate in found_9b} == {1}
+    config = tiny_config(
+        model=replace(NAVIL_9B, language=replace(NAVIL_9B.language, max_position_embeddings=65_536)),
+        data={"seq_length": 65_536},
+        training={"global_batch_size": 8, "precision": "bf16"},
+        runtime={"device": "cuda"},
+    )
+    found = search_layouts(config, Machine(gpus=8), typical_workload(config, 256, 1024))
+    plain = {
+        candidate.config.parallel.context_parallel_size: candidate.estimate
+        for candidate in found
+        if candidate.estimate
+        and candidate.config.parallel.model_parallel_size == candidate.config.parallel.context_parallel_size
+        and candidate.config.parallel.expert_model_parallel_size == 1
+        and candidate.config.training.recompute == "none"
+    }
+    assert set(plain) == {1, 2, 4, 8}
+    for fewer, more in pairwise(sorted(plain)):
+        kept, halved = plain[fewer].fullest.activations, plain[more].fullest.activations
+        assert halved == pytest.approx(kept / 2, rel=0.01)
+        assert plain[more].model_flops == pytest.approx(plain[fewer].model_flops)
 
 
 def test_layouts_that_fit_come_first_and_fastest(found_9b: list[Candidate]) -> None:
@@ -83,7 +108,7 @@ def test_links_inside_a_node_are_faster() -> None:
 
 
 def test_typical_rows_are_full() -> None:
-    config = dataclasses.replace(tiny_config(data={"seq_length": 16_384}), model=NAVIL_9B)
+    config = replace(tiny_config(data={"seq_length": 16_384}), model=NAVIL_9B)
     work = typical_workload(config, 256, 1024)
     assert work.num_tokens == sum(work.segment_lengths) == 16_384
     assert work.visual_tokens == work.num_patches // 4 + work.num_predictions // 256

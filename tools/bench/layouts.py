@@ -64,6 +64,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"parallel": PP2, "optimizer": WHOLE}),
     "pp2-uneven": (2, {"parallel": {**PP2, "pipeline_layers": [1, 3]}, "optimizer": WHOLE}),
     "pp2-interleaved": (2, {"parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2}, "optimizer": WHOLE}),
+    "cp2": (2, {"parallel": {"context_parallel_size": 2}, "optimizer": WHOLE}),
     "ep2": (2, {"parallel": EP2, "optimizer": WHOLE}),
     "ep2-distributed": (2, {"parallel": EP2}),
     "dp2": (2, {"optimizer": WHOLE}),
@@ -90,7 +91,7 @@ def bench_rows(config: NaViLConfig) -> list[Microbatch]:
 
 def sizes_of(microbatch: Microbatch, config: NaViLConfig) -> MicrobatchSizes:
     """What the formula needs, counted on the host."""
-    ranks = config.parallel.tensor_model_parallel_size
+    ranks = config.parallel.row_ranks
     grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
     num_visual = int(np.count_nonzero(microbatch.visual_token_mask))
     return MicrobatchSizes(

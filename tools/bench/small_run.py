@@ -78,7 +78,8 @@ def one_sample_row(config: NaViLConfig, seed: int, num_text: int, grids: list[tu
     length = config.data.seq_length
     for shorter in range(num_text, 0, -1):
         try:
-            return synthetic_microbatch(config.model, length, seed, [(shorter, grids)], pad_segments_to=1)
+            padded = config.parallel.context_parallel_size
+            return synthetic_microbatch(config.model, length, seed, [(shorter, grids)], pad_segments_to=padded)
         except ValueError:
             continue
     raise SystemExit(f"--tokens {length} has no room for {len(grids)} images")

@@ -18,6 +18,7 @@ from navil_megatron.planner.communication import Traffic, TrafficTable
 
 AXES = {
     "tp": ("tp",),
+    "cp": ("cp", "tp_cp"),
     "pp": ("pp",),
     "ep": ("ep", "tp_ep"),
     "embd": ("embd",),
