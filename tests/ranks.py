@@ -59,7 +59,7 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds its number and its traceback."""
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
     """What ``fn(rank, world_size, *args)`` returns on each rank.
 
     Args:
@@ -197,7 +197,7 @@ def tiny_config(**sections: Any) -> NaViLConfig:
         training=TrainingConfig(train_steps=8, global_batch_size=4, precision="fp32"),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0),
         checkpoint=CheckpointConfig(directory="none"),
-        runtime=RuntimeConfig(device="cpu", collective_timeout_seconds=60, cpu_threads=1),
+        runtime=RuntimeConfig(device="cpu", collective_timeout_seconds=180, cpu_threads=1),
         logging=LoggingConfig(directory="none", tensorboard=False, progress=False),
     )
     changed = {

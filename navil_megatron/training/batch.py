@@ -53,7 +53,7 @@ def build_model_inputs(
     first_stage = None
     if pre_process:
         is_image = microbatch.input_ids == model.special_token_id("<IMG_CONTEXT>")
-        grids = _grids(microbatch.image_grid_thw)
+        grids = grids_of(microbatch.image_grid_thw)
         vision_plan = plan_vision(grids, model.vision, cp_rank * tp_size + tp_rank, cp_size * tp_size)
         pixel_values, held = _pixels(microbatch, vision_plan.patch_index)
         first_stage = FirstStageInputs(
@@ -78,10 +78,11 @@ def needed_images(model: ModelConfig, row_rank: int, row_size: int) -> Callable[
     """Which scale images, [num_scales] bool, one of the ranks that share a row needs of those with the grids
     [num_scales, 3].
     """
-    return lambda grids: images_of_rank(_grids(grids), model.vision, row_rank, row_size)
+    return lambda grids: images_of_rank(grids_of(grids), model.vision, row_rank, row_size)
 
 
-def _grids(image_grid_thw: np.ndarray) -> list[Grid]:
+def grids_of(image_grid_thw: np.ndarray) -> list[Grid]:
+    """[num_scales, 3] as tuples."""
     return [(int(t), int(h), int(w)) for t, h, w in image_grid_thw]
 
 

@@ -13,6 +13,7 @@ from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.loader import StepData
 from navil_megatron.data.types import FailedSample, Microbatch
 from navil_megatron.runtime.session import Session
+from navil_megatron.training.encoder_load import EncoderLoad
 from navil_megatron.training.flops import step_flops, tokens_by_modality
 from navil_megatron.training.step import StepResult
 
@@ -66,6 +67,7 @@ class StepMeter:
 
     def __init__(self, config: NaViLConfig, session: Session):
         self.config, self.session = config, session
+        self._encoder_load = EncoderLoad(config, session)
         self._last_step = 0.0
         self._reset()
 
@@ -105,6 +107,7 @@ class StepMeter:
             dtype=torch.float64,
         )
         self._imbalances.append(data.imbalance)
+        self._encoder_load.add(microbatches)
         self._num_refused += data.num_refused
         self._results.append(result)
         self._wait_seconds += wait_seconds
@@ -143,6 +146,7 @@ class StepMeter:
             "shrunk_samples": round(shrunk),
             "refused_samples": self._num_refused,
             "imbalance": sum(self._imbalances) / len(self._imbalances),
+            "encoder_imbalance": self._encoder_load.take(),
             "peak_memory_bytes": round(slowest[1].item()),
             "flops_per_second": flops / seconds,
             "skipped_steps": sum(result.skipped for result in self._results),

@@ -23,7 +23,7 @@ from tests.oracle import (
 )
 from tests.ranks import run_ranks, start_session
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 180
 NO_SAMPLE = ()
 KINDS = {"text": TEXT_ONLY, "image": IMAGE_ONLY, "mixed": MIXED, "tiny": TINY_IMAGE, "padding": NO_SAMPLE}
 PLACES = [
