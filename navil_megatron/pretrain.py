@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from navil_megatron.config.errors import EXIT_CODE, UserError, describe
+from navil_megatron.config.errors import EXIT_CODE, OTHERS_STOPPED_EXIT_CODE, UserError, describe
 from navil_megatron.config.load import load_config
 from navil_megatron.config.validate import validate
 
@@ -13,7 +13,8 @@ from navil_megatron.config.validate import validate
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the config says. 0: finished or stopped on request; 2: something the user can mend.
 
-    A run whose ranks wait for one another too long ends with 3, from its watchdog.
+    A run whose ranks wait for one another too long ends with 3, from its watchdog. Ranks that stop because only others
+    were asked to (one node of several is drained) end with 4: for them the run is not over.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -32,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from navil_megatron.training.loop import train
 
         with Session.start(config) as session:
-            train(config, session)
+            state = train(config, session)
     except UserError as error:
         sys.stderr.write(describe(error) + "\n")
         return EXIT_CODE
-    return 0
+    finished = state.step >= config.training.train_steps
+    return 0 if finished or session.was_asked_to_stop else OTHERS_STOPPED_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ EXIT_CODE = 2
 HANG_EXIT_CODE = 3
 """Exit status of a rank whose run was ended because ranks waited for one another too long."""
 
+OTHERS_STOPPED_EXIT_CODE = 4
+"""Exit status of a rank that saved and left because only other ranks were asked to: for it the run is not over."""
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""

@@ -277,14 +277,23 @@ class Session:
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 
+    @property
+    def was_asked_to_stop(self) -> bool:
+        """Whether it was this very rank that got a signal to stop."""
+        return self._stop_signal is not None
+
     def _listen(self) -> None:
         for number in _STOP_SIGNALS:
             self._handlers[number] = signal.signal(number, self._note_stop)
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
-        """The first signal asks for a stop after the current step; a second one acts at once."""
+        """Asks for a stop after the current step; a second Ctrl-C acts at once.
+
+        SIGTERM may come twice for one wish: from the scheduler to all processes, and through torchrun.
+        """
         self._stop_signal = number
-        signal.signal(number, self._handlers[number] or signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[number] or signal.SIG_DFL)
 
     def close(self) -> None:
         """Leaves the process groups and gives the signals back."""

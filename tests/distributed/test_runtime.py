@@ -222,11 +222,12 @@ def _stop_on_one_rank(rank: int, world_size: int) -> list[bool]:
         before = session.stop_asked()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return [before, session.stop_asked()]
+            os.kill(os.getpid(), signal.SIGTERM)  # once from the scheduler, once through torchrun
+        return [before, session.stop_asked(), session.was_asked_to_stop]
 
 
 def test_stop_signal_of_one_rank_reaches_all() -> None:
-    assert run_ranks(2, _stop_on_one_rank) == [[False, True], [False, True]]
+    assert run_ranks(2, _stop_on_one_rank) == [[False, True, False], [False, True, True]]
 
 
 def _start_and_close_twice(rank: int, world_size: int) -> list[int]:
