@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 
 TRAIN_STEPS, SAVE_EVERY = 40, 10
 FIRST_SAVE = f"step_{SAVE_EVERY:08d}"
-BUSY_SECONDS = 100.0
+BUSY_SECONDS = 300.0
 """A start of four processes that import torch, on cores that others use too."""
 
 
@@ -124,7 +124,7 @@ def assert_unharmed(world: World, folder: Path, config: NaViLConfig) -> None:
 def test_another_node_takes_the_place_of_a_dead_one(world: World, tmp_path: Path) -> None:
     with two_nodes(world, tmp_path) as (nodes, host, other):
         other.signal(signal.SIGKILL)
-        nodes.wait(lambda: host.says("broke off: rank 0"), seconds=20)
+        nodes.wait(lambda: host.says("broke off: rank 0"))
         assert len(records(nodes.config, "train")) < TRAIN_STEPS
         nodes.finish(host, nodes.start(is_host=False))
         assert host.says("restored") and host.says("exitcode: 3")
@@ -146,7 +146,7 @@ def test_a_node_that_is_drained_costs_no_step(world: World, tmp_path: Path) -> N
 def test_a_frozen_node_comes_back(world: World, tmp_path: Path) -> None:
     with two_nodes(world, tmp_path, collective_timeout_seconds=5) as (nodes, host, other):
         other.signal(signal.SIGSTOP)
-        nodes.wait(lambda: host.says("hung: rank 0"), seconds=30)
+        nodes.wait(lambda: host.says("hung: rank 0"))
         other.signal(signal.SIGCONT)
         nodes.finish(host, other)
     assert_unharmed(world, tmp_path, nodes.config)
