@@ -9,6 +9,9 @@ GOLDEN_GRADIENT = {"atol": 5e-5, "rtol": 2e-3}
 RANKS = {"rtol": 1e-5, "atol": 1e-6}
 """Any layout against one rank (fp32): only the order of sums differs."""
 
+RANKS_ON_GPUS = {"rtol": 1e-4, "atol": 1e-5}
+"""The same on GPUs (fp32 without TF32), where split products also run by other kernels. Chosen without data."""
+
 EXPORT = {"rtol": 0.0, "atol": 1e-4}
 """Mean held-out loss of the exported folder under transformers against the engine's (fp32, the same weights)."""
 

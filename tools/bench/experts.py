@@ -28,11 +28,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 
 import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from small_run import mixed_row, small_config
 from torch import Tensor, nn
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.kernels.provider import Kernels, choose_kernels
 from navil_megatron.layers.modality_mlp import ModalityMLP, SwiGLU
