@@ -99,8 +99,6 @@ def compare_models(
     for source in sources:
         if source.model is None:
             raise UserError(f"{source.path} is a language model alone; --logits compares two NaViL models")
-        if source.model.language.num_experts > 1 and source.kind == "checkpoint":
-            raise UserError(f"{source.path} has several experts per modality, which only an exported folder can run")
     first, second = (_function_of(model) for model in models if model)
     if first != second:
         raise UserError(f"{one} and {other} are of different models; their outputs cannot be compared layer by layer")

@@ -6,6 +6,7 @@ optimizer by the code of a real run, on the meta device.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ def dry_run(config: NaViLConfig, gpus: int | None = None) -> str:
         UserError: The run would be refused: its settings, its layout on these GPUs, or its data.
     """
     parallel = config.parallel
-    gpus = gpus or parallel.model_parallel_size * parallel.expert_model_parallel_size
+    gpus = gpus or lcm(parallel.model_parallel_size, parallel.expert_ranks)
     validate(config, gpus)
     configure_logging(rank=0, world_size=1)
     lines = [f"settings and layout are valid on {gpus} GPUs", *_data_lines(config), ""]
@@ -75,7 +76,7 @@ def build_ranks(config: NaViLConfig, gpus: int) -> Iterator[BuiltRank]:
     ranks_of_stage = gpus // parallel.pipeline_model_parallel_size
     for stage in range(parallel.pipeline_model_parallel_size):
         for expert in range(parallel.expert_model_parallel_size):
-            rank = stage * ranks_of_stage + expert * parallel.tensor_model_parallel_size
+            rank = stage * ranks_of_stage + expert * parallel.expert_tensor_size
             with meta_rank(parallel, rank, gpus) as groups:
                 chunks = build_model(built_as, groups, torch.device("cpu"))
                 session: Any = SimpleNamespace(groups=groups)

@@ -189,7 +189,7 @@ def tiny_config(**sections: Any) -> NaViLConfig:
 
     Args:
         **sections: For a section's name either the section itself, or a dict of fields to change in the tiny one;
-            ``parallel`` also takes the short names tp, pp, vpp, ep, cp.
+            ``parallel`` also takes the short names tp, pp, vpp, ep, etp, cp.
     """
     base = NaViLConfig(
         model=_tiny_model(),
@@ -213,6 +213,7 @@ def _section(section: Any, fields: dict[str, Any]) -> Any:
         "pp": "pipeline_model_parallel_size",
         "vpp": "virtual_pipeline_model_parallel_size",
         "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
         "cp": "context_parallel_size",
     }
     names = short if isinstance(section, ParallelConfig) else {}

@@ -60,6 +60,11 @@ def _fp8_rules(config: NaViLConfig) -> Iterator[str]:
             f'training.fp8 = "{training.fp8}" needs runtime.kernels = "transformer_engine", found '
             f'"{config.runtime.kernels}"; change one of the two'
         )
+    if config.model.language.num_experts > 1:
+        yield (
+            f'training.fp8 = "{training.fp8}" with model.language.num_experts = {config.model.language.num_experts}: '
+            'the grouped product of several experts runs in BF16 alone; set fp8 = "none" or num_experts = 1'
+        )
     if training.fp8 == "delayed":
         for flag in flags:
             yield (

@@ -83,6 +83,8 @@ RANGES: dict[str, Range] = {
     "training.loss_chunk_tokens": COUNT,
     "training.evaluate_every_steps": COUNT,
     "training.log_every_steps": COUNT,
+    "training.router_aux_loss": FROM_ZERO,
+    "training.router_z_loss": FROM_ZERO,
     "optimizer.lr": POSITIVE,
     "optimizer.warmup_steps": FROM_ZERO,
     "optimizer.min_lr": FROM_ZERO,
@@ -99,6 +101,7 @@ RANGES: dict[str, Range] = {
     "parallel.pipeline_model_parallel_size": COUNT,
     "parallel.virtual_pipeline_model_parallel_size": Range(2),
     "parallel.expert_model_parallel_size": COUNT,
+    "parallel.expert_tensor_parallel_size": COUNT,
     "parallel.context_parallel_size": COUNT,
 }
 """Dotted setting -> range. Every setting that holds a number has a row; a setting that is off (``None``) passes."""

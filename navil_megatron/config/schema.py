@@ -78,6 +78,16 @@ class LanguageConfig:
     init_std: float = 0.02
     """Standard deviation of randomly initialised matrices."""
 
+    @property
+    def router_weights(self) -> int:
+        """Weights of one modality's router in one layer; one expert needs none."""
+        return self.hidden_size * self.num_experts if self.num_experts > 1 else 0
+
+    @property
+    def feed_forward_weights_per_token(self) -> int:
+        """Weights that a token meets in one layer's feed-forward network: its experts' and its router's."""
+        return 3 * self.hidden_size * self.ffn_hidden_size * self.experts_per_token + self.router_weights
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
@@ -210,12 +220,24 @@ class ParallelConfig:
     pipeline_layers: tuple[int, ...] | None = None
     """Decoder layers of each stage, first to last; ``None``: even."""
     expert_model_parallel_size: int = 1
-    """Ranks that split the FFN experts, out of the data-parallel ones. 2: text expert on one, visual on the other; half
-    of their memory each, but work as uneven as the tokens."""
+    """Ranks that share out the FFN experts of both modalities, out of the data-parallel ones. 2 with one expert per
+    modality: text expert on one, visual on the other; half of their memory each, but work as uneven as the tokens."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that split each matrix of such an expert; ``None``: as many as ``tensor_model_parallel_size``."""
     context_parallel_size: int = 1
     """Ranks that split a row's tokens, where it is too long for one. Divides key/value heads / tensor-parallel size."""
     sequence_parallel: bool = False
     """Split activations outside the matrices over the tensor-parallel ranks too."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that split each matrix of an expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one set of experts."""
+        return self.expert_tensor_size * self.pipeline_model_parallel_size * self.expert_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
@@ -298,6 +320,11 @@ class TrainingConfig:
     loss_chunk_tokens: int = 1_024
     """Predicted positions whose logits exist at once, in tokens: 1,024 fill a GPU's GEMM, and their FP32 logits over
     152k words take 0.6 GB."""
+    router_aux_loss: float = 0.01
+    """Weight of the loss that balances the experts of one modality (Switch Transformer), each layer's mean over the
+    modality's tokens; 0: off. Read where ``num_experts`` is more than 1."""
+    router_z_loss: float = 0.001
+    """Weight of the loss that keeps router logits small (ST-MoE), averaged and read as above; 0: off."""
     evaluate_every_steps: int | None = None
     """Steps between evaluations on the held-out shards; ``None``: never."""
     evaluate_swapped_images: bool = False

@@ -14,6 +14,7 @@ from navil_megatron.config.ranges import check_model_ranges, check_ranges
 from navil_megatron.config.schema import (
     MODALITIES,
     SPECIAL_TOKENS,
+    LanguageConfig,
     ModelConfig,
     NaViLConfig,
     OptimizerConfig,
@@ -22,6 +23,8 @@ from navil_megatron.config.schema import (
     TrainingConfig,
 )
 
+_GROUPED_WIDTH = 8
+"""Numbers in 16 bytes of BF16: torch's grouped product wants rows to start there."""
 _SUGGESTED_UP_TO = 64
 """Divisors named in a message stop here: no layout is larger along one axis."""
 
@@ -197,11 +200,6 @@ def _overlap_rules(optimizer: OptimizerConfig) -> Iterator[str]:
 def _layout_rules(config: NaViLConfig) -> Iterator[str]:
     """What tensor parallelism splits, and what no module of this version does."""
     parallel, language = config.parallel, config.model.language
-    if language.num_experts > 1:
-        yield (
-            f"model.language.num_experts = {language.num_experts}: this version converts and exports such a model, but "
-            "does not train it; set it to 1"
-        )
     tensor = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
         value = getattr(language, name)
@@ -213,7 +211,7 @@ def _layout_rules(config: NaViLConfig) -> Iterator[str]:
         )
     if parallel.sequence_parallel:
         yield from _divides("parallel.tensor_model_parallel_size", tensor, "data.seq_length", config.data.seq_length)
-    yield from _expert_rules(parallel)
+    yield from _expert_rules(parallel, language)
     if parallel.context_parallel_size > 1:
         yield from _context_rules(config)
 
@@ -237,19 +235,43 @@ def _context_rules(config: NaViLConfig) -> Iterator[str]:
         )
 
 
-def _expert_rules(parallel: ParallelConfig) -> Iterator[str]:
-    experts = parallel.expert_model_parallel_size
-    if experts > len(MODALITIES):
-        yield (
-            f"parallel.expert_model_parallel_size = {experts}, but the feed-forward network has one expert per "
-            f"modality, {len(MODALITIES)}; set it to 1 or {len(MODALITIES)}"
-        )
-    if experts > 1 and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+def _expert_rules(parallel: ParallelConfig, language: LanguageConfig) -> Iterator[str]:
+    ranks, tensor, split = (
+        parallel.expert_model_parallel_size,
+        parallel.tensor_model_parallel_size,
+        parallel.expert_tensor_size,
+    )
+    yield from _divides(
+        "parallel.expert_model_parallel_size",
+        ranks,
+        f"the feed-forward experts, {len(MODALITIES)} modalities * model.language.num_experts",
+        len(MODALITIES) * language.num_experts,
+    )
+    if ranks == 1 and language.num_experts == 1:
+        if split != tensor:
+            yield (
+                f"parallel.expert_tensor_parallel_size = {split}, but with one expert per modality on every rank "
+                f'tensor_model_parallel_size = {tensor} splits the experts too; set it to "none"'
+            )
+        return
+    if tensor > 1 and not parallel.sequence_parallel:
         # Every tensor-parallel rank would hold, and send, all rows.
         yield (
-            f"parallel.expert_model_parallel_size = {experts} with tensor_model_parallel_size = "
-            f"{parallel.tensor_model_parallel_size} needs parallel.sequence_parallel = true; switch it on"
+            f"sending rows to experts (num_experts = {language.num_experts}, expert_model_parallel_size = {ranks}) "
+            f"with tensor_model_parallel_size = {tensor} needs parallel.sequence_parallel = true; switch it on"
         )
+    yield from _divides("parallel.expert_tensor_parallel_size", split, "tensor_model_parallel_size", tensor)
+    yield from _divides("parallel.expert_tensor_parallel_size", split, "ffn_hidden_size", language.ffn_hidden_size)
+    if language.num_experts > 1:
+        for name, size in (
+            ("hidden_size", language.hidden_size),
+            ("ffn_hidden_size", language.ffn_hidden_size // split),
+        ):
+            if size % _GROUPED_WIDTH:
+                yield (
+                    f"model.language.{name} is {size} on one of {split} expert tensor-parallel ranks; the grouped "
+                    f"product of several experts takes multiples of {_GROUPED_WIDTH}: change one of the two"
+                )
 
 
 def _pipeline_rules(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
@@ -292,7 +314,7 @@ def _batch_rules(config: NaViLConfig, world_size: int | None) -> Iterator[str]:
             f"ranks; start a multiple of {replica} ranks or change [parallel]"
         )
         return
-    experts = parallel.tensor_model_parallel_size * stages * parallel.expert_model_parallel_size
+    experts = parallel.expert_ranks
     if world_size is not None and world_size % experts:
         yield (
             f"world size {world_size} does not hold whole sets of experts: one takes tensor * pipeline * expert = "

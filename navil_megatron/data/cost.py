@@ -33,7 +33,7 @@ class CostModel:
         query = language.num_attention_heads * language.head_dim
         key_value = 2 * language.num_query_groups * language.head_dim
         attention = language.hidden_size * (2 * query + key_value)
-        feed_forward = 3 * language.hidden_size * language.ffn_hidden_size
+        feed_forward = language.feed_forward_weights_per_token
         width = vision.hidden_size
         encoder = width * (vision.patch_dim + vision.num_layers * (4 * width + 2 * vision.ffn_hidden_size))
         connector = language.hidden_size * (vision.merged_size + language.hidden_size) // vision.merge_size**2

@@ -136,3 +136,11 @@ class Microbatch:
     """First token of each sample."""
     sample_lengths: tuple[int, ...]
     """Tokens of each sample: its attention segment."""
+
+    @property
+    def sample_tokens(self) -> np.ndarray:
+        """[t] bool: tokens that are not padding."""
+        tokens = np.zeros(self.input_ids.size, dtype=bool)
+        for start, length in zip(self.sample_starts, self.sample_lengths, strict=True):
+            tokens[start : start + length] = True
+        return tokens

@@ -36,6 +36,11 @@ class NaViLPackedSeqParams(PackedSeqParams):
     """[t] int64: the inverse of ``to_attention``."""
     attention_groups: tuple[SegmentGroup, ...]
     """Segments by length, in attention order."""
+    sample_tokens: torch.Tensor
+    """[t/cp] bool: rows of this rank that are a sample's; the others are padding, which no router balances."""
+    router_loss_scale: torch.Tensor | None = None
+    """[2] of text and visual: makes a sum over tokens the mean over the global batch, see ``training.step``; None: no
+    router has a loss of its own."""
 
     @property
     def num_visual_tokens(self) -> int:
@@ -62,10 +67,15 @@ class ModalityOrder:
     """[t] int64: see ``NaViLPackedSeqParams``."""
     attention_groups: tuple[SegmentGroup, ...]
     """Segments by length."""
+    sample_tokens: np.ndarray
+    """[t] bool: see ``NaViLPackedSeqParams``; of all ranks, one after the other."""
 
 
 def plan_modality_order(
-    visual_token_mask: np.ndarray, segment_lengths: Sequence[int], cp_size: int = 1
+    visual_token_mask: np.ndarray,
+    segment_lengths: Sequence[int],
+    cp_size: int = 1,
+    sample_tokens: np.ndarray | None = None,
 ) -> ModalityOrder:
     """Plan one packed microbatch on the host.
 
@@ -73,7 +83,10 @@ def plan_modality_order(
         visual_token_mask: [t] bool, in causal order.
         segment_lengths: Tokens of each attention segment, in causal order; they sum to t.
         cp_size: Context-parallel ranks; it divides the tokens of each modality.
+        sample_tokens: [t] bool: what is no padding, in causal order; None: all.
     """
+    if sample_tokens is None:
+        sample_tokens = np.ones(visual_token_mask.size, dtype=bool)
     if sum(segment_lengths) != visual_token_mask.size:
         raise ValueError(f"segments hold {sum(segment_lengths)} tokens, the row holds {visual_token_mask.size}")
     text, visual = np.flatnonzero(~visual_token_mask), np.flatnonzero(visual_token_mask)
@@ -87,11 +100,14 @@ def plan_modality_order(
         cp_size=cp_size,
         to_attention=inverse_order(modality_major)[attention_order],
         attention_groups=groups,
+        sample_tokens=sample_tokens[modality_major],
     )
 
 
-def build_packed_seq_params(order: ModalityOrder, device: torch.device) -> NaViLPackedSeqParams:
-    """Put a plan on a device. Copies only; every size stays on the host."""
+def build_packed_seq_params(order: ModalityOrder, device: torch.device, cp_rank: int = 0) -> NaViLPackedSeqParams:
+    """Put a context-parallel rank's plan on its device. Copies only; every size stays on the host."""
+    num_rows = order.modality_major.size // order.cp_size
+    mine = order.sample_tokens[cp_rank * num_rows : (cp_rank + 1) * num_rows]
     lengths = np.repeat([g.length for g in order.attention_groups], [g.num_segments for g in order.attention_groups])
     cu_seqlens = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     cu_seqlens = cu_seqlens.to(device, non_blocking=True)
@@ -103,8 +119,9 @@ def build_packed_seq_params(order: ModalityOrder, device: torch.device) -> NaViL
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         num_text_tokens=order.num_text_tokens,
-        num_packed_tokens=order.modality_major.size // order.cp_size,
+        num_packed_tokens=num_rows,
         to_attention=torch.from_numpy(order.to_attention).to(device, non_blocking=True),
         to_modality_major=torch.from_numpy(inverse_order(order.to_attention)).to(device, non_blocking=True),
         attention_groups=order.attention_groups,
+        sample_tokens=torch.from_numpy(mine).to(device, non_blocking=True),
     )

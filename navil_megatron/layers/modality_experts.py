@@ -1,100 +1,66 @@
-"""SwiGLU feed-forward with one expert per modality, each on a rank of its own: expert parallel size 2.
+"""SwiGLU feed-forward experts that live on different ranks, or of which each modality has several.
 
-Every rank sends its text rows to the rank of the text expert and its visual rows to that of the visual expert, by
-megatron-core's all-to-all, and gets them back. This is right for memory: a rank holds, reduces and updates half of the
-feed-forward weights. It is unbalanced for speed: with 80% visual tokens the rank of the visual expert does four times
-the other's work and the other waits. Splitting both experts over tensor-parallel ranks (expert parallel size 1) is the
-balanced choice wherever memory allows it.
+With expert parallelism every rank sends its rows to the ranks of their experts by megatron-core's all-to-all and gets
+them back. Without it all experts are here and rows are only sorted. docs/parallelism.md says when to use which.
 """
 
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
 from navil_megatron.config.schema import MODALITIES, Modality
+from navil_megatron.layers.expert_linear import ExpertLinear
+from navil_megatron.layers.experts_placement import local_experts
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import LinearKernels, Offsets
-from navil_megatron.layers.modality_mlp import SwiGLU
+from navil_megatron.layers.modality_mlp import SwiGLU, swiglu, swiglu_gradient
+from navil_megatron.layers.modality_router import ModalityRouter
 
 
-class ModalityRouter(MegatronModule):
-    """Sends each row to its modality's expert. No parameters: the plan knows the modality on the host.
-
-    Expert number = modality * (experts per modality) + choice inside the modality; there is one per modality.
+class WeightedSwiGLU(torch.autograd.Function):
+    """weight * silu(gate) * up for each row; keeps its inputs alone. What follows is linear, so the weight may go first
+    and the row's experts then only have to be summed.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
-        super().__init__(config=config)
-        self.rank: int = pg_collection.tp.rank() if config.sequence_parallel else 0
-        self.num_shares: int = pg_collection.tp.size() if config.sequence_parallel else 1
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
+        """[rows, 2f] and [rows] -> [rows, f]."""
+        ctx.save_for_backward(gate_up, weights)
+        return swiglu(gate_up) * weights.unsqueeze(-1)
 
-    def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> tuple[Tensor, Tensor]:
-        """Probabilities (all 1) and routing map (bool), both [rows, e], of this rank's share of the rows."""
-        num_text = packed_seq_params.local_num_text_tokens(self.rank, self.num_shares)
-        num_rows = hidden_states.shape[0] * hidden_states.shape[1]
-        visual = torch.arange(num_rows, device=hidden_states.device) >= num_text
-        # In the rows' own type: core sums expert outputs over tensor-parallel ranks in the type of the probabilities.
-        probabilities = hidden_states.new_ones(num_rows, len(MODALITIES))
-        return probabilities, torch.stack([~visual, visual], dim=1)
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, f] -> [rows, 2f] and [rows]."""
+        gate_up, weights = ctx.saved_tensors
+        grad_weights = (grad_output * swiglu(gate_up)).sum(-1)
+        return swiglu_gradient(gate_up, grad_output * weights.unsqueeze(-1)), grad_weights
 
 
-class ExpertLinear(MegatronModule):
-    """The matrix of the one modality whose expert lives here, named as ``ModalityLinear`` names it.
+class Reorder(torch.autograd.Function):
+    """rows[order], whose backward pass reads as well: the gradient of an index would add to places."""
 
-    The dispatcher has gathered the rows of the expert's tensor-parallel ranks and sums their outputs, so nothing is
-    sent here. An expert without rows leaves a zero gradient, since the product with no rows is in the graph too.
-    """
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """[rows, h] and two permutations [rows] -> [rows, h]."""
+        ctx.save_for_backward(inverse)
+        return rows[order]
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        linears: LinearKernels,
-        modality: Modality,
-        output_size: int,
-        input_size: int,
-        pg_collection: ProcessGroupCollection,
-        partition_dim: int,
-        partition_stride: int = 1,
-    ):
-        super().__init__(config=config)
-        self.modality, self.partition_dim = modality, partition_dim
-        self.tp_group, self.dp_group = pg_collection.expt_tp, pg_collection.expt_dp
-        shape = [output_size, input_size]
-        shape[partition_dim] = divide(shape[partition_dim], self.tp_group.size())
-        expert = linears.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
-        set_tensor_model_parallel_attributes(
-            expert.weight, is_parallel=True, dim=partition_dim, stride=partition_stride
-        )
-        # Core's mark of a weight that only the ranks with the same expert share: they alone sum its gradient.
-        expert.weight.allreduce = False  # type: ignore[union-attr]
-        self.add_module(modality, expert)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out], of which in or out is this rank's part."""
-        output: Tensor = self.get_submodule(self.modality)(rows)
-        return output
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """The matrix as a shard of the whole one; its replicas are the ranks with the same expert."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {f"{self.modality}.weight": self.partition_dim},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=self.dp_group,
-        )
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        """[rows, h] -> [rows, h]."""
+        (inverse,) = ctx.saved_tensors
+        return grad_output[inverse], None, None
 
 
 class ModalityExperts(MegatronModule):
@@ -108,32 +74,104 @@ class ModalityExperts(MegatronModule):
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, linears: LinearKernels, **_: Any
     ):
         super().__init__(config=config)
-        number = pg_collection.ep.rank()
-        self.modality = MODALITIES[number]
+        assert config.num_moe_experts is not None
+        self.pg_collection = pg_collection
+        rank, num_ranks = pg_collection.ep.rank(), pg_collection.ep.size()
+        self.experts = local_experts(rank, num_ranks, config.num_moe_experts // len(MODALITIES))
         self.router = ModalityRouter(config, pg_collection)
-        self.dispatcher = MoEAlltoAllTokenDispatcher(1, [number], config, pg_collection)
+        self.dispatcher: MoEAlltoAllTokenDispatcher | None = None
+        if num_ranks > 1:
+            num_local = divide(config.num_moe_experts, num_ranks)
+            indices = list(range(rank * num_local, (rank + 1) * num_local))
+            self.dispatcher = MoEAlltoAllTokenDispatcher(num_local, indices, config, pg_collection)
         hidden, inner = config.hidden_size, config.ffn_hidden_size
         self.linear_fc1 = ExpertLinear(
-            config, linears, self.modality, 2 * inner, hidden, pg_collection, 0, partition_stride=2
+            config, linears, self.experts, 2 * inner, hidden, pg_collection, 0, partition_stride=2
         )
-        self.linear_fc2 = ExpertLinear(config, linears, self.modality, hidden, inner, pg_collection, 1)
+        self.linear_fc2 = ExpertLinear(config, linears, self.experts, hidden, inner, pg_collection, 1)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
-        """Each token through its modality's expert. Every rank sends and receives, with no rows too."""
-        dispatcher = self.dispatcher
-        probabilities, routing_map = self.router(hidden_states, packed_seq_params)
-        rows, probabilities = dispatcher.dispatch_preprocess(hidden_states, routing_map, probabilities)
-        rows, probabilities = dispatcher.token_dispatch(rows, probabilities)
-        rows, _, _ = dispatcher.dispatch_postprocess(rows, probabilities)
-        rows = self.linear_fc2(SwiGLU.apply(self.linear_fc1(rows)))
+        """Each token through its experts."""
+        rows = hidden_states.flatten(0, 1)
+        weights, chosen = self.router(rows, packed_seq_params)
+        if self.dispatcher is None:
+            return self._all_here(rows, weights, chosen, packed_seq_params).view(hidden_states.shape)
+        return self._dispatched(self.dispatcher, hidden_states, weights, chosen, packed_seq_params)
+
+    def _all_here(self, rows: Tensor, weights: Tensor, chosen: Tensor, plan: NaViLPackedSeqParams) -> Tensor:
+        """[rows, h] -> [rows, h]. The host knows how many rows each modality has, and that is all it must know."""
+        group, router = self.pg_collection.expt_tp, self.router
+        split = group.size()
+        if split > 1:
+            rows, weights, chosen = (
+                gather_from_sequence_parallel_region(part, group=group) for part in (rows, weights, chosen)
+            )
+        num_text = plan.local_num_text_tokens(router.rank // split, router.num_shares // split)
+        sizes = (num_text, len(rows) - num_text)
+        parts = zip(MODALITIES, rows.split(sizes), weights.split(sizes), chosen.split(sizes), strict=True)
+        output = torch.cat([self._sorted(*part) for part in parts])
+        return reduce_scatter_to_sequence_parallel_region(output, group=group) if split > 1 else output
+
+    def _sorted(self, modality: Modality, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Rows [r, h] of one modality, weights and experts [r, chosen] -> [r, h]: sorted by expert and put back."""
+        times = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        counts = torch.zeros(self.router.num_experts, dtype=torch.long, device=rows.device)
+        counts = counts.scatter_add(0, chosen.flatten(), torch.ones_like(order))
+        repeated = rows.unsqueeze(1).expand(-1, times, -1).flatten(0, 1)
+        arranged, factors = Reorder.apply(repeated, order, inverse), Reorder.apply(weights.flatten(), order, inverse)
+        output = self._experts(modality, arranged, counts.cumsum(0).int(), factors)
+        return Reorder.apply(output, inverse, order).unflatten(0, (-1, times)).sum(1)
+
+    def _dispatched(
+        self,
+        dispatcher: MoEAlltoAllTokenDispatcher,
+        hidden_states: Tensor,
+        weights: Tensor,
+        chosen: Tensor,
+        plan: NaViLPackedSeqParams,
+    ) -> Tensor:
+        """To the ranks of the experts and back. Every rank sends and receives, with no rows too."""
+        num_text, _ = self.router.sizes(len(chosen), plan)
+        weights, routing_map = self.router.over_ranks(weights, chosen, num_text)
+        rows, weights = dispatcher.dispatch_preprocess(hidden_states, routing_map, weights)
+        rows, weights = dispatcher.token_dispatch(rows, weights)
+        rows, num_rows, weights = dispatcher.dispatch_postprocess(rows, weights)
+        of_modality = num_rows.split([len(numbers) for numbers in self.experts.values()])
+        sizes = [len(rows)]
+        if len(of_modality) > 1:
+            num_text = sum(num_rows.tolist()[: len(of_modality[0])])  # core has put them on the host already
+            sizes = [num_text, len(rows) - num_text]
+        parts = zip(self.experts, of_modality, rows.split(sizes), weights.split(sizes), strict=True)
+        outputs = []
+        for modality, counts, part, factors in parts:
+            ends = counts.cumsum(0).to(rows.device, torch.int32, non_blocking=True)
+            outputs.append(self._experts(modality, part, ends, factors))
+        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
+
+    def _experts(self, modality: Modality, rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
+        """Rows [r, h] of one modality sorted by expert, where each expert's end, weights [r] -> [r, h]."""
+        gate_up = self.linear_fc1(rows, modality, ends)
+        is_learned = self.router.num_experts > 1
+        inner = WeightedSwiGLU.apply(gate_up, weights) if is_learned else SwiGLU.apply(gate_up)
+        return self.linear_fc2(inner, modality, ends)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Same keys and whole shapes as ``ModalityMLP``, of the expert that lives here."""
-        sharded = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
-        (key,) = sharded
-        sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets, tp_group=self.linear_fc1.tp_group)
-        sharded.update(self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata))
-        return sharded
+        """For one expert per modality, same keys and whole shapes as ``ModalityMLP``."""
+        router = make_sharded_tensors_for_checkpoint(
+            self.router.state_dict(prefix="", keep_vars=True),
+            f"{prefix}router.",
+            {},
+            sharded_offsets,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+        return {
+            **router,
+            **self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata),
+            **self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata),
+        }

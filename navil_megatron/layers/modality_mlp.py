@@ -19,6 +19,22 @@ from navil_megatron.layers.modality_linear import (
 )
 
 
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2f] -> [..., f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def swiglu_gradient(gate_up: Tensor, grad_output: Tensor) -> Tensor:
+    """[..., 2f] and [..., f] -> [..., 2f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad.chunk(2, dim=-1)
+    torch.mul(grad_output, torch.nn.functional.silu(gate), out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(grad_output * up, gate))
+    return grad
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up for [gate | up] along the last dimension; keeps only its input for the backward pass."""
 
@@ -26,19 +42,13 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         """[..., 2f] -> [..., f]."""
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up
+        return swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         """[..., f] -> [..., 2f]."""
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
-        torch.mul(grad_output, torch.nn.functional.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_output * up, gate))
-        return grad
+        return swiglu_gradient(gate_up, grad_output)
 
 
 class ModalityMLP(MegatronModule):

@@ -72,14 +72,19 @@ def _whole_name(name: str, first_layer: int, tied: bool) -> str:
 
 
 def _random_slice(parameter: nn.Parameter, std: float, seed: int, name: str, tp_group: ProcessGroup) -> Tensor:
-    """This rank's slice of the whole random tensor."""
+    """This rank's slice of the whole random tensor. Experts are drawn all, split over ranks of their own."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    experts: range | None = getattr(parameter, "experts", None)
+    tp_group = getattr(parameter, "tp_group", tp_group)
     dim, size = getattr(parameter, "partition_dim", -1), tp_group.size()
     shape = list(parameter.shape)
+    if experts is not None:
+        shape[0] = parameter.num_experts  # type: ignore[attr-defined]
+    held = slice(None) if experts is None else slice(experts.start, experts.stop)
     if not getattr(parameter, "tensor_model_parallel", False) or size == 1:
-        return torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)
+        return torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)[held]
     shape[dim] *= size
     whole = torch.empty(shape, device=parameter.device).normal_(0.0, std, generator=generator)
     piece = math.ceil(parameter.shape[dim] / parameter.partition_stride)  # type: ignore[attr-defined]
-    return torch.cat(whole.split(piece, dim=dim)[tp_group.rank() :: size], dim=dim)
+    return torch.cat(whole[held].split(piece, dim=dim)[tp_group.rank() :: size], dim=dim)

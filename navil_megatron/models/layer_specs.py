@@ -21,7 +21,7 @@ def decoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """The decoder layers of one pipeline stage (one chunk of it under the interleaved schedule)."""
     linears = LinearKernels(kernels.linear, kernels.modality_product or modality_product)
-    experts = ModalityMLP if config.expert_model_parallel_size == 1 else ModalityExperts
+    experts = ModalityMLP if config.num_moe_experts is None else ModalityExperts
     layer = ModuleSpec(
         module=NaViLTransformerLayer,
         submodules=TransformerLayerSubmodules(

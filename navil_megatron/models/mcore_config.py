@@ -47,23 +47,30 @@ def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=config.runtime.gradient_accumulation_fusion == "apex",
-        **_experts(parallel),
+        **_experts(config),
         **_interleaving(parallel),
         **_recompute(config.training),
         **_fp8(config.training),
     )
 
 
-def _experts(parallel: ParallelConfig) -> dict:
-    """What core's token dispatcher reads; without expert parallelism core need not know that there are experts."""
-    if parallel.expert_model_parallel_size == 1:
+def _experts(config: NaViLConfig) -> dict:
+    """What our router and core's token dispatcher read; where each modality has one expert and every rank has both,
+    core need not know that there are experts.
+    """
+    language, parallel = config.model.language, config.parallel
+    if language.num_experts == 1 and parallel.expert_model_parallel_size == 1:
         return {}
     return {
-        "num_moe_experts": len(MODALITIES),
-        "moe_router_topk": 1,
-        # No softmax is ever taken, but core refuses one expert per token without it.
+        "num_moe_experts": len(MODALITIES) * language.num_experts,
+        "moe_router_topk": language.experts_per_token,
+        # Our router takes a softmax over the experts of one modality; core refuses one expert per token without it.
         "moe_router_pre_softmax": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": config.training.router_aux_loss,
+        "moe_z_loss_coeff": config.training.router_z_loss,
         "moe_token_dispatcher_type": "alltoall",
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
     }
 
 

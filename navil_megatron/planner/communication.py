@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.schema import MODALITIES, NaViLConfig
+from navil_megatron.layers.experts_placement import local_experts
 from navil_megatron.planner.memory import FP32, INT64, number_bytes
-from navil_megatron.planner.parameters import layers_of_chunks
+from navil_megatron.planner.parameters import expert_replicas, is_expert, is_routed, layers_of_chunks
 
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 """Numbers to which the distributed optimizer aligns each parameter, and each buffer as a whole."""
@@ -106,9 +107,11 @@ def is_exact(config: NaViLConfig) -> bool:
     context-parallel rank needs to say how many predictions it drew.
     """
     parallel = config.parallel
-    is_plain = parallel.expert_model_parallel_size == 1 or parallel.model_parallel_size == 1
+    is_plain = not is_routed(config.model, parallel) or parallel.model_parallel_size == 1
     is_plain &= parallel.context_parallel_size == 1 or parallel.tensor_model_parallel_size == 1
-    return config.training.phase == "s2" and is_plain
+    # Where learned routers send rows, and so how many arrive, is not known before.
+    is_known = config.model.language.num_experts == 1 or parallel.expert_model_parallel_size == 1
+    return config.training.phase == "s2" and is_plain and is_known
 
 
 def traffic_of_step(view: RankView) -> TrafficTable:
@@ -126,7 +129,10 @@ def layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
     """Tensor-parallel collectives of one decoder layer and microbatch, forward and backward."""
     # A part that is computed again repeats the forward collectives of its column and its row layer.
     again = (config.training.recompute == "full") + config.training.recomputes("mlp")
-    # Attention and feed-forward are a column and a row layer each; experts of their own ranks gather their rows.
+    if is_routed(config.model, config.parallel):
+        yield from _routed_layer_parts(config, tokens_bytes)
+        return
+    # Attention and feed-forward are a column and a row layer each.
     if config.parallel.sequence_parallel:
         # Each column layer gathers, forward and again backward; each row layer gathers its gradient.
         yield "tp", "all-gather", 6 + again, (6 + again) * tokens_bytes
@@ -135,6 +141,22 @@ def layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
     else:
         # Outputs of the row layers, gradients of the column layers.
         yield "tp", "all-reduce", 4 + again, (4 + again) * tokens_bytes
+
+
+def _routed_layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
+    """The same under sequence parallelism where rows are sent, or sorted, to their experts; routers are left out."""
+    again = config.training.recompute == "full"
+    yield "tp", "all-gather", 3 + again, (3 + again) * tokens_bytes
+    yield "tp", "reduce-scatter", 2 + again, (2 + again) * tokens_bytes
+    if config.parallel.expert_tensor_size == 1:
+        return
+    # Rows are gathered and outputs scattered, and gradients the other way: of those that all-to-all has brought, or
+    # without expert parallelism of the tokens themselves.
+    is_sent = config.parallel.expert_model_parallel_size > 1
+    rows_bytes = tokens_bytes * (config.model.language.experts_per_token if is_sent else 1)
+    again = config.training.recomputes("mlp")
+    yield "tp", "all-gather", 2 + again, (2 + again) * rows_bytes
+    yield "tp", "reduce-scatter", 2 + again, (2 + again) * rows_bytes
 
 
 def tensor_parallel(view: RankView) -> Iterator[Part]:
@@ -173,7 +195,7 @@ def tensor_parallel_gradients(view: RankView) -> Iterator[Part]:
         return
     parameters = [item for chunk in view.parameters for item in chunk.items()]
     by_heads = ("q_layernorm", "k_layernorm")
-    by_rows: tuple[str, ...] = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+    by_rows: tuple[str, ...] = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm", ".mlp.router.")
     if view.config.model.language.composed_visual_output_projection:
         by_rows += ("linear_proj.visual",)
     words = (*by_heads, *by_rows) if parallel.sequence_parallel else by_heads
@@ -240,35 +262,48 @@ def experts(view: RankView) -> Iterator[Part]:
 
 def expert_layer_parts(view: RankView, number: int) -> Iterator[Part]:
     """What one layer sends between the ranks of an expert-parallel group for one microbatch."""
-    ranks = view.config.parallel.expert_model_parallel_size
+    ranks, language = view.config.parallel.expert_model_parallel_size, view.config.model.language
     shares = view.config.parallel.tensor_model_parallel_size if view.config.parallel.sequence_parallel else 1
-    first, modality = view.dp_rank - view.dp_rank % ranks, view.dp_rank % ranks
+    first, times = view.dp_rank - view.dp_rank % ranks, language.experts_per_token
+    held = local_experts(view.dp_rank % ranks, ranks, language.num_experts)
     # Context-parallel ranks of a replica hold equally many rows of each modality.
     context = view.config.parallel.context_parallel_size
-    rows = [replica[number].rows_by_modality[modality] for replica in view.batch for _ in range(context)]
-    arriving = sum(rows[first : first + ranks])
+    rows_of_ranks = [replica[number].rows_by_modality for replica in view.batch for _ in range(context)]
+    senders = [rows_of_ranks[rank % len(rows_of_ranks)] for rank in range(first, first + ranks)]
+    # Routers being even; of one expert per modality it is so.
+    arriving = times * sum(
+        rows[MODALITIES.index(modality)] * len(numbers) // language.num_experts
+        for rows in senders
+        for modality, numbers in held.items()
+    )
     # Each rank tells how many rows go to which of the experts.
-    yield "ep", "all-gather", 1, ranks * ranks * INT64
-    # Own rows out (forward) and their output's gradient out (backward); core sends each row's probability along.
+    yield "ep", "all-gather", 1, ranks * len(MODALITIES) * language.num_experts * INT64
+    # Own rows out (forward) and their output's gradient out (backward); core sends each row's probability along, and
+    # gets a learned one's gradient back.
     probabilities = view.config.rank_tokens * number_bytes(view.config)
-    yield "ep", "all-to-all", 3, (2 * view.tokens_bytes + probabilities) // shares
+    learned = language.num_experts > 1
+    yield "ep", "all-to-all", 3, times * (2 * view.tokens_bytes + probabilities) // shares
+    if learned:
+        yield "ep", "all-to-all", 1, arriving * number_bytes(view.config) // shares
     # The expert's rows back: their output (forward), their gradient (backward).
     yield "ep", "all-to-all", 2, 2 * arriving * view.row_bytes // shares
 
 
 def data_parallel(view: RankView) -> Iterator[Part]:
-    """Gradients, in FP32; with the distributed optimizer the updated weights too. And the batch's loss weight."""
-    expert_ranks = view.config.parallel.expert_model_parallel_size
-    sharing = view.dp_size * view.config.parallel.context_parallel_size
+    """Gradients, in FP32; with the distributed optimizer the updated weights too. And the batch's loss weight and its
+    tokens of both modalities.
+    """
+    parallel = view.config.parallel
+    routed = is_routed(view.config.model, parallel)
     if view.dp_size > 1:
-        yield "dp", "all-reduce", 1, FP32
+        yield "dp", "all-reduce", 1, 3 * FP32
     is_split = view.config.optimizer.distributed
     for chunk in view.parameters:
-        of_experts = [n for name, n in chunk.items() if expert_ranks > 1 and ".mlp." in name]
-        shared = [n for name, n in chunk.items() if expert_ranks == 1 or ".mlp." not in name]
+        of_experts = [n for name, n in chunk.items() if routed and is_expert(name)]
+        shared = [n for name, n in chunk.items() if not (routed and is_expert(name))]
         for axis, numbers, ranks in (
-            ("dp", shared, sharing),
-            ("expert dp", of_experts, sharing // expert_ranks),
+            ("dp", shared, view.dp_size * parallel.context_parallel_size),
+            ("expert dp", of_experts, expert_replicas(parallel, view.dp_size)),
         ):
             if ranks == 1 or not numbers:
                 continue

@@ -23,7 +23,7 @@ from navil_megatron.planner.machine import Machine, ring_share
 from navil_megatron.planner.memory import ActivationModel, StateBytes, number_bytes, state_bytes
 from navil_megatron.planner.parameters import chunk_parameters, layers_of_chunks
 from navil_megatron.planner.schedule import ChunkTime, Schedule, balanced_layers, most_in_flight, simulate
-from navil_megatron.planner.workload import Workload, fullest_share
+from navil_megatron.planner.workload import Workload, expert_loads, fullest_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,14 +148,14 @@ class Estimator:
     def _part_times(self, config: NaViLConfig) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
         """Of one microbatch: one decoder layer; encoder, connector and embeddings; the head."""
         model, parallel, training = config.model, config.parallel, config.training
-        experts, work = parallel.expert_model_parallel_size, self.work
+        work = self.work
         flops = list(layer_terms(model.language, work))
-        if experts > 1:
-            # The rank of the fuller expert computes the rows of all ranks, and the others wait for it.
-            fuller = experts * max(work.text_tokens, work.visual_tokens)
+        fullest = max(expert_loads(work, config))
+        if fullest > 1:
+            # A rank holds one modality's experts: the fullest computes its rows of all ranks, the others wait for it.
             alone = [term for term in flops if ".mlp." in term[0]]
-            per_row = sum(forward for _, forward in alone) / work.num_tokens
-            flops = [term for term in flops if term not in alone] + [(alone[-1][0], per_row * fuller)]
+            rows = fullest * sum(forward for _, forward in alone)
+            flops = [term for term in flops if term not in alone] + [(alone[-1][0], rows)]
         again = sum(forward for name, forward in flops if _is_repeated(name, training))
         layer = self._compute(config, flops, parallel.row_ranks, again, self._layer_traffic(config))
         encoded = replace(work, grids=fullest_share(work, model.vision, parallel.row_ranks))
@@ -215,12 +215,13 @@ class Estimator:
         tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
         stages = parallel.pipeline_model_parallel_size
         sharing = self.machine.gpus // (tensor * stages)  # hold the same weights
+        split = parallel.expert_tensor_size
         return {
             "tp": (tensor, 1),
             "cp": (parallel.context_parallel_size, tensor),
-            "ep": (experts, tensor),
+            "ep": (experts, split),
             "dp": (sharing, tensor),
-            "expert dp": (sharing // experts, tensor * experts),
+            "expert dp": (sharing * tensor // (split * experts), split * experts),
             "pp": (stages, tensor * sharing),
         }[axis]
 
@@ -251,13 +252,14 @@ class Estimator:
         )
 
     def _parameters(self, config: NaViLConfig, stage: int) -> list[dict[str, int]]:
-        """What the rank with the fuller expert holds, chunk by chunk."""
+        """What the rank with the fullest experts holds, chunk by chunk."""
         parallel, num_layers = config.parallel, config.model.language.num_layers
         chunks = range(stage, len(layers_of_chunks(parallel, num_layers)), parallel.pipeline_model_parallel_size)
         return [dict(chunk_parameters(config.model, parallel, chunk, self._expert_rank(config))) for chunk in chunks]
 
     def _expert_rank(self, config: NaViLConfig) -> int:
-        return int(config.parallel.expert_model_parallel_size > 1 and self.work.visual_tokens > self.work.text_tokens)
+        loads = expert_loads(self.work, config)
+        return loads.index(max(loads))
 
     def _stage_memory(self, config: NaViLConfig, stage: int, dp_size: int, num_microbatches: int) -> StageMemory:
         activations = ActivationModel(config, self.work, fused=config.runtime.device == "cuda")

@@ -44,7 +44,7 @@ def layer_terms(language: LanguageConfig, work: Workload) -> Iterator[Term]:
     query = language.num_attention_heads * language.head_dim
     key_value = 2 * language.num_query_groups * language.head_dim
     attention = language.hidden_size * (2 * query + key_value)
-    feed_forward = 3 * language.hidden_size * language.ffn_hidden_size
+    feed_forward = language.feed_forward_weights_per_token
     for modality, tokens in zip(MODALITIES, (work.text_tokens, work.visual_tokens), strict=True):
         yield f"decoder.layers.0.self_attention.linear_qkv.{modality}.weight", 2.0 * tokens * attention
         yield f"decoder.layers.0.mlp.linear_fc1.{modality}.weight", 2.0 * tokens * feed_forward

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from navil_megatron.config.phases import is_trainable
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.planner.parameters import Sized
-from navil_megatron.planner.workload import Workload, fullest_share, num_patches
+from navil_megatron.planner.parameters import Sized, expert_replicas, is_expert, is_routed
+from navil_megatron.planner.workload import Workload, expert_loads, fullest_share, num_patches
 
 FP32, INT64 = 4, 8
 
@@ -47,12 +47,12 @@ def state_bytes(config: NaViLConfig, parameters: Iterable[Sized], dp_size: int) 
     """State of a rank that holds these parameters, one of so many replicas."""
     size = number_bytes(config)
     optimizer = 2 * FP32 + (FP32 if size == 2 else 0)
-    parallel = config.parallel
-    sharing, expert_ranks = dp_size * parallel.context_parallel_size, parallel.expert_model_parallel_size
+    sharing = dp_size * config.parallel.context_parallel_size
+    of_experts = expert_replicas(config.parallel, dp_size) if is_routed(config.model, config.parallel) else sharing
     found = StateBytes()
     for name, numbers in parameters:
         trained = numbers if is_trainable(name, config.training.phase) else 0
-        holders = sharing // (expert_ranks if ".mlp." in name else 1)
+        holders = of_experts if is_expert(name) else sharing
         shares = holders if config.optimizer.distributed else 1
         found += StateBytes(numbers * size, trained * FP32, trained * optimizer / shares)
     return found
@@ -133,13 +133,24 @@ class ActivationModel:
     def _feed_forward(self) -> int:
         """Inputs of linear_fc1, SwiGLU and linear_fc2."""
         language = self.config.model.language
-        inner = 3 * language.ffn_hidden_size // self.tensor * self.size
-        ranks = self.config.parallel.expert_model_parallel_size
-        if ranks == 1:
-            return self.row_bytes + self.tokens * inner
-        # The fuller expert's rows of all ranks; core also keeps where each came from.
-        arriving = ranks * self._share(max(self.work.text_tokens, self.work.visual_tokens))
-        return arriving * (language.hidden_size * self.size + inner) + self.tokens * INT64
+        parallel, tokens = self.config.parallel, self.tokens
+        if not is_routed(self.config.model, parallel):
+            return self.row_bytes + tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
+        row = (language.hidden_size + 3 * language.ffn_hidden_size // parallel.expert_tensor_size) * self.size
+        kept = int(self.arriving_rows * row)
+        if language.num_experts > 1:
+            # The router's input; logits and two scores; weights beside their order and its inverse, there and back.
+            scores = 5 * language.num_experts * FP32 + language.experts_per_token * (4 * INT64 + 2 * FP32)
+            kept += self.row_bytes + tokens * scores
+        # Core also keeps where each row came from.
+        return kept + (tokens * INT64 if parallel.expert_model_parallel_size > 1 else 0)
+
+    @property
+    def arriving_rows(self) -> float:
+        """Rows of the fullest expert-parallel rank, of all that send to it; a token counts once for each expert."""
+        parallel, language = self.config.parallel, self.config.model.language
+        rows = self.tokens * language.experts_per_token
+        return rows * max(expert_loads(self.work, self.config)) * parallel.expert_tensor_size / self.tensor
 
     def shared_by_layers(self) -> int:
         """Rotary tables, and under attention without recompute the orders of the rows."""
@@ -217,6 +228,7 @@ class ActivationModel:
         """
         language, training = self.config.model.language, self.config.training
         wide = self.tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
+        wide *= language.experts_per_token
         nothing = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
         again = nothing.layer() - self.layer()
         return wide + 2 * self.row_bytes + again

@@ -8,11 +8,11 @@ from navil_megatron.config.schema import (
     MODALITIES,
     SPECIAL_TOKENS,
     LanguageConfig,
-    Modality,
     ModelConfig,
     ParallelConfig,
     VisionConfig,
 )
+from navil_megatron.layers.experts_placement import local_experts
 
 type Sized = tuple[str, int]
 """Name of a parameter as the built model has it, and how many numbers a rank holds of it."""
@@ -35,9 +35,9 @@ def chunk_parameters(model: ModelConfig, parallel: ParallelConfig, chunk: int, e
         yield from _connector(model)
         yield "embedding.word_embeddings.weight", table
         yield "special_token_embedding.weight", len(SPECIAL_TOKENS) * language.hidden_size
-    held = MODALITIES if parallel.expert_model_parallel_size == 1 else (MODALITIES[ep_rank],)
+    feed_forward = list(_feed_forward(language, parallel, ep_rank))
     for number in range(layers[chunk]):
-        for name, numbers in _decoder_layer(language, tensor, held):
+        for name, numbers in (*_decoder_layer(language, tensor), *feed_forward):
             yield f"decoder.layers.{number}.{name}", numbers
     if is_last:
         yield "decoder.final_layernorm.weight", language.hidden_size
@@ -58,6 +58,30 @@ def count_by_part(model: ModelConfig, phase: str = "s2") -> dict[str, int]:
         part = part_of(name)
         counts[part] = counts.get(part, 0) + (numbers if is_trainable(name, phase) else 0)
     return counts
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Parameters, but of each modality only as many experts as its router chooses for a token."""
+    language = model.language
+    idle = len(MODALITIES) * (language.num_experts - language.experts_per_token)
+    one = 3 * language.hidden_size * language.ffn_hidden_size
+    return sum(whole_model(model).values()) - language.num_layers * idle * one
+
+
+def is_routed(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether the feed-forward experts have ranks, or a router, of their own."""
+    return model.language.num_experts > 1 or parallel.expert_model_parallel_size > 1
+
+
+def is_expert(name: str) -> bool:
+    """Whether the parameter is a feed-forward expert's."""
+    return ".mlp.linear_fc" in name
+
+
+def expert_replicas(parallel: ParallelConfig, dp_size: int) -> int:
+    """Ranks of a pipeline stage that hold the same part of the same experts."""
+    ranks = dp_size * parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return ranks // (parallel.expert_tensor_size * parallel.expert_model_parallel_size)
 
 
 def part_of(name: str) -> str:
@@ -100,9 +124,9 @@ def _connector(model: ModelConfig) -> Iterator[Sized]:
         yield f"connector.{name}.bias", shape[0]
 
 
-def _decoder_layer(language: LanguageConfig, tensor: int, held: tuple[Modality, ...]) -> Iterator[Sized]:
-    """One layer; ``held`` are the modalities whose feed-forward expert is here, with all of them attention's are."""
-    h, f, d = language.hidden_size, language.ffn_hidden_size, language.head_dim
+def _decoder_layer(language: LanguageConfig, tensor: int) -> Iterator[Sized]:
+    """One layer but for its feed-forward network."""
+    h, d = language.hidden_size, language.head_dim
     query, key_value = language.num_attention_heads * d, 2 * language.num_query_groups * d
     yield "input_layernorm.weight", h
     yield "pre_mlp_layernorm.weight", h
@@ -116,6 +140,15 @@ def _decoder_layer(language: LanguageConfig, tensor: int, held: tuple[Modality, 
         if language.qk_norm:
             yield f"self_attention.q_layernorm.{modality}.weight", d
             yield f"self_attention.k_layernorm.{modality}.weight", d
-    for modality in held:
-        yield f"mlp.linear_fc1.{modality}.weight", 2 * f * h // tensor
-        yield f"mlp.linear_fc2.{modality}.weight", h * f // tensor
+
+
+def _feed_forward(language: LanguageConfig, parallel: ParallelConfig, ep_rank: int) -> Iterator[Sized]:
+    """The experts of one layer that are on a rank with this place in its expert-parallel group, and all routers."""
+    one = language.hidden_size * language.ffn_hidden_size // parallel.expert_tensor_size
+    if language.num_experts > 1:
+        for modality in MODALITIES:
+            yield f"mlp.router.{modality}.weight", language.router_weights
+    held = local_experts(ep_rank, parallel.expert_model_parallel_size, language.num_experts)
+    for modality, numbers in held.items():
+        yield f"mlp.linear_fc1.{modality}.weight", 2 * one * len(numbers)
+        yield f"mlp.linear_fc2.{modality}.weight", one * len(numbers)

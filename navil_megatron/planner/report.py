@@ -6,7 +6,7 @@ from typing import Any
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, StageMemory
 from navil_megatron.planner.machine import Machine
-from navil_megatron.planner.parameters import count_by_part
+from navil_megatron.planner.parameters import active_parameters, count_by_part
 from navil_megatron.planner.search import Candidate
 from navil_megatron.planner.workload import Workload
 
@@ -22,6 +22,7 @@ def as_json(config: NaViLConfig, machine: Machine, work: Workload, found: Sequen
     return {
         "parameters": {
             "total": sum(by_phase["s2"].values()),
+            "active": active_parameters(config.model),
             "trainable": sum(by_phase[config.training.phase].values()),
             "by_part": by_phase["s2"],
             "trainable_by_phase": {phase: sum(parts.values()) for phase, parts in by_phase.items()},
@@ -47,6 +48,7 @@ def _layout(candidate: Candidate, machine: Machine) -> Report:
         "pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
         "context": parallel.context_parallel_size,
         "expert": parallel.expert_model_parallel_size,
+        "expert_tensor": parallel.expert_tensor_size,
         "data": machine.gpus // parallel.model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "recompute": candidate.config.training.recompute,
@@ -116,6 +118,8 @@ def describe_layout(config: NaViLConfig) -> str:
         words.append(f"cp{parallel.context_parallel_size}")
     if parallel.expert_model_parallel_size > 1:
         words.append(f"ep{parallel.expert_model_parallel_size}")
+    if parallel.expert_tensor_parallel_size is not None:
+        words.append(f"etp{parallel.expert_tensor_parallel_size}")
     if parallel.sequence_parallel:
         words.append("sp")
     if config.training.recompute != "none":
@@ -129,7 +133,10 @@ def _parameter_lines(config: NaViLConfig) -> list[str]:
     total, trained = count_by_part(config.model), count_by_part(config.model, phase)
     lines = [f"{'parameters':26} {'total':>16} {'trained in ' + phase:>18}"]
     lines += [f"  {part:24} {count:16,} {trained[part]:18,}" for part, count in total.items()]
-    return [*lines, f"  {'together':24} {sum(total.values()):16,} {sum(trained.values()):18,}"]
+    lines.append(f"  {'together':24} {sum(total.values()):16,} {sum(trained.values()):18,}")
+    if config.model.language.num_experts > 1:
+        lines.append(f"  {'of which active':24} {active_parameters(config.model):16,}")
+    return lines
 
 
 def _assumption_lines(config: NaViLConfig, machine: Machine, work: Workload) -> list[str]:
@@ -171,6 +178,7 @@ def _best_lines(best: Candidate, machine: Machine) -> list[str]:
         "parallel.pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
         "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "parallel.expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "training.recompute": best.config.training.recompute,
     }
     if best.config.training.recompute == "selective":

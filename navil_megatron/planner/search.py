@@ -6,7 +6,7 @@ from itertools import product
 from typing import Literal
 
 from navil_megatron.config.errors import ConfigError
-from navil_megatron.config.schema import NaViLConfig, ParallelConfig, Recomputed
+from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig, Recomputed
 from navil_megatron.config.validate import validate
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, Estimator
 from navil_megatron.planner.machine import Machine
@@ -68,8 +68,10 @@ def layouts_of(config: NaViLConfig, machine: Machine) -> Iterator[NaViLConfig]:
     contexts = (1, 2, 4, 8) if config.data.seq_length > SPLIT_ROWS_BEYOND else (1,)
     tensors = [n for n in _powers_of_two(machine.gpus) if n <= machine.gpus_per_node]
     stages = [n for n in range(1, machine.gpus + 1) if machine.gpus % n == 0 and n <= config.model.language.num_layers]
+    all_experts = len(MODALITIES) * config.model.language.num_experts
+    expert_ranks = [n for n in range(1, all_experts + 1) if all_experts % n == 0]
     for tensor, context, pipeline, experts, (recompute, modules) in product(
-        tensors, contexts, stages, (1, 2), RECOMPUTE
+        tensors, contexts, stages, expert_ranks, RECOMPUTE
     ):
         if machine.gpus % (tensor * context * pipeline) or tensor * context > machine.gpus_per_node:
             continue
@@ -79,8 +81,11 @@ def layouts_of(config: NaViLConfig, machine: Machine) -> Iterator[NaViLConfig]:
             or config.training.global_batch_size < replicas * config.training.micro_batch_size
         ):
             continue
-        for virtual, sequence in product(
-            (None, 2) if pipeline > 1 else (None,), (True, False) if tensor > 1 else (False,)
+        routed = config.model.language.num_experts > 1
+        for virtual, sequence, split in product(
+            (None, 2) if pipeline > 1 else (None,),
+            (True, False) if tensor > 1 else (False,),
+            (None, 1) if tensor > 1 and routed else (None,),
         ):
             if virtual and config.model.language.num_layers < pipeline * virtual:
                 continue
@@ -90,6 +95,7 @@ def layouts_of(config: NaViLConfig, machine: Machine) -> Iterator[NaViLConfig]:
                 virtual_pipeline_model_parallel_size=virtual,
                 context_parallel_size=context,
                 expert_model_parallel_size=experts,
+                expert_tensor_parallel_size=split,
                 sequence_parallel=sequence,
             )
             training = replace(config.training, recompute=recompute, recompute_modules=modules)

@@ -6,6 +6,7 @@ from functools import cache
 
 from navil_megatron.config.schema import NaViLConfig, VisionConfig
 from navil_megatron.data.image_plan import ImagePlanner, count_image_tokens
+from navil_megatron.layers.experts_placement import loads_of_ranks
 from navil_megatron.layers.vision_plan import Grid, assign_images, encoding_cost
 
 
@@ -69,6 +70,12 @@ def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> 
         grids=grids,
         num_predictions=num_samples * text_tokens,
     )
+
+
+def expert_loads(work: Workload, config: NaViLConfig) -> list[float]:
+    """Rows of each expert-parallel rank over their mean, routers being even."""
+    ranks, num_experts = config.parallel.expert_model_parallel_size, config.model.language.num_experts
+    return loads_of_ranks(work.visual_tokens / max(work.num_tokens, 1), ranks, num_experts)
 
 
 @cache

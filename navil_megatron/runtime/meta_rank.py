@@ -51,6 +51,7 @@ def meta_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             create_gloo_process_groups=False,
         )
         with _OnMeta():

@@ -73,16 +73,11 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} needs a multiple of "
             f"{parallel.model_parallel_size} ranks; change torchrun's --nproc-per-node or the [parallel] section"
         )
-    ranks_of_experts = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.expert_model_parallel_size
-    )
-    if world_size % ranks_of_experts:
+    if world_size % parallel.expert_ranks:
         raise UserError(
-            f"{world_size} ranks do not fit the layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{world_size} ranks do not fit the layout: expert tensor {parallel.expert_tensor_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x expert {parallel.expert_model_parallel_size} needs a multiple "
-            f"of {ranks_of_experts} ranks; change torchrun's --nproc-per-node or the [parallel] section"
+            f"of {parallel.expert_ranks} ranks; change torchrun's --nproc-per-node or the [parallel] section"
         )
     return world_size // parallel.model_parallel_size
 
@@ -153,6 +148,7 @@ class Session:
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_size,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
             create_gloo_process_groups=False,
         )

@@ -44,7 +44,9 @@ def build_model_inputs(
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
-    order = plan_modality_order(microbatch.visual_token_mask, microbatch.segment_lengths, cp_size)
+    order = plan_modality_order(
+        microbatch.visual_token_mask, microbatch.segment_lengths, cp_size, microbatch.sample_tokens
+    )
     num_rows = order.modality_major.size // cp_size
     mine = order.modality_major[cp_rank * num_rows : (cp_rank + 1) * num_rows]
     to_row = inverse_order(order.modality_major) - cp_rank * num_rows
@@ -65,7 +67,7 @@ def build_model_inputs(
             ),
         )
     return ModelInputs(
-        packed_seq_params=build_packed_seq_params(order, device),
+        packed_seq_params=build_packed_seq_params(order, device, cp_rank),
         position_ids=put(microbatch.position_ids[mine]),
         loss_positions=put(to_row[predicted]),
         labels=put(microbatch.labels[predicted]),

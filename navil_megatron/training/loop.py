@@ -45,7 +45,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     session.watchdog.know(chunks)
     optimizer = build_optimizer(config, chunks, session)
     state = session.together(lambda: _restore(manager, loader, model, optimizer))
-    log, meter = MetricsLog(config, session), StepMeter(config, session)
+    log, meter = MetricsLog(config, session), StepMeter(config, session, model)
     total = config.training.train_steps
 
     with TrainingProgress(config, session, state.step) as progress:

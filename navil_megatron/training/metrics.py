@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from navil_megatron.config.schema import NaViLConfig
@@ -14,6 +15,7 @@ from navil_megatron.data.loader import StepData
 from navil_megatron.data.types import FailedSample, Microbatch
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.encoder_load import EncoderLoad
+from navil_megatron.training.expert_load import ExpertLoad, balance
 from navil_megatron.training.flops import step_flops, tokens_by_modality
 from navil_megatron.training.step import StepResult
 
@@ -65,8 +67,10 @@ class MetricsLog:
 class StepMeter:
     """Adds up steps between two records. Nothing is read from the device until ``record``."""
 
-    def __init__(self, config: NaViLConfig, session: Session):
+    def __init__(self, config: NaViLConfig, session: Session, chunks: Sequence[nn.Module]):
         self.config, self.session = config, session
+        language = config.model.language
+        self._expert_load = ExpertLoad(chunks, language.num_layers, language.num_experts)
         self._encoder_load = EncoderLoad(config, session)
         self._last_step = 0.0
         self._reset()
@@ -121,13 +125,15 @@ class StepMeter:
         # Counts are the same on the ranks of one model replica, losses on those of one tensor-parallel group.
         replica_ranks = session.world_size // session.dp_size
         losses = torch.stack([result.loss_sum.double() for result in self._results]) / session.tp_size
-        sums = torch.cat([self._counts.to(session.device) / replica_ranks, losses])
+        loads = self._expert_load.take(session.device)
+        sums = torch.cat([self._counts.to(session.device) / replica_ranks, losses, loads.flatten()])
         slowest = torch.tensor([self._wait_seconds, session.platform.peak_memory_bytes()], dtype=torch.float64)
         slowest = slowest.to(session.device)
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        text, visual, row_tokens, samples, failed, shrunk, flops, *loss_sums = sums.tolist()
-        loss = sum(loss_sums) / max(sum(float(result.loss_weight) for result in self._results), 1e-30)
+        counts, losses, of_experts = sums.cpu().split([len(self._counts), len(losses), loads.numel()])
+        text, visual, row_tokens, samples, failed, shrunk, flops = counts.tolist()
+        loss = float(losses.sum()) / max(sum(float(result.loss_weight) for result in self._results), 1e-30)
         record: Record = {
             "train_steps": self.config.training.train_steps,
             "loss": loss,
@@ -150,6 +156,7 @@ class StepMeter:
             "peak_memory_bytes": round(slowest[1].item()),
             "flops_per_second": flops / seconds,
             "skipped_steps": sum(result.skipped for result in self._results),
+            **balance(of_experts.view(loads.shape)),
         }
         self._reset()
         return record

@@ -68,11 +68,14 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     set_learning_rate(optimizer, lr)
-    loss_weight = _global_weight(microbatches, session)
+    loss_weight, tokens = _global_sums(microbatches, session)
     get_model_config(chunks[0]).finalize_model_grads_func = partial(
         finalize_gradients, session.watchdog, tp_group=session.groups.tp, loss_weight=loss_weight
     )
-    loss_sum = run_schedule(config, session, chunks, microbatches, forward_only=False)
+    router_loss_scale = loss_weight / tokens.clamp(min=1)
+    loss_sum = run_schedule(
+        config, session, chunks, microbatches, forward_only=False, router_loss_scale=router_loss_scale
+    )
     session.watchdog.enter("update")
     updated, grad_norm, _ = optimizer.step()
     return StepResult(loss_sum, loss_weight, grad_norm, skipped=not updated)
@@ -84,16 +87,27 @@ def evaluate_step(
 ) -> StepResult:
     """Forward only, for held-out rows. Leaves gradients and weights alone."""
     loss_sum = run_schedule(config, session, chunks, microbatches, forward_only=True)
-    return StepResult(loss_sum, _global_weight(microbatches, session))
+    return StepResult(loss_sum, _global_sums(microbatches, session)[0])
 
 
 def run_schedule(
-    config: NaViLConfig, session: Session, chunks: Chunks, microbatches: Sequence[Microbatch], *, forward_only: bool
+    config: NaViLConfig,
+    session: Session,
+    chunks: Chunks,
+    microbatches: Sequence[Microbatch],
+    *,
+    forward_only: bool,
+    router_loss_scale: Tensor | None = None,
 ) -> Tensor:
     """megatron-core's schedule over this rank's microbatches. -> weighted loss sum of this rank, 0 but on the last
     stage.
+
+    ``router_loss_scale`` [2] is global weight over global tokens, of text and visual: a router's sum over its tokens
+    times this, divided with all gradients by the weight, is their mean, at any layout and any number of microbatches.
     """
     inputs = [inputs_of(microbatch, config, session) for microbatch in microbatches]
+    for microbatch in inputs:
+        microbatch.packed_seq_params.router_loss_scale = router_loss_scale
     forward = partial(forward_step, watchdog=session.watchdog)
     losses = schedule_over(config, session, chunks, inputs, forward, forward_only=forward_only)
     return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=session.device))
@@ -191,10 +205,15 @@ def finalize_gradients(
         chunk.scale_gradients(scaling)
 
 
-def _global_weight(microbatches: Sequence[Microbatch], session: Session) -> Tensor:
-    """Weight of the global batch, [] float32."""
-    local = sum(float(microbatch.loss_weights.sum(dtype="float64")) for microbatch in microbatches)
+def _global_sums(microbatches: Sequence[Microbatch], session: Session) -> tuple[Tensor, Tensor]:
+    """Weight of the global batch, [] float32, and its text and visual tokens, [2] float32, padding not counted."""
+    weight, visual, tokens = 0.0, 0, 0
+    for microbatch in microbatches:
+        weight += float(microbatch.loss_weights.sum(dtype="float64"))
+        visual += int((microbatch.visual_token_mask & microbatch.sample_tokens).sum())
+        tokens += microbatch.num_tokens
     # Filled on the device: a copy of a host tensor would make the host wait for it.
-    weight = torch.full((), local, dtype=torch.float32, device=session.device)
-    torch.distributed.all_reduce(weight, group=session.groups.dp)
-    return weight
+    numbers = (weight, tokens - visual, visual)
+    sums = torch.stack([torch.full((), number, dtype=torch.float32, device=session.device) for number in numbers])
+    torch.distributed.all_reduce(sums, group=session.groups.dp)
+    return sums[0], sums[1:]

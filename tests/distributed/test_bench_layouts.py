@@ -19,6 +19,8 @@ TIED = {"language": {"tied_embeddings": True}}
 BF16 = {"training": {"precision": "bf16"}}
 COMPOSED = {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}}
 
+EXPERTS = {"language": {"num_experts": 4, "experts_per_token": 2}}
+
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2": (2, {"parallel": {"tp": 2}}),
     "tp2-sp": (2, {"parallel": TP2_SP}),
@@ -38,6 +40,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "cp2-selective-recompute": (2, {"parallel": {"cp": 2}, "training": {"recompute": "selective"}}),
     "ep2": (2, {"parallel": {"ep": 2}, **NOT_SPLIT}),
     "ep2-distributed": (2, {"parallel": {"ep": 2}}),
+    "dp2-experts": (2, {"model": EXPERTS, **NOT_SPLIT}),
+    "dp2-experts-distributed": (2, {"model": EXPERTS}),
 }
 AXES = {"tp2-sp": "tp", "pp2": "pp", "pp2-interleaved-tied": "embd", "dp2": "dp", "cp2": "cp", "ep2": "ep"}
 

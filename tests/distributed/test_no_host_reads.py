@@ -12,9 +12,14 @@ from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, global_batch, merge_secti
 from tests.ranks import run_ranks, start_session
 
 BATCH = (MIXED, TEXT_ONLY, IMAGE_ONLY)
+EXPERTS = {"model": {"language": {"num_experts": 4, "experts_per_token": 2}}}
 CHOICES = {
     **{name: {"model": model} for name, model in MODELS.items()},
     "frozen": {"training": {"phase": "s1.1"}},
+    "several experts": EXPERTS,
+    "several experts, one a token, recompute": merge_sections(
+        {"model": {"language": {"num_experts": 2}}}, {"training": {"recompute": "full"}}
+    ),
     "selective": {
         "training": {"recompute": "selective", "recompute_modules": ("attention", "mlp", "encoder")},
     },
@@ -24,13 +29,18 @@ CHOICES = {
 PLACES = {
     "tp2-sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),
     "pp2-interleaved": (2, {"parallel": {"pp": 2, "vpp": 2}, "training": {"recompute": "full"}}),
+    "tp2-sp-experts": (2, {"parallel": {"tp": 2, "sequence_parallel": True}, **EXPERTS}),
+    "tp2-sp-etp1-experts": (2, {"parallel": {"tp": 2, "sequence_parallel": True, "etp": 1}, **EXPERTS}),
     "cp2": (2, {"parallel": {"cp": 2}}),
     "ep2": (2, {"parallel": {"ep": 2}}),
+    "cp2-experts": (2, {"parallel": {"cp": 2}, **EXPERTS}),
+    "ep2-experts": (2, {"parallel": {"ep": 2}, **EXPERTS}),
 }
 
 HOST_GENERATOR = "megatron/core/tensor_parallel/random.py"
 """Compares states of the host's random generator, which are on the host with a GPU too."""
 DISPATCHER = "megatron/core/transformer/moe/"
+TAKEN_UP = "num_text = sum(num_rows.tolist()"
 
 
 def reads_of_step(rank: int, world_size: int, choices: list[dict]) -> list[str]:
@@ -51,18 +61,20 @@ def test_one_rank_reads_nothing() -> None:
     assert run_ranks(1, reads_of_step, list(CHOICES.values())) == [[]]
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "ep2"])
+@pytest.mark.parametrize("place", [place for place in PLACES if not place.startswith("ep2")])
 def test_ranks_read_nothing(place: str) -> None:
     world_size, sections = PLACES[place]
     for reads in run_ranks(world_size, reads_of_step, [sections]):
         assert [read for read in reads if HOST_GENERATOR not in read] == []
 
 
-def test_expert_parallel_ranks_read_only_in_the_dispatcher_of_megatron_core() -> None:
-    """It counts the rows of each expert on the device and sends the counts to the host."""
-    world_size, sections = PLACES["ep2"]
+@pytest.mark.parametrize("place", ["ep2", "ep2-experts"])
+def test_expert_parallel_ranks_read_only_in_the_dispatcher_of_megatron_core(place: str) -> None:
+    """It counts the rows of each expert on the device and sends the counts to the host, where we take them up."""
+    world_size, sections = PLACES[place]
+    taken = () if place == "ep2" else (TAKEN_UP,)
     for reads in run_ranks(world_size, reads_of_step, [merge_sections(sections, CHOICES["selective"])]):
-        assert [read for read in reads if DISPATCHER not in read] == []
+        assert [read for read in reads if not any(words in read for words in (DISPATCHER, *taken))] == []
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,15 @@ BUCKET = 2_000
 """Parameters; some twenty buckets, so that weights of a module arrive on their own."""
 GRADIENTS = {"optimizer": {"overlap_grad_reduce": True}}
 BOTH = {"optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
+EXPERTS = {"model": {"language": {"num_experts": 4, "experts_per_token": 2}}}
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2": (2, {}),
     "dp2-recompute": (2, {"training": {"recompute": "full"}}),
     "dp2-tied": (2, {"model": {"language": {"tied_embeddings": True}}}),
     "dp2-s1.1": (2, {"training": {"phase": "s1.1"}}),
+    "dp2-experts": (2, EXPERTS),
     "ep2": (2, {"parallel": {"ep": 2}}),
+    "ep2-experts": (2, {"parallel": {"ep": 2}, **EXPERTS}),
     "cp2": (2, {"parallel": {"cp": 2}}),
     "dp2-tp2-sp": (4, {"parallel": {"tp": 2, "sequence_parallel": True}}),
     "dp2-pp2": (4, {"parallel": {"pp": 2}}),
@@ -101,7 +104,7 @@ def _under_way(found: list[tuple[int, int]], chunk: Any, finish: Any, **options:
     finish(**options)
 
 
-@pytest.mark.parametrize("sections", [{}, {"parallel": {"ep": 2}}], ids=["dp2", "ep2"])
+@pytest.mark.parametrize("sections", [{}, {"parallel": {"ep": 2}}, EXPERTS], ids=["dp2", "ep2", "dp2-experts"])
 def test_every_sum_is_under_way_when_the_backward_pass_ends(sections: dict) -> None:
     """From the second step on: in the first core learns in which order gradients come."""
     for first, second in run_ranks(2, starts_in_backward, merge_sections(sections, GRADIENTS)):

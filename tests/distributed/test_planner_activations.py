@@ -20,6 +20,7 @@ FULL = {"training": {"recompute": "full"}}
 SELECTIVE = {"training": {"recompute": "selective"}}
 COMPOSED = {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}}
 WINDOWS = {"vision": {"norm": "layernorm", "token_order": "window", "window_size": 4, "full_attention_layers": (1,)}}
+EXPERTS = {"language": {"num_experts": 4, "experts_per_token": 2}}
 TP2_SP = {"parallel": {"tp": 2, "sequence_parallel": True}}
 
 CASES: dict[int, dict[str, dict[str, Any]]] = {
@@ -31,6 +32,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "composed, selective": {"model": COMPOSED, **SELECTIVE},
         "windows": {"model": WINDOWS},
         "windows, full": {"model": WINDOWS, **FULL},
+        "experts": {"model": EXPERTS},
+        "experts, full": {"model": EXPERTS, **FULL},
     },
     2: {
         "tp2": {"parallel": {"tp": 2}},
@@ -39,6 +42,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2-sp, full": {**TP2_SP, **FULL},
         "tp2-sp, composed": {**TP2_SP, "model": COMPOSED},
         "ep2": {"parallel": {"ep": 2}},
+        "tp2-sp, experts": {**TP2_SP, "model": EXPERTS},
         "cp2": {"parallel": {"cp": 2}},
         "cp2, selective": {"parallel": {"cp": 2}, **SELECTIVE},
         "cp2, full": {"parallel": {"cp": 2}, **FULL},

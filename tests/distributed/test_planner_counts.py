@@ -22,16 +22,21 @@ from tests.unit.config_examples import EXAMPLE_TOML
 TIED = {"model": {"language": {"tied_embeddings": True}}}
 COMPOSED = {"model": {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}}}
 
+EXPERTS = {"model": {"language": {"num_experts": 4, "experts_per_token": 2}}}
+
 LAYOUTS: dict[int, list[dict[str, dict[str, Any]]]] = {
-    1: [{}, TIED],
+    1: [{}, TIED, EXPERTS],
     2: [
         {"parallel": {"tp": 2, "sequence_parallel": True}},
         {"parallel": {"tp": 2}, **COMPOSED},
         {"parallel": {"pp": 2, "pipeline_layers": (1, 3)}, **TIED},
         {"parallel": {"pp": 2, "vpp": 2}},
         {"parallel": {"ep": 2}},
+        {"parallel": {"ep": 2}, **EXPERTS},
+        {"parallel": {"tp": 2, "sequence_parallel": True, "etp": 1}, **EXPERTS},
         {"parallel": {"cp": 2}},
     ],
+    4: [{"parallel": {"ep": 4}, "model": {"language": {"num_experts": 2}}}],
 }
 """Ranks -> sections of the configs."""
 
@@ -93,13 +98,16 @@ def test_real_sizes_are_exact_on_the_meta_device() -> None:
 
 def test_state_of_each_stage_is_exact() -> None:
     runs = []
-    for parallel, gpus in (
-        ({"tp": 2, "pp": 2, "sequence_parallel": True, "pipeline_layers": (8, 28)}, 16),
-        ({"tp": 2, "ep": 2, "sequence_parallel": True}, 8),
+    several = dataclasses.replace(NAVIL_9B.language, num_experts=4, experts_per_token=2)
+    of_experts = dataclasses.replace(NAVIL_9B, language=several)
+    for model, parallel, gpus in (
+        (NAVIL_9B, {"tp": 2, "pp": 2, "sequence_parallel": True, "pipeline_layers": (8, 28)}, 16),
+        (NAVIL_9B, {"tp": 2, "ep": 2, "sequence_parallel": True}, 8),
+        (of_experts, {"tp": 2, "ep": 4, "etp": 1, "sequence_parallel": True}, 8),
     ):
-        runs += [(real_run(NAVIL_9B, parallel=parallel, training={"phase": phase}), gpus) for phase in ("s1.1", "s2")]
+        runs += [(real_run(model, parallel=parallel, training={"phase": phase}), gpus) for phase in ("s1.1", "s2")]
     (found,) = run_ranks(1, meta_ranks, runs, timeout=200)
-    assert [len(ranks) for ranks in found] == [2, 2, 2, 2]
+    assert [len(ranks) for ranks in found] == [2, 2, 2, 2, 4, 4]
     for (config, gpus), ranks in zip(runs, found, strict=True):
         for rank in ranks:
             (plan,) = planned(config, rank.stage, rank.expert)

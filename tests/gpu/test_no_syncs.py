@@ -15,6 +15,7 @@ from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, global_batch, oracle_config
 
+EXPERTS = {"language": {"num_experts": 4, "experts_per_token": 2}}
 CHOICES = {
     "none": {"recompute": "none"},
     "selective": {"recompute": "selective", "recompute_modules": ("attention", "mlp", "encoder")},
@@ -34,8 +35,10 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_step_waits_only_in_the_optimizer(choice: str, overlap: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["", "experts"])
+def test_step_waits_only_in_the_optimizer(choice: str, experts: dict, overlap: bool, tmp_path: Path) -> None:
     config = oracle_config(
+        model=experts,
         training={"precision": "bf16", **CHOICES[choice]},
         optimizer={"overlap_grad_reduce": overlap, "overlap_param_gather": overlap},
         logging={"directory": str(tmp_path)},

@@ -1,5 +1,6 @@
 """``convert verify --logits``: the training model and the exported one on the same prompts, layer by layer."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -28,10 +29,11 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def exported(family: str, tmp_path: Path) -> tuple[Path, Path]:
+def exported(family: str, tmp_path: Path, **experts: int) -> tuple[Path, Path]:
     """A checkpoint with small images and its export."""
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
     model = with_tokenizer(tiny_model(family, token_order="window", window_size=4), tokenizer)
+    model = dataclasses.replace(model, language=dataclasses.replace(model.language, **experts))
     data = {"tokenizer": str(tmp_path / "tokenizer"), "min_image_pixels": 1024, "max_image_pixels": 16_384}
     write_checkpoint(tmp_path / "weights", model, data=data)
     convert_to_hf(tmp_path / "weights", tmp_path / "hf")
@@ -39,10 +41,17 @@ def exported(family: str, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "family", ["internlm2", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "internlm2")]
+    ("family", "experts"),
+    [
+        ("internlm2", {}),
+        ("qwen3", {"num_experts": 3, "experts_per_token": 2}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in FAMILIES if name != "internlm2"),
+    ],
 )
-def test_checkpoint_and_export_compute_the_same(family: str, tmp_path: Path, picture: Path) -> None:
-    status, report, errors = verify(*exported(family, tmp_path), "--image", picture)
+def test_checkpoint_and_export_compute_the_same(
+    family: str, experts: dict[str, int], tmp_path: Path, picture: Path
+) -> None:
+    status, report, errors = verify(*exported(family, tmp_path, **experts), "--image", picture)
     assert status == 0, errors
     outputs = report["outputs"]
     assert outputs["equal"] and outputs["same_next_token"]

@@ -182,7 +182,22 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"parallel__expert_model_parallel_size": 4},
         4,
-        "expert_model_parallel_size = 4, but the feed-forward network has one expert per modality, 2; set it to 1 or 2",
+        "expert_model_parallel_size = 4 does not divide the feed-forward experts, 2 modalities * model.language."
+        "num_experts = 2; use one of 1, 2",
+    ),
+    (
+        {"parallel__expert_tensor_parallel_size": 1, "parallel__tensor_model_parallel_size": 2},
+        2,
+        "with one expert per modality on every rank tensor_model_parallel_size = 2 splits the experts too",
+    ),
+    (
+        {
+            "model__language__num_experts": 4,
+            "parallel__expert_tensor_parallel_size": 2,
+            "parallel__expert_model_parallel_size": 2,
+        },
+        4,
+        "parallel.expert_tensor_parallel_size = 2 does not divide tensor_model_parallel_size = 1",
     ),
     (
         {"parallel__expert_model_parallel_size": 2, "parallel__tensor_model_parallel_size": 2},
@@ -194,7 +209,21 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         2,
         "world size 2 does not hold whole sets of experts: one takes tensor * pipeline * expert = 4 ranks",
     ),
-    ({"model__language__num_experts": 2}, 1, "num_experts = 2: this version converts and exports such a model, but"),
+    (
+        {"model__language__num_experts": 2, "parallel__tensor_model_parallel_size": 2},
+        2,
+        "with tensor_model_parallel_size = 2 needs parallel.sequence_parallel = true; switch it on",
+    ),
+    (
+        {**TENSORWISE, "model__language__num_experts": 2},
+        1,
+        'fp8 = "tensorwise" with model.language.num_experts = 2: the grouped product of several experts runs in BF16',
+    ),
+    (
+        {"model__language__num_experts": 2, "model__language__ffn_hidden_size": 50},
+        1,
+        "model.language.ffn_hidden_size is 50 on one of 1 expert tensor-parallel ranks; the grouped product of several",
+    ),
     ({"model__language__experts_per_token": 2}, 1, "experts_per_token = 2 is more than num_experts = 1"),
     (
         {"parallel__context_parallel_size": 4},

@@ -8,7 +8,7 @@ import pytest
 from navil_megatron.config.phases import is_trainable
 from navil_megatron.config.schema import ModelConfig, ParallelConfig
 from navil_megatron.hf.param_map import mcore_shapes
-from navil_megatron.planner.parameters import chunk_parameters, count_by_part, part_of, whole_model
+from navil_megatron.planner.parameters import active_parameters, chunk_parameters, count_by_part, part_of, whole_model
 from tests.ranks import tiny_config
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
 
@@ -20,7 +20,11 @@ QWEN2 = dataclasses.replace(
     language=dataclasses.replace(tiny_config().model.language, family="qwen2", qk_norm=False, qkv_bias=True),
     vision=dataclasses.replace(tiny_config().model.vision, norm="layernorm", qkv_bias=True),
 )
-MODELS = {"2B": NAVIL_2B, "9B": NAVIL_9B, "tied": TIED, "qwen2": QWEN2}
+EXPERTS = dataclasses.replace(
+    tiny_config().model,
+    language=dataclasses.replace(tiny_config().model.language, num_experts=4, experts_per_token=2),
+)
+MODELS = {"2B": NAVIL_2B, "9B": NAVIL_9B, "tied": TIED, "qwen2": QWEN2, "experts": EXPERTS}
 
 
 def test_the_papers_totals() -> None:
@@ -36,6 +40,13 @@ def test_counts_equal_the_table_of_the_checkpoint(model: ModelConfig, phase: str
     table = mcore_shapes(model).items()
     expected = sum(prod(shape) for key, shape in table if is_trainable(key.replace("layers.", "layers.0.", 1), phase))
     assert sum(count_by_part(model, phase).values()) == expected
+
+
+def test_a_token_meets_the_experts_that_are_chosen() -> None:
+    assert active_parameters(TIED) == sum(whole_model(TIED).values())
+    one = 3 * EXPERTS.language.hidden_size * EXPERTS.language.ffn_hidden_size
+    idle = 2 * 2 * EXPERTS.language.num_layers * one
+    assert active_parameters(EXPERTS) == sum(whole_model(EXPERTS).values()) - idle
 
 
 def test_parts_cover_the_model() -> None:

@@ -95,6 +95,28 @@ def test_recompute_takes_less_memory_and_more_time(found_9b: list[Candidate]) ->
     assert full.model_flops == none.model_flops
 
 
+def test_several_experts_per_modality_are_planned() -> None:
+    several = replace(NAVIL_9B.language, num_experts=4, experts_per_token=2)
+    config = tiny_config(
+        model=replace(NAVIL_9B, language=several),
+        data={"seq_length": 8_192},
+        training={"global_batch_size": 64, "precision": "bf16"},
+        runtime={"device": "cuda"},
+    )
+    found = search_layouts(config, Machine(gpus=64), typical_workload(config, 256, 1024))
+    estimates = [candidate.estimate for candidate in found if candidate.estimate]
+    assert {e.config.parallel.expert_model_parallel_size for e in estimates} == {1, 2, 4, 8}
+    assert {e.config.parallel.expert_tensor_parallel_size for e in estimates} == {None, 1}
+    by_ranks = {
+        e.config.parallel.expert_model_parallel_size: e
+        for e in estimates
+        if e.config.parallel.model_parallel_size == 1 and e.config.training.recompute == "none"
+    }
+    assert by_ranks[4].fullest.weights < by_ranks[2].fullest.weights < by_ranks[1].fullest.weights
+    # Eight ranks hold one expert each: those of the rarer modality wait.
+    assert by_ranks[8].schedule.seconds > by_ranks[4].schedule.seconds
+
+
 def test_ring_cost() -> None:
     assert ring_share("all-reduce", 4) == 1.5
     assert ring_share("all-gather", 4) == ring_share("reduce-scatter", 4) == 0.75

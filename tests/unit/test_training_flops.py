@@ -52,3 +52,14 @@ def test_tokens_by_modality_leave_padding_out() -> None:
     text, visual = tokens_by_modality(config.model, microbatch)
     # One <img> and its context tokens for each of the three images: 4 + 1, 2 + 1, 6 + 1.
     assert (text + visual, visual) == (microbatch.num_tokens, 15)
+
+
+def test_several_experts_cost_what_a_token_meets() -> None:
+    """Two of four experts a token: one feed-forward network more, and the router."""
+    one = oracle_config()
+    several = oracle_config(model={"language": {"num_experts": 4, "experts_per_token": 2}})
+    (microbatch,) = global_batch(one, (MIXED,))
+    costs = [sum(flops for _, flops in forward_flops(config.model, microbatch)) for config in (one, several)]
+    language = one.model.language
+    more = 3 * language.hidden_size * language.ffn_hidden_size + 4 * language.hidden_size
+    assert costs[1] - costs[0] == 2 * microbatch.num_tokens * language.num_layers * more

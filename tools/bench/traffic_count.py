@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from navil_megatron.planner.communication import Traffic, TrafficTable
 
 AXES = {
-    "tp": ("tp",),
+    "tp": ("tp", "expt_tp"),
     "cp": ("cp", "tp_cp"),
     "pp": ("pp",),
     "ep": ("ep", "tp_ep"),
