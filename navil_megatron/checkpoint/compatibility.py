@@ -25,6 +25,9 @@ _ONLY_INITIAL = {
 }
 """Fields that no longer matter once weights exist."""
 
+_OPTIMIZER_SETTINGS = ("training.precision", "optimizer.distributed")
+"""What decides the form of the optimizer's state."""
+
 
 def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = False) -> None:
     """Compares the model section of a checkpoint with the config.
@@ -56,18 +59,33 @@ def require_same_optimizer(folder: Path, config: NaViLConfig) -> None:
     Raises:
         UserError: They differ.
     """
-    stored = _stored(folder)
-    pairs = {
-        "training.phase": (stored.get("training", {}).get("phase"), config.training.phase),
-        "training.precision": (stored.get("training", {}).get("precision"), config.training.precision),
-        "optimizer.distributed": (stored.get("optimizer", {}).get("distributed"), config.optimizer.distributed),
-    }
-    different = [f"{name} is {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
+    different = _different_settings(folder, config, "training.phase", *_OPTIMIZER_SETTINGS)
     if different:
         raise UserError(
             f"checkpoint {folder} cannot be continued: {'; '.join(different)}; start in another checkpoint.directory "
             "with this one as checkpoint.initial_weights"
         )
+
+
+def require_kept_optimizer(folder: Path, config: NaViLConfig) -> None:
+    """Compares the settings that decide in which form a checkpoint holds optimizer state; its phase may differ.
+
+    Raises:
+        UserError: They differ, or it holds weights alone, as a converted model does.
+    """
+    different = _different_settings(folder, config, *_OPTIMIZER_SETTINGS)
+    if different:
+        raise UserError(
+            f"the optimizer state of checkpoint {folder} cannot be kept: {'; '.join(different)}; set these alike or "
+            'checkpoint.initial_optimizer = "fresh"'
+        )
+
+
+def _different_settings(folder: Path, config: NaViLConfig, *names: str) -> list[str]:
+    there, here = _stored(folder), config_to_dict(config)
+    pairs = [(name, *(tree.get(section, {}).get(key) for tree in (there, here)))
+             for name in names for section, key in [name.split(".")]]  # fmt: skip
+    return [f"{name} is {old!r} there, {new!r} here" for name, old, new in pairs if old != new]
 
 
 def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:

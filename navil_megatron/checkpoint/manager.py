@@ -21,11 +21,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from navil_megatron.checkpoint.compatibility import (
     CONFIG_FILE,
+    require_kept_optimizer,
     require_keys,
     require_same_model,
     require_same_optimizer,
 )
-from navil_megatron.checkpoint.sharded import load_model, load_sharded, save_sharded, stored_shapes, wanted_shapes
+from navil_megatron.checkpoint.sharded import (
+    load_model,
+    load_optimizer,
+    load_sharded,
+    save_sharded,
+    stored_shapes,
+    wanted_shapes,
+)
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.runtime.session import Session
@@ -117,6 +125,17 @@ class CheckpointManager:
         self._require_keys(folder, chunks)
         self._guarded(folder, lambda: load_model(folder, chunks))
         logger.info("loaded weights of %s", folder)
+
+    def load_optimizer(self, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> None:
+        """Takes the optimizer state of the checkpoint that ``load_weights`` read; see ``sharded.load_optimizer``.
+
+        Raises:
+            UserError: The checkpoint holds the state of another optimizer, or none, or is damaged.
+        """
+        folder = self._agree(lambda: _resolve(folder))
+        require_kept_optimizer(folder, self.config)
+        self._guarded(folder, lambda: load_optimizer(folder, chunks, optimizer))
+        logger.info("kept the optimizer state of %s", folder)
 
     def _require_keys(self, folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
         """The checkpoint's weights must be those of all ranks together, no more and no fewer."""

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
     ShardedTensor,
+    ShardedTensorFactory,
     apply_factories,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -111,6 +112,25 @@ def load_model(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
         unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
 
 
+def load_optimizer(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> None:
+    """Restores the optimizer state of another run, whose weights the chunks hold already.
+
+    What it does not hold, because those parameters were frozen there, stays as the new optimizer has it: no moments,
+    and the weights as they are. Adam's count of updates is one for all, so their bias correction is that of the others.
+    """
+    if optimizer.is_stub_optimizer:
+        return
+    stored = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    weights = model_state(chunks)
+    now = _optimizer_state(optimizer, weights, is_loading=False)
+    wanted = _optimizer_state(optimizer, weights, is_loading=True)
+    loaded = dist_checkpointing.load({"optimizer": _keep_local(_take_stored(wanted, now, stored))}, str(folder))
+    optimizer.load_state_dict(_with_lists(loaded["optimizer"], wanted))
+    updates = dist_checkpointing.load_common_state_dict(str(folder))["optimizer_step"]
+    for group in optimizer.param_groups:
+        group["step"] = updates
+
+
 def wanted_shapes(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[int, ...]]:
     """Key and whole shape of every weight that this rank's chunks read."""
     state = model_state(chunks)
@@ -153,6 +173,16 @@ def _optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Any], is_lo
     """The optimizer's state dict, its tensors as shards of whole ones."""
     only_weights = {name: entry for name, entry in weights.items() if name.startswith("model")}
     return optimizer.sharded_state_dict(only_weights, is_loading=is_loading, metadata=dict(_METADATA))
+
+
+def _take_stored(wanted: Any, now: Any, stored: set[str]) -> Any:
+    """The tree to load, with what lies now in the place of every tensor that is not stored."""
+    if isinstance(wanted, dict):
+        return {key: _take_stored(part, now[key], stored) for key, part in wanted.items()}
+    if isinstance(wanted, list):
+        return [_take_stored(part, there, stored) for part, there in zip(wanted, now, strict=True)]
+    is_missing = isinstance(wanted, ShardedTensor | ShardedTensorFactory) and wanted.key not in stored
+    return LocalNonpersistentObject(now.data) if is_missing else wanted
 
 
 def _keep_local(entry: Any) -> Any:

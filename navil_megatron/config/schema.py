@@ -348,7 +348,10 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept; older ones are deleted after a good save."""
     initial_weights: str | None = None
-    """Checkpoint whose weights (not optimizer, not data state) start a run that has no checkpoint of its own."""
+    """Checkpoint whose weights (and not its data state) start a run that has no checkpoint of its own."""
+    initial_optimizer: Literal["fresh", "kept"] = "fresh"
+    """Optimizer state of such a start. ``kept``: moments and FP32 weights of ``initial_weights``; parameters that were
+    frozen there start with clean moments. Steps, learning rate and data start anew either way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

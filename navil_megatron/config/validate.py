@@ -170,6 +170,11 @@ def _schedule_rules(config: NaViLConfig) -> Iterator[str]:
         )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} is more than optimizer.lr = {optimizer.lr}; lower the floor"
+    if config.checkpoint.initial_optimizer == "kept" and config.checkpoint.initial_weights is None:
+        yield (
+            'checkpoint.initial_optimizer = "kept", but checkpoint.initial_weights names no checkpoint to keep it '
+            'from; name one or set initial_optimizer = "fresh"'
+        )
     if training.evaluate_every_steps is not None and not config.data.validation_sources:
         yield (
             f"training.evaluate_every_steps = {training.evaluate_every_steps}, but data.validation_sources is empty; "

@@ -38,12 +38,14 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     loader, held_out = session.together(lambda: _open_data(config, session))
     model = build_model(config, session.groups, session.device)
     manager = CheckpointManager(config, session)
-    if manager.latest() is None and config.checkpoint.initial_weights is not None:
-        weights = Path(config.checkpoint.initial_weights)
-        session.together(lambda: manager.load_weights(weights, model))
+    start = config.checkpoint.initial_weights if manager.latest() is None else None
+    if start is not None:
+        session.together(lambda: manager.load_weights(Path(start), model))
     chunks = wrap_ddp(config, session, model)
     session.watchdog.know(chunks)
     optimizer = build_optimizer(config, chunks, session)
+    if start is not None and config.checkpoint.initial_optimizer == "kept":
+        session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))
     state = session.together(lambda: _restore(manager, loader, model, optimizer))
     log, meter = MetricsLog(config, session), StepMeter(config, session, model)
     total = config.training.train_steps

@@ -224,6 +224,11 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         1,
         "model.language.ffn_hidden_size is 50 on one of 1 expert tensor-parallel ranks; the grouped product of several",
     ),
+    (
+        {"checkpoint__initial_optimizer": "kept"},
+        1,
+        "but checkpoint.initial_weights names no checkpoint to keep it from",
+    ),
     ({"model__language__experts_per_token": 2}, 1, "experts_per_token = 2 is more than num_experts = 1"),
     (
         {"parallel__context_parallel_size": 4},
