@@ -15,7 +15,7 @@ GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(VENV) ## make .venv and install this project with its quickstart and dev extras
+venv: $(VENV) ## make .venv and install this project with its quickstart, study and dev extras
 
 $(VENV): setup.py
 	@tools/make_venv.sh

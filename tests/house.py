@@ -43,6 +43,7 @@ IMPORT_TABLE = {
         ("torch.distributed",),
     ),
     "planner": Row(("data", "layers")),
+    "scaling": Row((), ("numpy", "scipy", "matplotlib")),
     "checkpoint": Row(("runtime",), _ENGINE),
     "training": Row((*_BELOW_TRAINING, "planner"), (*_ENGINE, "rich")),
     "hf": Row(
@@ -58,7 +59,7 @@ IMPORT_TABLE = {
         ("runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"), ("torch", "numpy", "PIL")
     ),
     "cli.py": Row(
-        ("runtime", "data", "hf", "planner", "launch.py", "dry_run.py", "doctor.py", "compare_outputs.py"),
+        ("runtime", "data", "hf", "planner", "scaling", "launch.py", "dry_run.py", "doctor.py", "compare_outputs.py"),
         ("torch", "rich"),
     ),
     "__init__.py": Row(),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes or completes .venv with this project and its quickstart and dev extras. `make` calls it when setup.py is newer.
+# Makes or completes .venv with this project and its quickstart, study and dev extras. `make` calls it when setup.py is newer.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -40,6 +40,6 @@ if ! is_new_enough .venv/bin/python || ! .venv/bin/python -m pip --version >/dev
 fi
 if [ ! -e .venv/.installed ] || [ setup.py -nt .venv/.installed ]; then
     rm -f .venv/.installed
-    .venv/bin/python -m pip install --editable '.[quickstart,dev]'
+    .venv/bin/python -m pip install --editable '.[quickstart,study,dev]'
     touch .venv/.installed
 fi

@@ -19,6 +19,10 @@ VERBS = [
     ("data", "inspect"),
     ("convert", "to-hf"),
     ("convert", "from-hf"),
+    ("scaling", "fit"),
+    ("scaling", "recommend"),
+    ("scaling", "plan-sweep"),
+    ("scaling", "plot"),
     ("generate",),
     ("doctor",),
 ]
@@ -54,7 +58,7 @@ def test_help_and_doctor_import_nothing_heavy() -> None:
         "from navil_megatron.cli import main\n"
         "with contextlib.suppress(SystemExit):\n    main(['train', '--help'])\n"
         "main(['doctor'])\n"
-        "assert not {'torch', 'numpy', 'megatron', 'transformers'} & set(sys.modules)\n"
+        "assert not {'torch', 'numpy', 'scipy', 'megatron', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
 

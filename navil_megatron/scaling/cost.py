@@ -1,0 +1,45 @@
+"""What a run of a study costs, in FLOPs and GPU-hours.
+
+A multiply-add is 2; the backward pass costs twice the forward pass. The LLM's own attention over so short a row and
+the connector are left out; ``planner/flops.py`` counts every matrix of a config, and a test holds the two together.
+"""
+
+from dataclasses import dataclass
+
+from navil_megatron.scaling.shape import choose_shape
+
+PATCHES_PER_TOKEN = 4
+"""2 x 2 patches become one visual token."""
+BACKWARD = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a sample holds and what a GPU does; every field is an assumption that the plan prints."""
+
+    tflops: float = 989.0
+    """Dense BF16 peak of a GPU, in TFLOP/s; H100 SXM."""
+    mfu: float = 0.4
+    """Share of the peak that training reaches."""
+    visual_tokens: int = 256
+    """Of a sample's image, at one scale: 512 x 512 pixels."""
+    text_tokens: int = 64
+    """Of a sample."""
+
+    def gpu_hours(self, flops: float) -> float:
+        """Time of one GPU."""
+        return flops / (self.tflops * 1e12 * self.mfu * 3600)
+
+
+def sample_flops(llm: float, encoder: float, machine: Machine) -> float:
+    """Training FLOPs of one sample, everything trained: 3 (2 N tokens + 2 V patches + 4 d w patches^2)."""
+    shape, _ = choose_shape(encoder)
+    patches = PATCHES_PER_TOKEN * machine.visual_tokens
+    decoder = 2 * llm * (machine.visual_tokens + machine.text_tokens)
+    attention = 4 * shape.depth * shape.width * patches**2
+    return (1 + BACKWARD) * (decoder + 2 * encoder * patches + attention)
+
+
+def run_hours(llm: float, encoder: float, samples: float, machine: Machine) -> float:
+    """GPU-hours of a run."""
+    return machine.gpu_hours(samples * sample_flops(llm, encoder, machine))

@@ -1,0 +1,239 @@
+"""Robust fits of the laws, their confidence intervals, and how well they describe a study.
+
+The fit is least squares on relative residuals with the soft-L1 loss, from several starts, so that one bad run bends it
+little. Intervals come from a residual bootstrap: residuals are drawn again with replacement, widened for the
+parameters that were fitted and by Student's t for few points.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.scaling.laws import LAWS, Array, Law, Parameters
+from navil_megatron.scaling.study import Cell, Curve, Study
+
+CONFIDENCE = 0.95
+DRAWS = 300
+UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}
+"""Parameters in billions, samples or tokens in millions."""
+LETTERS = {"llm": "N", "encoder": "V", "data": "D"}
+OUTLIER = 4.0
+"""Robust standard deviations from the law at which a point is named."""
+_MAD = 1.4826
+_NOTHING = 0.002
+"""A deviation below this share of the loss is none."""
+_MANY = 4
+"""Points beyond the parameters from which on one point can be told to be off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """What is fitted: the means over seeds, and the axes that vary."""
+
+    cells: tuple[Cell, ...]
+    axes: tuple[str, ...]
+    x: Array
+    """``[points, axes]``, divided by ``means``."""
+    means: Array
+    losses: Array
+
+    @property
+    def letters(self) -> tuple[str, ...]:
+        """The axes' letters in the formulas."""
+        return tuple(LETTERS[axis] for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """A law with its parameters, in the units of ``UNITS``."""
+
+    law: str
+    parameters: Parameters
+    intervals: dict[str, tuple[float, float]]
+    r2_log: float
+    """Share of the variance of log loss that the law explains."""
+    rmse: float
+    leave_one_out_rmse: float | None
+    outliers: tuple[tuple[Cell, float], ...]
+    """Points far from the law, and the loss it expects there."""
+
+
+def choose_points(study: Study, held: dict[str, float]) -> Points:
+    """The points of a study with some axes held at a value.
+
+    Raises:
+        UserError: Nothing is there, or nothing varies.
+    """
+    cells = [
+        cell
+        for cell in study.cells()
+        if all(math.isclose(getattr(cell.runs[0], axis), value, rel_tol=0.01) for axis, value in held.items())
+    ]
+    if not cells:
+        raise UserError(f"{study.name} has no run at {', '.join(f'{k} {v:g}' for k, v in held.items()) or 'all'}")
+    values = {axis: np.array([getattr(cell.runs[0], axis) for cell in cells]) / unit for axis, unit in UNITS.items()}
+    axes = tuple(axis for axis, value in values.items() if axis not in held and len(np.unique(value)) > 1)
+    if not axes:
+        raise UserError(f"{study.name}: all {len(cells)} points have one size and amount of data; nothing to fit")
+    x = np.column_stack([values[axis] for axis in axes])
+    means = np.exp(np.log(x).mean(axis=0))
+    losses = np.array([cell.loss for cell in cells])
+    return Points(tuple(cells), axes, x / means, means, losses)
+
+
+def refusal(law: Law, points: Points) -> str | None:
+    """Why these points are too few for a law; ``None`` where they are enough."""
+    needed = law.num_parameters(len(points.axes)) + 1
+    if len(points.cells) < needed:
+        over = " and ".join(points.axes)
+        return f"{law.name} over {over} needs at least {needed} points, found {len(points.cells)}; add runs"
+    for i, axis in enumerate(points.axes):
+        found = len(np.unique(points.x[:, i]))
+        if found < law.min_values:
+            return f"{law.name} needs at least {law.min_values} values of {axis}, found {found}; add some or hold it"
+    rank = np.linalg.matrix_rank(np.column_stack([np.ones(len(points.x)), np.log(points.x)]))
+    if rank <= len(points.axes):
+        return f"{law.name}: {' and '.join(points.axes)} vary only together, found no runs that tell them apart"
+    return None
+
+
+def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit:
+    """Fits one law.
+
+    Args:
+        name: A key of ``LAWS``.
+        points: Enough for the law.
+        seed: Of the bootstrap.
+        draws: Of the bootstrap.
+
+    Raises:
+        UserError: The points are too few for this law.
+    """
+    law = LAWS[name]
+    reason = refusal(law, points)
+    if reason is not None:
+        raise UserError(reason)
+    best, scale = _fit_robustly(law, points)
+    fitted = law.predict(best, points.x)
+    relative = points.losses / fitted - 1
+    logs = np.log(points.losses)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unexplained = float(((logs - np.log(fitted)) ** 2).sum())
+    spread = float(((logs - logs.mean()) ** 2).sum())
+    return Fit(
+        law=name,
+        parameters=law.report(best, points.means, points.letters),
+        intervals=_bootstrap(law, points, best, scale, np.random.default_rng(seed), draws),
+        r2_log=1 - unexplained / spread if spread else math.nan,
+        rmse=float(np.sqrt(((points.losses - fitted) ** 2).mean())),
+        leave_one_out_rmse=_leave_one_out(law, points, best, scale),
+        outliers=_outliers(points, fitted, relative) if len(points.cells) - len(best) >= _MANY else (),
+    )
+
+
+def _solve(law: Law, x: Array, losses: Array, starts: list[Array], scale: float) -> Array:
+    """The parameters of the best start; residuals are parts of the median loss or, in log, of each loss."""
+    bounds = law.bounds(x.shape[1])
+    weights = np.full(len(losses), np.median(losses)) if law.name == "log-linear" else losses
+
+    def residuals(p: Array) -> Array:
+        return np.asarray((law.predict(p, x) - losses) / weights)
+
+    def jacobian(p: Array) -> Array:
+        return np.asarray(law.jacobian(p, x) / weights[:, None])
+
+    solutions = [
+        least_squares(
+            residuals,
+            np.clip(start, *bounds),
+            jac=jacobian,
+            bounds=bounds,
+            loss="soft_l1",
+            f_scale=scale,
+            x_scale="jac",
+            max_nfev=300,
+        )
+        for start in starts
+    ]
+    return np.asarray(min(solutions, key=lambda solution: solution.cost).x)
+
+
+def _fit_robustly(law: Law, points: Points) -> tuple[Array, float]:
+    """Parameters, and the residual from which on a point counts less: two robust deviations of a first fit."""
+    is_few = len(points.cells) - law.num_parameters(len(points.axes)) < _MANY
+    # Of few points none can be told to be off: a scale of the whole loss makes it plain least squares.
+    first = _solve(law, points.x, points.losses, law.starts(points.x, points.losses), 1.0 if is_few else 0.02)
+    if is_few:
+        return first, 1.0
+    residuals = law.predict(first, points.x) / points.losses - 1
+    scale = max(2 * _MAD * float(np.median(np.abs(residuals))), _NOTHING)
+    return _solve(law, points.x, points.losses, [first], scale), scale
+
+
+def estimate_noise(curves: Iterable[Curve]) -> float | None:
+    """Relative standard deviation of a loss, guessed from how far loss curves are from a power law over the encoder.
+
+    For studies without repeated runs. What the law cannot follow counts as noise. ``None`` where no curve has a point
+    more than the law has parameters.
+    """
+    law = LAWS["power-irreducible"]
+    total, freedom = 0.0, 0
+    for curve in curves:
+        if len(curve.encoders) > law.num_parameters(1):
+            x = np.array(curve.encoders)[:, None]
+            x, losses = x / np.exp(np.log(x).mean()), np.array(curve.losses)
+            solved = _solve(law, x, losses, law.starts(x, losses), 1.0)
+            total += float(((law.predict(solved, x) / losses - 1) ** 2).sum())
+            freedom += len(losses) - law.num_parameters(1)
+    return math.sqrt(total / freedom) if freedom else None
+
+
+def _bootstrap(
+    law: Law, points: Points, best: Array, scale: float, generator: np.random.Generator, draws: int
+) -> dict[str, tuple[float, float]]:
+    fitted = law.predict(best, points.x)
+    residuals = points.losses - fitted
+    relative = residuals / fitted if law.name != "log-linear" else residuals / np.median(points.losses)
+    count, freedom = len(residuals), len(residuals) - len(best)
+    tail = (1 - CONFIDENCE) / 2
+    few = float(student.ppf(1 - tail, freedom) / norm.ppf(1 - tail))
+    relative = (relative - relative.mean()) * math.sqrt(count / freedom) * few
+    unit = fitted if law.name != "log-linear" else np.full(count, np.median(points.losses))
+    drawn: dict[str, list[float]] = {}
+    for _ in range(draws):
+        losses = np.maximum(fitted + unit * generator.choice(relative, count), 1e-6)
+        again = _solve(law, points.x, losses, [best], scale)
+        for name, value in law.report(again, points.means, points.letters).items():
+            drawn.setdefault(name, []).append(value)
+    found = {}
+    for name, value in law.report(best, points.means, points.letters).items():
+        low, high = np.quantile(drawn[name], [tail, 1 - tail])
+        found[name] = (min(float(low), value), max(float(high), value))
+    return found
+
+
+def _leave_one_out(law: Law, points: Points, best: Array, scale: float) -> float | None:
+    """RMSE of each point's loss as the law of all others expects it; ``None`` where they are too few."""
+    errors = []
+    for index in range(len(points.cells)):
+        rest = np.delete(np.arange(len(points.cells)), index)
+        left = Points(
+            tuple(points.cells[i] for i in rest), points.axes, points.x[rest], points.means, points.losses[rest]
+        )
+        if len(rest) < len(best) or any(len(np.unique(column)) < law.min_values for column in left.x.T):
+            return None
+        solved = _solve(law, left.x, left.losses, [best], scale)
+        errors.append(float(law.predict(solved, points.x[index : index + 1])[0] - points.losses[index]))
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))
+
+
+def _outliers(points: Points, fitted: Array, relative: Array) -> tuple[tuple[Cell, float], ...]:
+    deviation = _MAD * float(np.median(np.abs(relative - np.median(relative))))
+    far = np.abs(relative - np.median(relative)) > OUTLIER * max(deviation, _NOTHING)
+    return tuple((points.cells[i], float(fitted[i])) for i in np.flatnonzero(far))

@@ -1,0 +1,308 @@
+"""What the scaling verbs report: as JSON objects, and as text for a terminal."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from navil_megatron.scaling.fit import CONFIDENCE, DRAWS, UNITS, Fit, Points
+from navil_megatron.scaling.laws import LARGEST_EXPONENT
+from navil_megatron.scaling.line import Line
+from navil_megatron.scaling.paper import describe_inconsistency
+from navil_megatron.scaling.recommend import Optima, Recommendation
+from navil_megatron.scaling.rule import Optimum
+from navil_megatron.scaling.shape import HEAD_SIZE, SOURCE
+from navil_megatron.scaling.sizes import format_size
+from navil_megatron.scaling.study import Study
+from navil_megatron.scaling.sweep import Plan, Sweep, Wanted
+
+Report = dict[str, Any]
+_FORMULAS = {
+    "log-linear": "L = constant + sum of slope ln axis",
+    "power": "L = factor * product of axis^-exponent",
+    "power-irreducible": "L = irreducible + sum of factor * axis^-exponent",
+}
+
+
+def recommendation_json(optima: Optima, advice: Recommendation) -> Report:
+    """Everything about a recommendation."""
+    low, high = advice.interval
+    return {
+        "study": optima.study.name,
+        "llm_parameters": round(advice.llm),
+        "encoder_parameters": round(advice.encoder),
+        "relation": advice.relation,
+        "method": advice.method,
+        "interval": [None if low is None else round(low), None if high is None else round(high)],
+        "depth": advice.shape.depth,
+        "width": advice.shape.width,
+        "heads": advice.shape.heads,
+        "head_size": HEAD_SIZE,
+        "shape_parameters": advice.shape.parameters,
+        "shape_rule": SOURCE,
+        "is_extrapolated": advice.is_extrapolated,
+        "threshold": optima.threshold,
+        "data": list(optima.data),
+        "data_unit": optima.study.data_unit,
+        "noise": optima.noise,
+        "optima": optima_json(optima),
+        "line": None if optima.line is None else line_json(optima.line),
+        "warnings": list(advice.warnings),
+    }
+
+
+def optima_json(optima: Optima) -> list[Report]:
+    """Every LLM's optimum with its curve."""
+    return [_optimum_json(optima, index, found) for index, found in enumerate(optima.found)]
+
+
+def _optimum_json(optima: Optima, index: int, found: Optimum) -> Report:
+    curve = found.curve
+    return {
+        "llm_parameters": round(found.llm),
+        "encoder_parameters": round(found.encoder),
+        "relation": found.relation,
+        "interval": [None if end is None else round(end) for end in optima.interval_of(index)],
+        "agreement": optima.agreement(index),
+        "data": curve.data,
+        "encoders": [round(encoder) for encoder in curve.encoders],
+        "losses": list(curve.losses),
+        "seeds": [len(cell.runs) for cell in curve.cells],
+        "spreads": [cell.spread for cell in curve.cells],
+        "gains": list(found.gains),
+    }
+
+
+def line_json(line: Line) -> Report:
+    """Formula and interval of the log-log line."""
+    return {
+        "formula": "encoder_B = prefactor * llm_B ** exponent",
+        "prefactor": line.prefactor,
+        "exponent": line.exponent,
+        "exponent_interval": list(line.exponent_interval()),
+        "points": len(line.llms),
+    }
+
+
+def recommendation_text(optima: Optima, advice: Recommendation) -> str:
+    """The recommendation for a terminal."""
+    sign = "" if advice.relation == "equal" else f"{advice.relation} "
+    shape = advice.shape
+    lines = [
+        f"study: {optima.study.name}",
+        f"LLM {format_size(advice.llm)}: encoder of {sign}{format_size(advice.encoder)} "
+        f"({_range(advice.interval)}), by the {_METHODS[advice.method]}",
+        f"shape: depth {shape.depth}, width {shape.width}, {shape.heads} heads of {HEAD_SIZE}: "
+        f"{shape.parameters:,} parameters",
+        f"  {SOURCE}",
+        "",
+        *optima_lines(optima),
+    ]
+    return "\n".join([*lines, *_warning_lines(advice.warnings)])
+
+
+_METHODS = {"rule": "1% rule on this LLM's curve", "line": "log-log line through the measured LLMs"}
+
+
+def optima_lines(optima: Optima) -> list[str]:
+    """A table of the optima, and the line."""
+    rows = [("LLM", "data", "optimum", "interval", "gains from doubling, in % of the smallest encoder's loss")]
+    for index, found in enumerate(optima.found):
+        gains = ", ".join(
+            f"{format_size(encoder)} {'-' if gain is None else f'{gain:.2%}'}"
+            for encoder, gain in zip(found.curve.encoders, found.gains, strict=True)
+        )
+        sign = {"equal": "", "at least": ">= ", "at most": "<= "}[found.relation]
+        optimum = f"{sign}{format_size(found.encoder)}"
+        rows.append(
+            (format_size(found.llm), format_size(found.curve.data), optimum, _range(optima.interval_of(index)), gains)
+        )
+    lines = _table(rows)
+    if optima.line is not None:
+        low, high = optima.line.exponent_interval()
+        lines += [
+            "",
+            f"line: encoder = {optima.line.prefactor:.3g} * LLM^{optima.line.exponent:.3f} (billions), exponent from "
+            f"{low:.2f} to {high:.2f}, {len(optima.line.llms)} points",
+        ]
+    return lines
+
+
+def _range(interval: tuple[float | None, float | None]) -> str:
+    low, high = interval
+    if low is None and high is None:
+        return "no bound"
+    if low is None or high is None:
+        return f"up to {format_size(high)}" if high is not None else f"from {format_size(low or 0)}"
+    return f"{format_size(low)} to {format_size(high)}"
+
+
+def fit_json(study: Study, points: Points, fits: Sequence[Fit], refused: Mapping[str, str], more: Report) -> Report:
+    """Every law with its parameters."""
+    return {
+        "study": study.name,
+        "points": len(points.cells),
+        "runs": sum(len(cell.runs) for cell in points.cells),
+        "axes": list(points.axes),
+        "units": {axis: UNITS[axis] for axis in points.axes},
+        "data_unit": study.data_unit,
+        "seed_noise": study.noise(),
+        "confidence": CONFIDENCE,
+        "fits": {fit.law: _one_fit_json(fit) for fit in fits},
+        "refused": dict(refused),
+        **more,
+        "warnings": fit_warnings(study, fits, more["inconsistencies"]),
+    }
+
+
+def _one_fit_json(fit: Fit) -> Report:
+    return {
+        "formula": _FORMULAS[fit.law],
+        "parameters": fit.parameters,
+        "intervals": {name: list(interval) for name, interval in fit.intervals.items()},
+        "r2_log": None if math.isnan(fit.r2_log) else fit.r2_log,
+        "rmse": fit.rmse,
+        "leave_one_out_rmse": fit.leave_one_out_rmse,
+        "outliers": [{"where": cell.where, "loss": cell.loss, "expected": expected} for cell, expected in fit.outliers],
+    }
+
+
+def fit_warnings(study: Study, fits: Sequence[Fit], inconsistencies: Sequence[Report]) -> list[str]:
+    """What a reader of the fits should know."""
+    warnings = [*study.warnings, *(describe_inconsistency(found) for found in inconsistencies)]
+    for fit in fits:
+        for name, (low, high) in fit.intervals.items():
+            if name.startswith("exponent") and high >= LARGEST_EXPONENT * 0.99:
+                warnings.append(f"{fit.law}: {name} is not determined by these points ({low:.2g} to {high:.2g})")
+        for cell, expected in fit.outliers:
+            warnings.append(f"{fit.law}: outlier {cell.where}: loss {cell.loss:.4g}, expected {expected:.4g}")
+    return warnings
+
+
+def fit_text(report: Report) -> str:
+    """The fits for a terminal."""
+    units = {"llm": "N LLM parameters in billions", "encoder": "V encoder parameters in billions"}
+    units["data"] = f"D {report['data_unit']} in millions"
+    lines = [
+        f"study: {report['study']}, {report['points']} points of {report['runs']} runs; "
+        + ", ".join(units[axis] for axis in report["axes"]),
+        f"in brackets: {report['confidence']:.0%} intervals of {DRAWS} bootstrap draws",
+    ]
+    for law, fit in report["fits"].items():
+        left_out = fit["leave_one_out_rmse"]
+        lines += ["", f"{law}: {fit['formula']}"]
+        lines += _table(
+            [
+                (f"  {name}", f"{value:.4g}", "[{:.4g}, {:.4g}]".format(*fit["intervals"][name]))
+                for name, value in fit["parameters"].items()
+            ]
+        )
+        r2 = "-" if fit["r2_log"] is None else f"{fit['r2_log']:.4f}"
+        lines.append(
+            f"  R2 in log loss {r2}, RMSE {fit['rmse']:.4f}, leave-one-out RMSE "
+            f"{'-' if left_out is None else f'{left_out:.4f}'}"
+        )
+    lines += [f"\nrefused: {reason}" for reason in report["refused"].values()]
+    return "\n".join([*lines, *_warning_lines(report["warnings"])])
+
+
+def sweep_json(name: str, sweep: Sweep, wanted: Wanted) -> Report:
+    """The runs to buy and what was assumed."""
+    machine = wanted.machine
+    return {
+        "study": name,
+        "target_llm_parameters": round(wanted.target),
+        "budget_gpu_hours": wanted.budget,
+        "total_gpu_hours": sweep.plan.gpu_hours,
+        "samples": sweep.plan.samples,
+        "also_evaluated_at": list(sweep.also_at),
+        "factor_before": sweep.factor_before,
+        "factor_after": sweep.plan.factor,
+        "cheaper": [_plan_json(plan) for plan in sweep.cheaper],
+        "on_other_data": [_plan_json(plan) for plan in sweep.on_other_data],
+        "assumptions": {
+            "tflops": machine.tflops,
+            "mfu": machine.mfu,
+            "visual_tokens": machine.visual_tokens,
+            "text_tokens": machine.text_tokens,
+        },
+        "runs": runs_json(sweep.plan),
+    }
+
+
+def _plan_json(plan: Plan) -> Report:
+    sizes = sorted({run.llm for run in plan.runs})
+    return {
+        "samples": plan.samples,
+        "gpu_hours": plan.gpu_hours,
+        "factor": plan.factor,
+        "num_runs": len(plan.runs),
+        "llm_parameters": [round(size) for size in sizes],
+    }
+
+
+def runs_json(plan: Plan) -> list[Report]:
+    """The runs, with the names of a study's lines; the loss is what is missing."""
+    return [
+        {
+            "llm_parameters": round(run.llm),
+            "encoder_parameters": round(run.encoder),
+            "samples": round(plan.samples),
+            "seed": run.seed,
+            "gpu_hours": round(run.gpu_hours, 2),
+        }
+        for run in plan.runs
+    ]
+
+
+def sweep_text(report: Report) -> str:
+    """The plan for a terminal."""
+    assumed = report["assumptions"]
+    rows: list[tuple[str, ...]] = [("LLM", "encoder", "samples", "seed", "GPU-hours")]
+    for run in report["runs"]:
+        sizes = (run["llm_parameters"], run["encoder_parameters"], run["samples"])
+        rows.append((*(format_size(size) for size in sizes), str(run["seed"]), f"{run['gpu_hours']:,.1f}"))
+    before = report["factor_before"]
+    lines = [
+        f"to know the encoder of a {format_size(report['target_llm_parameters'])} LLM, after: {report['study']}",
+        f"assumed: {assumed['tflops']:g} TFLOP/s at {assumed['mfu']:.0%} MFU, {assumed['visual_tokens']} visual and "
+        f"{assumed['text_tokens']} text tokens a sample",
+        "criterion: the grid's part of the recommendation's interval, narrowest for the budget; noise is not in it",
+        "",
+        *_table(rows),
+        "",
+        f"total: {len(report['runs'])} runs, {report['total_gpu_hours']:,.1f} of {report['budget_gpu_hours']:,.0f} "
+        "GPU-hours",
+        f"the grid then leaves a factor of {report['factor_after']:.2f} up and down"
+        + ("" if before is None else f", {before:.2f} before"),
+    ]
+    lines += [f"  cheaper: {_describe(plan)}" for plan in _thinned(report["cheaper"])]
+    lines += [f"  at {format_size(plan['samples'])} samples: {_describe(plan)}" for plan in report["on_other_data"]]
+    if report["also_evaluated_at"]:
+        amounts = ", ".join(format_size(amount) for amount in report["also_evaluated_at"])
+        lines.append(f"evaluate each run at {amounts} samples too: free under a constant learning rate")
+    return "\n".join(lines)
+
+
+def _describe(plan: Report) -> str:
+    llms = ", ".join(format_size(size) for size in plan["llm_parameters"])
+    hours = f"{plan['gpu_hours']:,.1f} GPU-hours"
+    return f"a factor of {plan['factor']:.2f} for {hours}, {plan['num_runs']} runs with LLMs {llms}"
+
+
+def _thinned(plans: Sequence[Report]) -> list[Report]:
+    """Plans of which each is a tenth narrower than the one before."""
+    kept: list[Report] = []
+    for plan in plans:
+        if not kept or plan["factor"] < 0.9 * kept[-1]["factor"]:
+            kept.append(plan)
+    return kept
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _warning_lines(warnings: Iterable[str]) -> list[str]:
+    found = [f"warning: {warning}" for warning in warnings]
+    return ["", *found] if found else []
