@@ -23,6 +23,7 @@ from navil_megatron.layers.modality_linear import (
     ModalityRowParallelLinear,
 )
 from navil_megatron.layers.modality_norm import ModalityHeadNorm
+from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
 from navil_megatron.layers.segments import SegmentGroup
 
@@ -132,13 +133,14 @@ class ModalitySelfAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
         """To attention order, softmax inside each segment, and back. -> [t, n/tp * d]."""
         query, key, value = rows_to_heads(query, key, value, self.cp_group)
+        to_attention, back = packed.to_attention, packed.to_modality_major
         context = self.core_attention(
-            query.index_select(0, packed.to_attention),
-            key.index_select(0, packed.to_attention),
-            value.index_select(0, packed.to_attention),
+            Reorder.apply(query, to_attention, back),
+            Reorder.apply(key, to_attention, back),
+            Reorder.apply(value, to_attention, back),
             groups=packed.attention_groups,
             cu_seqlens=packed.cu_seqlens_q,
             max_seqlen=packed.max_seqlen_q,
             causal=True,
         )
-        return heads_to_rows(context.index_select(0, packed.to_modality_major), self.cp_group)
+        return heads_to_rows(Reorder.apply(context, back, to_attention), self.cp_group)

@@ -26,6 +26,7 @@ from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import LinearKernels, Offsets
 from navil_megatron.layers.modality_mlp import SwiGLU, swiglu, swiglu_gradient
 from navil_megatron.layers.modality_router import ModalityRouter
+from navil_megatron.layers.reorder import Reorder
 
 
 class WeightedSwiGLU(torch.autograd.Function):
@@ -45,22 +46,6 @@ class WeightedSwiGLU(torch.autograd.Function):
         gate_up, weights = ctx.saved_tensors
         grad_weights = (grad_output * swiglu(gate_up)).sum(-1)
         return swiglu_gradient(gate_up, grad_output * weights.unsqueeze(-1)), grad_weights
-
-
-class Reorder(torch.autograd.Function):
-    """rows[order], whose backward pass reads as well: the gradient of an index would add to places."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """[rows, h] and two permutations [rows] -> [rows, h]."""
-        ctx.save_for_backward(inverse)
-        return rows[order]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        """[rows, h] -> [rows, h]."""
-        (inverse,) = ctx.saved_tensors
-        return grad_output[inverse], None, None
 
 
 class ModalityExperts(MegatronModule):

@@ -31,7 +31,7 @@ def swiglu_gradient(gate_up: Tensor, grad_output: Tensor) -> Tensor:
     grad = torch.empty_like(gate_up)
     grad_gate, grad_up = grad.chunk(2, dim=-1)
     torch.mul(grad_output, torch.nn.functional.silu(gate), out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad_output * up, gate))
+    torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
     return grad
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from navil_megatron.config.schema import VisionConfig
+from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
 from navil_megatron.layers.segments import SegmentGroup
 
@@ -57,7 +58,7 @@ class VisionLayer(nn.Module):
         query, key, value = qkv.unbind(1)
         query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         if segments.order is not None:
-            query, key, value = (x.index_select(0, segments.order) for x in (query, key, value))
+            query, key, value = (Reorder.apply(x, segments.order, segments.inverse) for x in (query, key, value))
         context = self.attention(
             query,
             key,
@@ -68,7 +69,7 @@ class VisionLayer(nn.Module):
             causal=False,
         )
         if segments.inverse is not None:
-            context = context.index_select(0, segments.inverse)
+            context = Reorder.apply(context, segments.inverse, segments.order)
         projected: Tensor = self.linear_proj(context)
         return projected
 

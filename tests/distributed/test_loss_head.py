@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from navil_megatron.layers.loss_head import LossHead
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import BF16_CHUNKS, ONE_CHUNK, RANKS
+from tools.bench.turns import peak_bytes
 
 VOCABULARY, WIDTH, ROWS = 48, 16, 17
 CHUNKS = (1, 5, 17, 64)
@@ -77,25 +78,18 @@ def test_no_predicted_position_leaves_a_zero_gradient() -> None:
     run_ranks(2, differences, torch.float32, False, 0)
 
 
-def peak_bytes(head: LossHead, rows: int, chunk_tokens: int) -> int:
+def peak_of(head: LossHead, rows: int, chunk_tokens: int) -> int:
     """Most bytes that a forward and backward pass has allocated at once, as the CPU allocator saw it."""
     vocabulary, width = head.weight.shape
     hidden = torch.randn(rows, width, dtype=head.weight.dtype, requires_grad=True)
     labels = torch.randint(vocabulary, (rows,))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        head(hidden, None, labels, chunk_tokens).sum().backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_bytes(lambda: head(hidden, None, labels, chunk_tokens).sum().backward(), torch.device("cpu"))
 
 
 def peaks(rank: int, world_size: int, dtype: torch.dtype, frozen: bool) -> dict[tuple[int, int], int]:
     with start_session(rank, world_size) as session:
         return {
-            (vocabulary, rows): peak_bytes(build_head(session, vocabulary, 8, dtype, frozen), rows, chunk_tokens=64)
+            (vocabulary, rows): peak_of(build_head(session, vocabulary, 8, dtype, frozen), rows, chunk_tokens=64)
             for vocabulary in (2_000, 4_000)
             for rows in (512, 1_024)
         }

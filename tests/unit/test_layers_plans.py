@@ -1,12 +1,14 @@
-"""Host-side plans: segments, modality order, and who encodes which image."""
+"""Host-side plans: segments, modality order, who encodes which image; and rows that follow one."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navil_megatron.config.schema import VisionConfig
 from navil_megatron.layers.modality import plan_modality_order
+from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.segments import group_segments, inverse_order
 from navil_megatron.layers.vision_plan import assign_images, block_order, encoding_cost, plan_vision
 
@@ -109,3 +111,13 @@ def test_images_are_balanced_by_cost() -> None:
     ranks = np.asarray(assign_images(costs, 8))
     loads = np.asarray([sum(cost for cost, rank in zip(costs, ranks, strict=True) if rank == r) for r in range(8)])
     assert loads.max() / loads.mean() < 1.05
+
+
+def test_reordered_rows_have_the_gradient_of_a_gather() -> None:
+    order = np.random.default_rng(0).permutation(12)
+    index, inverse = torch.from_numpy(order), torch.from_numpy(inverse_order(order))
+    rows, wanted = torch.randn(12, 3, requires_grad=True), torch.randn(12, 3)
+    Reorder.apply(rows, index, inverse).backward(wanted)
+    (expected,) = torch.autograd.grad(rows.index_select(0, index), rows, wanted)
+    assert torch.equal(rows.grad, expected)
+    assert torch.equal(Reorder.apply(rows, index, inverse), rows[index])

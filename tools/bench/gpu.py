@@ -2,18 +2,20 @@
 
     python tools/bench/gpu.py [NAME ...] [--rounds N] [--out FOLDER]
 
-Names are those of ``BENCHMARKS``; without any, all run. Each result holds the median and the spread of its rounds. MFU
+Names are those of ``BENCHMARKS``; without any, all run. What each does and how large it is: ``gpu_layers.py``,
+``gpu_steps.py`` and ``gpu_scale.py``. Each result holds the median and the spread of its rounds. MFU
 is against the GPU's dense BF16 peak, in FP8 too, so that the figures of one shape compare.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,16 +25,21 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 
 import torch
-from gpu_layers import decoder_layers, encoder, loss_head
+from gpu_layers import decoder_layers, encoder, experts, loss_head
+from gpu_scale import ON_GPU, REHEARSAL, Scale
+from gpu_steps import profile, whole_step
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 
-BENCHMARKS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+BENCHMARKS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
     "decoder_layers": decoder_layers,
     "encoder": encoder,
     "loss_head": loss_head,
+    "experts": experts,
+    "whole_step": whole_step,
+    "profile": profile,
 }
-"""Name -> what gives its results for a number of rounds."""
+"""Name -> what gives its results at a scale."""
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "navil_megatron")
 
@@ -48,20 +55,23 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named benchmarks and write one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each measurement (default: 10)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results")
-    options = parser.parse_args()
+    # Everything once at tiny size on a CPU, so that it cannot rot where no GPU is.
+    parser.add_argument("--rehearse", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     unknown = sorted(set(options.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"no benchmark is called {', '.join(unknown)}; choose of {', '.join(BENCHMARKS)}")
-    if not torch.cuda.is_available():
+    if not (options.rehearse or torch.cuda.is_available()):
         print("error: torch finds no usable GPU; run `navil-megatron doctor`", file=sys.stderr)
         return 2
-    device, now = torch.cuda.get_device_name(), datetime.now(UTC)
+    scale = REHEARSAL if options.rehearse else dataclasses.replace(ON_GPU, rounds=options.rounds)
+    device, now = "rehearsal" if options.rehearse else torch.cuda.get_device_name(), datetime.now(UTC)
     report: dict[str, Any] = {
         "device": device,
         "date": now.isoformat(timespec="seconds"),
@@ -72,7 +82,7 @@ def main() -> int:
     }
     for name in options.names or BENCHMARKS:
         started = time.perf_counter()
-        report["results"][name] = BENCHMARKS[name](options.rounds)
+        report["results"][name] = BENCHMARKS[name](scale)
         report["seconds"][name] = round(time.perf_counter() - started, 1)
         for result in report["results"][name]:
             print(name, json.dumps(result), flush=True)

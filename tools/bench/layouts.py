@@ -1,22 +1,26 @@
-"""What each layout costs on ranks of this machine: step time, bytes sent by axis and collective, memory of a rank.
+"""What each layout costs on ranks of this machine: bytes sent by axis and collective, CPU seconds, memory of a rank.
 
-    python tools/bench/layouts.py [--layouts tp2,pp2] [--json]
+    python tools/bench/layouts.py [--layouts tp2,pp2] [--tokens T] [--rounds N] [--json]
 
 Bytes are counted during one training step and stand beside what a formula of the layout and the batch's sizes says
 (``planner/communication.py``); every rank is compared. Bytes are payload, the size of the whole tensor: input of an
 all-reduce, output of an all-gather, input of a reduce-scatter, what is sent of an all-to-all or of a message.
 
-Step times are of gloo ranks that share this machine's cores: they compare layouts no better than they would a cluster's
-network. All layouts take the same global batch, so the work of a step is the same. State is weights, gradients and
-optimizer state; its formula leaves out the distributed optimizer's padding. Peak is resident memory above what the
-process held before the model was built, activations and allocator included (Linux only).
+All layouts take the same global batch, so the work of a step is the same. Overhead is CPU seconds of all ranks over
+those of one rank that does the step alone, less 1: median and middle half of the rounds. In a round the ranks take some
+steps together, then each takes whole steps alone, all at once: both sides meet about the same contention for caches and
+cores. Below a tenth it is noise. What gloo's threads add, which copy and sum what is sent, is told apart from the
+ranks' own thread: work that every rank repeats, smaller matrices, more calls. CPU seconds know nothing of waiting, nor
+of a cluster's network.
+
+State is weights, gradients and optimizer state; its formula leaves out the distributed optimizer's padding. Peak is
+resident memory above what the process held before the model was built, activations and allocator included (Linux only).
 """
 
 import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from small_run import mixed_row, one_sample_row, small_config, start_rank
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
+from small_run import mixed_row, one_sample_row, small_config
 from traffic_count import CountTraffic
+from turns import quartiles, resident_bytes, restart_peak
 
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.types import Microbatch
@@ -46,10 +51,13 @@ from navil_megatron.planner.memory import state_bytes
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
+from tests.ranks import run_ranks, start_session
 
 SHAPE = {"hidden": 256, "ffn": 768, "heads": 8, "groups": 4, "head_dim": 32, "vocabulary": 4096, "vision": 128}
 GRID = (16, 16)
 NUM_ROWS = 4
+STEPS = 3
+"""Timed in a row."""
 
 TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
@@ -57,9 +65,13 @@ PP2 = {"pipeline_model_parallel_size": 2}
 EP2 = {"expert_model_parallel_size": 2}
 WHOLE = {"distributed": False}
 
+Seconds = tuple[float, float]
+"""CPU seconds of a process, and of them its own thread's."""
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {"optimizer": WHOLE}),
     "tp2": (2, {"parallel": TP2, "optimizer": WHOLE}),
+    "tp4-sp": (4, {"parallel": {**TP2_SP, "tensor_model_parallel_size": 4}, "optimizer": WHOLE}),
     "tp2-sp": (2, {"parallel": TP2_SP, "optimizer": WHOLE}),
     "pp2": (2, {"parallel": PP2, "optimizer": WHOLE}),
     "pp2-uneven": (2, {"parallel": {**PP2, "pipeline_layers": [1, 3]}, "optimizer": WHOLE}),
@@ -69,6 +81,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2-distributed": (2, {"parallel": EP2}),
     "dp2": (2, {"optimizer": WHOLE}),
     "dp2-distributed": (2, {}),
+    "dp4": (4, {"optimizer": WHOLE}),
     "tp2-sp-pp2": (4, {"parallel": {**TP2_SP, **PP2}, "optimizer": WHOLE}),
     "tp2-sp-dp2": (4, {"parallel": TP2_SP, "optimizer": WHOLE}),
     "tp2-sp-dp2-distributed": (4, {"parallel": TP2_SP}),
@@ -160,37 +173,65 @@ class Trainer:
         return sum(storages.values())
 
 
-def measure_rank(rank: int, layout: str, options: argparse.Namespace, folder: str) -> None:
-    """Everything about one rank, written as JSON."""
-    config = bench_config(layout, options)
-    world_size = LAYOUTS[layout][0]
-    with start_rank(config, rank, world_size, Path(folder) / "rendezvous") as session:
-        rows = bench_rows(config)
+def measure_rank(rank: int, world_size: int, layout: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one rank."""
+    config, alone = bench_config(layout, options), bench_config("one", options)
+    together: list[Seconds] = []
+    by_itself: list[Seconds] = []
+    found: dict[str, Any] = {}
+    for _ in range(options.rounds):
         before = resident_bytes("VmRSS")
-        trainer = Trainer(config, session, rows)
-        trainer.step()
-        counted = trainer.counted_step()
-        seconds = []
-        restart_peak()
-        for _ in range(options.rounds):
-            session.barrier()
-            started = time.perf_counter()
+        with start_session(rank, world_size, config) as session:
+            trainer = Trainer(config, session, bench_rows(config))
             trainer.step()
+            if not found:
+                found = measure_once(trainer, before)
             session.barrier()
-            seconds.append(time.perf_counter() - started)
-        peak = resident_bytes("VmHWM") - before
-        view = trainer.view()
-        expected = traffic_by_formula(view)
-        found = {
-            "step_seconds": statistics.median(seconds),
-            "peak_bytes": peak,
-            "state_bytes": trainer.state_bytes(),
-            "state_bytes_formula": state_bytes(
-                config, [item for chunk in view.parameters for item in chunk.items()], view.dp_size
-            ).total,
-            "traffic": compare(counted, expected),
-        }
-    (Path(folder) / f"rank-{rank}.json").write_text(json.dumps(found))
+            together.append(cpu_seconds(trainer))
+        with Session.start(alone) as session:
+            trainer = Trainer(alone, session, bench_rows(alone))
+            trainer.step()
+            by_itself.append(cpu_seconds(trainer))
+    return {**found, "cpu_seconds": together, "cpu_seconds_alone": by_itself}
+
+
+def measure_once(trainer: Trainer, before: int) -> dict[str, Any]:
+    """What is the same in every step; ``before``: resident bytes without the model."""
+    counted = trainer.counted_step()
+    restart_peak()
+    trainer.step()
+    peak, view = resident_bytes("VmHWM") - before, trainer.view()
+    parameters = [item for chunk in view.parameters for item in chunk.items()]
+    return {
+        "peak_bytes": peak,
+        "state_bytes": trainer.state_bytes(),
+        "state_bytes_formula": state_bytes(trainer.config, parameters, view.dp_size).total,
+        "traffic": compare(counted, traffic_by_formula(view)),
+    }
+
+
+def cpu_seconds(trainer: Trainer) -> Seconds:
+    """Of some steps."""
+    process, thread = time.process_time(), time.thread_time()
+    for _ in range(STEPS):
+        trainer.step()
+    return time.process_time() - process, time.thread_time() - thread
+
+
+def overhead(ranks: list[dict[str, Any]]) -> dict[str, float]:
+    """CPU seconds of all ranks over those of one alone, less 1: median, middle half, and what gloo's threads added."""
+    shares, by_gloo, alone = [], [], []
+    for number in range(len(ranks[0]["cpu_seconds"])):
+        together = [rank["cpu_seconds"][number] for rank in ranks]
+        single = [rank["cpu_seconds_alone"][number] for rank in ranks]
+        one = statistics.fmean(process for process, _ in single)
+        alone.append(one / STEPS)
+        shares.append(sum(process for process, _ in together) / one - 1)
+        beside = statistics.fmean(process - thread for process, thread in single)
+        by_gloo.append((sum(process - thread for process, thread in together) - beside) / one)
+    low, median, high = quartiles(shares)
+    gloo = statistics.median(by_gloo)
+    return {"median": median, "low": low, "high": high, "gloo": gloo, "alone": statistics.median(alone)}
 
 
 def compare(counted: TrafficTable, expected: TrafficTable) -> list[dict[str, Any]]:
@@ -212,32 +253,17 @@ def compare(counted: TrafficTable, expected: TrafficTable) -> list[dict[str, Any
     return entries
 
 
-def resident_bytes(field: str) -> int:
-    """A field of this process's status: ``VmRSS`` now, ``VmHWM`` the most since ``restart_peak``. Linux only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"this system does not tell {field}: run the benchmark on Linux")
-
-
-def restart_peak() -> None:
-    """Forgets the highest resident memory so far."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(layout: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """What each rank of a layout found."""
-    world_size = LAYOUTS[layout][0]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(measure_rank, (layout, options, folder), nprocs=world_size)
-        return [json.loads((Path(folder) / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+    return run_ranks(LAYOUTS[layout][0], measure_rank, layout, options, timeout=900)
 
 
 def show(layout: str, ranks: list[dict[str, Any]]) -> None:
     """A line of time and memory, then a line for each axis and collective: of the rank that sends most."""
-    fullest = max(ranks, key=lambda rank: rank["state_bytes"])
+    fullest, over = max(ranks, key=lambda rank: rank["state_bytes"]), overhead(ranks)
     print(
-        f"\n{layout}: {len(ranks)} ranks, step {ranks[0]['step_seconds']:.3f} s, fullest rank: "
+        f"\n{layout}: {len(ranks)} ranks, overhead {over['median']:.0%} ({over['low']:.0%} to {over['high']:.0%}; gloo "
+        f"{over['gloo']:.0%}) of {over['alone']:.2f} CPU seconds, fullest rank: "
         f"state {fullest['state_bytes'] / 2**20:.2f} MiB (formula {fullest['state_bytes_formula'] / 2**20:.2f}), "
         f"peak {max(rank['peak_bytes'] for rank in ranks) / 2**20:.0f} MiB"
     )
@@ -262,7 +288,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     options = parser.parse_args()
     chosen = options.layouts.split(",")
     if unknown := [name for name in chosen if name not in LAYOUTS]:
@@ -274,7 +300,9 @@ def main() -> int:
     equal = all(entry["equal"] for ranks in found.values() for rank in ranks for entry in rank["traffic"])
     print(f"\ncounted and formula: {'equal everywhere' if equal else 'DIFFERENT, see above'}")
     if options.json:
-        print(json.dumps({"equal": equal, "layouts": found, "options": vars(options), "torch": torch.__version__}))
+        overheads = {layout: overhead(ranks) for layout, ranks in found.items()}
+        result = {"equal": equal, "overhead": overheads, "layouts": found, "options": vars(options)}
+        print(json.dumps({**result, "torch": torch.__version__}))
     return 0 if equal else 1
 
 

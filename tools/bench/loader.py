@@ -44,14 +44,14 @@ from megatron.energon import (
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from photos import photo, photo_shards
 from small_run import small_config
 
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
 from navil_megatron.data.image_decode import DecodeJob, build_image_decoder
 from navil_megatron.data.image_plan import ImagePlanner, image_token_ids, visual_tokens
 from navil_megatron.data.loader import TrainLoader
-from navil_megatron.data.shard_writer import ShardWriter
-from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer, load_tokenizer
+from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.data.types import DataPlace, ScalePlan
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Session
@@ -60,36 +60,8 @@ from navil_megatron.training.batch import build_model_inputs
 WORKERS = 2
 WARM_ROWS = 8
 """Rows before the clock starts, more than anyone prepares ahead."""
-WORDS = "a red green apple fish house tree road left of above two star at night"
 Row = dict[str, Any]
 """The arrays of one row, and ``num_samples``."""
-
-
-def photo(megapixels: float, random: np.random.Generator) -> bytes:
-    """A JPEG of smooth shapes at several sizes with grain: about as many bytes per pixel as a photo."""
-    aspect = random.uniform(0.6, 1.7)
-    width, height = round((megapixels * 1e6 * aspect) ** 0.5), round((megapixels * 1e6 / aspect) ** 0.5)
-    pixels = random.normal(0, 5, (height, width, 3))
-    for cells, strength in ((4, 0.6), (24, 0.3), (120, 0.1)):
-        coarse = Image.fromarray(random.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        pixels += strength * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-    file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
-    return file.getvalue()
-
-
-def build_shards(folder: Path, num_samples: int) -> tuple[Path, SampleTokenizer, int]:
-    """The index over four shards, the tokenizer, and the bytes of all images."""
-    random = np.random.default_rng(0)
-    captions = [" ".join(random.choice(WORDS.split(), random.integers(5, 120))) for _ in range(num_samples)]
-    tokenizer = build_tokenizer(captions, folder / "tokenizer", vocab_size=1024)
-    size = 0
-    with ShardWriter(folder / "shards", "photos", tokenizer, samples_per_shard=-(-num_samples // 4)) as writer:
-        for number, (caption, megapixels) in enumerate(zip(captions, cycle([0.3, 0.3, 1, 0.3, 1, 4]))):
-            file = photo(megapixels, random)
-            size += len(file)
-            writer.write(f"{number:06d}", caption, [file])
-    return writer.index, tokenizer, size
 
 
 def run_config(index: Path, tokenizer: SampleTokenizer, options: argparse.Namespace, device: str) -> NaViLConfig:
@@ -389,7 +361,7 @@ def main() -> int:
     torch.set_num_threads(1)  # as in the peers' worker processes: two workers, two cores
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with tempfile.TemporaryDirectory() as folder:
-        index, tokenizer, size = build_shards(Path(folder), options.samples)
+        index, tokenizer, size = photo_shards(Path(folder), options.samples)
         print(f"{options.samples} images of {size / options.samples / 1000:.0f} kB", flush=True)
         prepare_energon(index.parent)
         config = run_config(index, tokenizer, options, "cpu")

@@ -1,0 +1,80 @@
+"""The benchmarks run where no GPU is, at tiny size, and their peers compute what ours computes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tools.bench.profile_shares import summarize
+
+SMALL = {"hidden": 64, "ffn": 96, "heads": 4, "groups": 2, "head_dim": 16, "vocabulary": 256, "vision": 48}
+
+
+def rehearse(rank: int, world_size: int, folder: str) -> int:
+    from tools.bench.gpu import main
+
+    return main(["--rehearse", "--out", folder])
+
+
+def test_every_benchmark_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    assert run_ranks(1, rehearse, str(tmp_path), timeout=280) == [0]
+    (path,) = tmp_path.iterdir()
+    report = json.loads(path.read_text())
+    results = report["results"]
+    assert results.keys() == {"decoder_layers", "encoder", "loss_head", "experts", "whole_step", "profile"}
+    assert report["seconds"].keys() == results.keys() and all(results.values())
+    assert all(set(result["ratios"]) == {"feed_forward", "qkv_projection", "decoder"} for result in results["experts"])
+    (whole,) = results["whole_step"]
+    # Encoder and decoder are counted in one, the decoder alone in the other.
+    assert whole["whole"]["tflop"] > whole["decoder_only"]["tflop"] > 0 and whole["ratio"] > 0
+    (profile,) = results["profile"]
+    assert len(profile["longest_kernels"]) == 10
+    assert {"gemm", "attention", "norms_elementwise", "gathers", "communication", "memcpy", "idle"} <= set(
+        profile["shares"]
+    )
+
+
+def compare(rank: int, world_size: int, swapped: str | None) -> dict:
+    """Ours against every peer, of which one may take the modalities for each other."""
+    from tools.bench import experts
+    from tools.bench.small_run import mixed_row, small_config
+
+    if swapped is not None:
+        right = getattr(experts, swapped)
+        setattr(experts, swapped, lambda is_visual, *rest: right(~is_visual, *rest))
+    config = small_config(layers=1, tokens=256, precision="fp32", shape=SMALL)
+    return experts.compare(config, mixed_row(config, grid=(16, 16)), rounds=1)
+
+
+def test_peers_of_the_experts_give_our_outputs_and_gradients() -> None:
+    (found,) = run_ranks(1, compare, None)
+    assert {part: set(peers) for part, peers in found.items()} == {
+        "feed_forward": {"mask", "index", "moe_layer"},
+        "qkv_projection": {"mask", "index", "released"},
+        "decoder": {"mask", "index", "released", "moe_layer"},
+    }
+
+
+@pytest.mark.parametrize("way", ["by_mask", "by_index", "everywhere", "RouterByModality"])
+def test_a_peer_that_computes_something_else_stops_the_bench(way: str) -> None:
+    with pytest.raises(AssertionError, match="a relative distance of"):
+        run_ranks(1, compare, way)
+
+
+def test_a_profile_counts_overlapping_kernels_once() -> None:
+    import tools.bench.gpu  # noqa: F401  puts its neighbours on the path
+
+    spans = [("sm90_xmma_gemm_bf16", 0.0, 10.0), ("ncclDevKernel_AllGather", 5.0, 15.0), ("index_select", 16.0, 17.0)]
+    found = summarize(spans, wall=20.0)
+    assert found["shares"] == {
+        "communication": 0.5,
+        "attention": 0.0,
+        "gemm": 0.5,
+        "gathers": 0.05,
+        "optimizer": 0.0,
+        "memcpy": 0.0,
+        "norms_elementwise": 0.0,
+        "idle": 0.2,
+    }
+    assert [kernel["name"] for kernel in found["longest_kernels"]][2] == "index_select"
