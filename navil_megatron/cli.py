@@ -1,4 +1,4 @@
-"""The ``navil-megatron`` command: train, plan, data, convert, scaling, generate, doctor.
+"""The ``navil-megatron`` command: train, plan, data, convert, scaling, generate, evaluate, doctor.
 
 Each verb imports what it needs when it runs, so that ``--help`` and ``doctor`` answer at once and on a broken install.
 What a user can mend is printed as ``error: ...`` lines and exits with code 2; ``--json`` prints one JSON object, last
@@ -19,6 +19,7 @@ from navil_megatron import __version__
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.command import add_data_verbs
+from navil_megatron.evaluation.command import add_evaluate_verb
 from navil_megatron.hf.command import add_convert_verbs
 from navil_megatron.planner.command import add_plan_verb
 from navil_megatron.scaling.command import add_scaling_verbs
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(_add_group(verbs, "convert", "between sharded checkpoints and Hugging Face folders"))
     _add_scaling(_add_group(verbs, "scaling", "how large the visual encoder should be, from a study's results"))
     _add_generate(verbs)
+    _add_evaluate(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -117,7 +119,7 @@ def _add_plan(verbs: Any) -> None:
 
 def _add_data(verbs: Any) -> None:
     def add_verb(name: str, run: RunVerb, what: str, example: str) -> argparse.ArgumentParser:
-        return _add_verb(verbs, name, _with_bar(run, partial(_shards_bar, name)), what, example)
+        return _add_verb(verbs, name, _with_bar(run, partial(_count_bar, name, "shards")), what, example)
 
     add_data_verbs(add_verb)
 
@@ -149,6 +151,13 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("--prompt", default=_PLACEHOLDER, metavar="TEXT", help="<image> stands for the image (<image>)")
     parser.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="longest answer (256)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (cpu)")
+
+
+def _add_evaluate(verbs: Any) -> None:
+    def add_verb(name: str, run: RunVerb, what: str, example: str) -> argparse.ArgumentParser:
+        return _add_verb(verbs, name, _with_bar(run, partial(_count_bar, name, "samples")), what, example)
+
+    add_evaluate_verb(add_verb)
 
 
 def _add_doctor(verbs: Any) -> None:
@@ -260,11 +269,11 @@ def _count(text: str) -> int:
 
 
 @contextmanager
-def _shards_bar(what: str) -> Iterator[OnProgress]:
-    """A bar with shards and time left on stderr."""
+def _count_bar(what: str, unit: str) -> Iterator[OnProgress]:
+    """A bar with the number done and time left on stderr."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    with _bar(what, TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as show:
+    with _bar(what, TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as show:
         yield show
 
 

@@ -51,6 +51,8 @@ IMPORT_TABLE = {
         ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "xxhash"),
     ),
     "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
+    "evaluation": Row(("hf",), ("torch", "PIL", "xxhash", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu")),
+    "evaluation/adapters": Row(("evaluation", "hf"), ("torch", "PIL", "lmms_eval", "vlmeval")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
     "dry_run.py": Row(("runtime", "models", "data", "training", "planner"), ("torch",)),
     "launch.py": Row(),
@@ -59,7 +61,18 @@ IMPORT_TABLE = {
         ("runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"), ("torch", "numpy", "PIL")
     ),
     "cli.py": Row(
-        ("runtime", "data", "hf", "planner", "scaling", "launch.py", "dry_run.py", "doctor.py", "compare_outputs.py"),
+        (
+            "runtime",
+            "data",
+            "hf",
+            "evaluation",
+            "planner",
+            "scaling",
+            "launch.py",
+            "dry_run.py",
+            "doctor.py",
+            "compare_outputs.py",
+        ),
         ("torch", "rich"),
     ),
     "__init__.py": Row(),
@@ -71,6 +84,8 @@ ONLY_IN = {
     "transformer_engine": "kernels",
     "apex": "kernels",
     "nvidia.dali": "data/dali_decode.py",
+    "lmms_eval": "evaluation/adapters",
+    "vlmeval": "evaluation/adapters",
 }
 """Module prefix -> the one place that may name it."""
 
@@ -140,9 +155,8 @@ def check_import(source: str, path: str) -> list[str]:
 
 def area_of(path: str) -> str:
     """The row of the table that a module falls under."""
-    if path.startswith("hf/remote_code/"):
-        return "hf/remote_code"
-    return path.split("/")[0]
+    nested = (area for area in IMPORT_TABLE if "/" in area and path.startswith(f"{area}/"))
+    return next(nested, path.split("/")[0])
 
 
 def _check_module(tree: ast.Module, path: str) -> Iterator[tuple[int, str]]:

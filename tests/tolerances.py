@@ -56,3 +56,6 @@ ACTIVATION_BYTES = 0.10
 
 ACTIVATION_BYTES_ON_GPU = 0.05
 """The same against what a GPU allocates."""
+
+CAPTION_SCORE = 1e-6
+"""Relative distance of BLEU by two libraries: one adds 1e-9 and 1e-15 to its counts to keep from dividing by zero."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from navil_megatron.config.errors import UserError
@@ -72,22 +72,42 @@ def generate_captions(
     Raises:
         UserError: A picture cannot be read.
     """
-    model, processor = load_for_generation(captioner) if isinstance(captioner, Path) else captioner
+    captioner = load_for_generation(captioner) if isinstance(captioner, Path) else captioner
     texts: list[str] = []
     for start in range(0, len(images), batch_size):
-        pictures = [[_open(image)] for image in images[start : start + batch_size]]
-        inputs = processor(images=pictures, text=[prompt] * len(pictures)).to(model.device)
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        texts += processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        pictures = [[open_picture(image)] for image in images[start : start + batch_size]]
+        texts += generate_texts(captioner, pictures, [prompt] * len(pictures), max_new_tokens)
     return texts
 
 
-def _open(image: Picture) -> Image.Image:
-    """The picture upright, as the training data has it."""
+def generate_texts(
+    captioner: Captioner, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """What follows each prompt, by greedy decoding of one batch, padded on the left.
+
+    Args:
+        captioner: What ``load_for_generation`` gave.
+        images: The pictures of each prompt, or none.
+        prompts: Texts with an ``<image>`` for each of its pictures, or without any.
+        max_new_tokens: Longest text, in tokens.
+    """
+    model, processor = captioner
+    inputs = processor(images=[list(pictures) for pictures in images], text=list(prompts)).to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    texts: list[str] = processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    return texts
+
+
+def open_picture(image: Picture) -> Image.Image:
+    """The picture upright, as the training data has it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     if isinstance(image, Image.Image):
         return image
     try:
         return ImageOps.exif_transpose(Image.open(image)).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # a damaged file makes Pillow raise a dozen types
         raise UserError(f"{image} cannot be read as a picture ({error})") from None

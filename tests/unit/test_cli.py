@@ -24,6 +24,7 @@ VERBS = [
     ("scaling", "plan-sweep"),
     ("scaling", "plot"),
     ("generate",),
+    ("evaluate",),
     ("doctor",),
 ]
 
@@ -123,6 +124,7 @@ def test_doctor_reports_in_json_and_in_words(capsys: pytest.CaptureFixture[str])
         ("data", "inspect", "absent.index"),
         ("convert", "to-hf", "absent", "out"),
         ("convert", "from-hf", "absent", "out"),
+        ("evaluate", "absent", "absent.jsonl", "--output", "out"),
         ("generate", "absent", "image.png"),
         ("generate", "absent", "image.png", "--prompt", "<image><image>"),
     ],

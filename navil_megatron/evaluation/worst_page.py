@@ -1,0 +1,108 @@
+"""A page of the samples that a model did worst on: pictures, question, what was expected and what came.
+
+One file without references to others, so that it can be mailed and kept.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from navil_megatron.evaluation.scores import Scored
+from navil_megatron.hf.generate import open_picture
+
+_THUMBNAIL_SIDE = 240
+_MAX_PICTURES = 4
+"""Of one sample; further ones are counted."""
+_NAMES = {"cider": "CIDEr", "bleu": "BLEU", "anls": "ANLS"}
+_TITLES = {"caption": "Captions", "qa": "Answers"}
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1c1c }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }
+article { border: 1px solid #d5d5d5; border-radius: 6px; padding: .8rem; overflow-wrap: anywhere }
+img { max-width: 100%; background: #eee; margin: 0 .3rem .3rem 0 }
+dl { margin: .3rem 0 0; display: grid; grid-template-columns: auto 1fr; gap: .2rem .7rem }
+dt { color: #666 } dd { margin: 0; white-space: pre-wrap } .found { font-weight: 600 }
+footer { color: #666; font-size: .85rem; margin-top: .5rem }
+</style>
+<h1>{{ title }}</h1>
+{% for task in tasks %}
+<h2>{{ task.title }}: {{ task.summary }}</h2>
+<p>The worst {{ task.cases|length }} of {{ task.num }}.</p>
+<div class="cards">
+{% for case in task.cases %}
+<article>
+{% for source in case.pictures %}<img src="{{ source }}" alt="">{% endfor %}
+{% if case.num_more %}<p>and {{ case.num_more }} more pictures</p>{% endif %}
+<dl>
+{% if case.question %}<dt>question</dt><dd>{{ case.question }}</dd>{% endif %}
+<dt>expected</dt><dd>{{ case.expected }}</dd>
+<dt>found</dt><dd class="found">{{ case.found or "(nothing)" }}</dd>
+<dt>score</dt><dd>{{ case.points }}</dd>
+</dl>
+<footer>{{ case.id }}</footer>
+</article>
+{% endfor %}
+</div>
+{% endfor %}
+</html>
+"""
+
+
+def write_worst_page(
+    path: Path, scored: Sequence[Scored], scores: Mapping[str, Mapping[str, Any]], num_worst: int, title: str
+) -> None:
+    """Writes the page; equal scores stay in the order of the set."""
+    tasks = []
+    for task, values in scores.items():
+        worst = sorted((one for one in scored if one.sample.task == task), key=lambda one: one.rank)[:num_worst]
+        means = {name: value for name, value in values.items() if name != "num"}
+        tasks.append(
+            {"title": _TITLES[task], "summary": _points(means), "num": values["num"], "cases": list(map(_case, worst))}
+        )
+    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE).render(title=title, tasks=tasks)
+    path.write_text(page, encoding="utf-8")
+
+
+def describe_scores(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each task."""
+    return [
+        f"{_TITLES[task].lower()} ({values['num']}): {_points({k: v for k, v in values.items() if k != 'num'})}"
+        for task, values in scores.items()
+    ]
+
+
+def _case(one: Scored) -> dict[str, Any]:
+    sample = one.sample
+    return {
+        "id": sample.id,
+        "pictures": [_thumbnail(path) for path in sample.images[:_MAX_PICTURES]],
+        "num_more": max(0, len(sample.images) - _MAX_PICTURES),
+        "question": sample.question,
+        "expected": "\n".join(dict.fromkeys(sample.answers)),
+        "found": one.text,
+        "points": _points(one.points),
+    }
+
+
+def _points(points: Mapping[str, float]) -> str:
+    return ", ".join(f"{_NAMES.get(name, name.replace('_', ' '))} {value:.1f}" for name, value in points.items())
+
+
+def _thumbnail(path: Path) -> str:
+    """The picture as an address that holds it."""
+    picture = open_picture(path)
+    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
