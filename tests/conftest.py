@@ -17,6 +17,14 @@ def golden_dir() -> Path:
     return folder
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where a test starts ranks, their server is the first of the process."""
+    if any("run_ranks" in vars(item.module) for item in session.items if isinstance(item, pytest.Function)):
+        from tests.ranks import start_fork_server
+
+        start_fork_server()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A ``gpu`` test skips without CUDA, unless CUDA was promised (``make test-gpu``): then it fails."""
     if item.get_closest_marker("gpu") is None:

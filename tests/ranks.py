@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds its number and its traceback."""
 
 
+def start_fork_server() -> None:
+    """Starts the server that ranks are forked from, which imports in the background.
+
+    A process has one, and whoever starts it decides what it imports: the converter's workers would import less, and
+    every rank of a later test the rest again.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    forkserver.ensure_running()
+
+
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
     """What ``fn(rank, world_size, *args)`` returns on each rank.
 
@@ -71,8 +82,8 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     Raises:
         RankFailure: The first failure of any rank.
     """
+    start_fork_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
     with tempfile.TemporaryDirectory(prefix="navil-ranks-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ends: dict[Connection, int] = {}
