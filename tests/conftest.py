@@ -17,9 +17,11 @@ def golden_dir() -> Path:
     return folder
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server(request: pytest.FixtureRequest) -> None:
     """Where a test starts ranks, their server is the first of the process."""
-    if any("run_ranks" in vars(item.module) for item in session.items if isinstance(item, pytest.Function)):
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
+    if any("run_ranks" in vars(item.module) for item in tests):
         from tests.ranks import start_fork_server
 
         start_fork_server()
