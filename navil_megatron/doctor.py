@@ -30,6 +30,7 @@ REQUIRED = {
     "rich": "",
     "xxhash": "",
     "tensorboard": "",
+    "jinja2": "",
 }
 """Distribution -> versions that work; setup.py installs the same."""
 
