@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from navil_megatron.config.errors import ConfigError, UserError
+from navil_megatron.hf.chat_template import PLACEHOLDER
 
-PLACEHOLDER = "<image>"
 MAX_PROBLEMS = 20
 """Problems that are told one by one."""
 _FIELDS = ("id", "image", "images", "question", "answers", "caption", "task")

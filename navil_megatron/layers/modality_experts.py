@@ -1,7 +1,7 @@
 """SwiGLU feed-forward experts that live on different ranks, or of which each modality has several.
 
 With expert parallelism every rank sends its rows to the ranks of their experts by megatron-core's all-to-all and gets
-them back. Without it all experts are here and rows are only sorted. docs/parallelism.md says when to use which.
+them back. Without it all experts are here and rows are only sorted. docs/experts.md says when to use which.
 """
 
 from typing import Any

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from navil_megatron.config.arguments import count, positive
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import NaViLConfig, ParallelConfig
 from navil_megatron.planner.machine import Machine
@@ -24,7 +25,7 @@ def add_plan_verb(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     default = Machine(gpus=1)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of the run; its layout is not read")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change, in TOML")
-    parser.add_argument("--gpus", type=_count, required=True, metavar="N", help="GPUs of the run")
+    parser.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs of the run")
     for option, unit, what in (
         ("hbm", "GB", "memory of a GPU"),
         ("nvlink", "GB/s", "what a GPU sends inside its node"),
@@ -32,13 +33,13 @@ def add_plan_verb(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
         ("rate", "TFLOP/s", "model FLOPs of a GPU while it computes"),
     ):
         value = getattr(default, option)
-        parser.add_argument(f"--{option}", type=_positive, default=value, metavar=unit, help=f"{what} ({value:g})")
-    parser.add_argument("--gpus-per-node", type=_count, default=default.gpus_per_node, metavar="N", help="(8)")
+        parser.add_argument(f"--{option}", type=positive, default=value, metavar=unit, help=f"{what} ({value:g})")
+    parser.add_argument("--gpus-per-node", type=count, default=default.gpus_per_node, metavar="N", help="(8)")
     parser.add_argument(
-        "--image-side", type=_count, default=1024, metavar="PIXELS", help="of each sample's image (1024)"
+        "--image-side", type=count, default=1024, metavar="PIXELS", help="of each sample's image (1024)"
     )
-    parser.add_argument("--text-tokens", type=_count, default=256, metavar="N", help="text of each sample (256)")
-    parser.add_argument("--top", type=_count, default=8, metavar="N", help="layouts to show (8)")
+    parser.add_argument("--text-tokens", type=count, default=256, metavar="N", help="text of each sample (256)")
+    parser.add_argument("--top", type=count, default=8, metavar="N", help="layouts to show (8)")
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw the fastest layout's pipeline")
 
 
@@ -80,19 +81,3 @@ def plan(config: NaViLConfig, machine: Machine, options: argparse.Namespace) -> 
         options.picture.write_text(draw_schedule(drawn.schedule, title), "utf-8")
     text = as_text(config, machine, work, found, options.top)
     return as_json(config, machine, work, found), text, 0 if fitting else 1
-
-
-def _count(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
-    return number
-
-
-def _positive(text: str) -> float:
-    """A number above 0, for argparse."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text}, expected more than 0")
-    return number

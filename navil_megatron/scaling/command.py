@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from navil_megatron.config.arguments import count, positive
 from navil_megatron.config.errors import UserError
 from navil_megatron.scaling.sizes import data_size, model_size
 
@@ -65,16 +66,16 @@ def _add_plan_sweep(add_verb: AddVerb) -> None:
     )
     _add_study(parser)
     parser.add_argument("--llm", type=_model, required=True, metavar="SIZE", help="LLM whose encoder is to be known")
-    parser.add_argument("--gpu-hours", type=_positive, required=True, metavar="HOURS", help="the budget")
+    parser.add_argument("--gpu-hours", type=positive, required=True, metavar="HOURS", help="the budget")
     sizes, amounts = ["0.5B", "1B", "1.8B", "4B", "7B"], ["30M", "60M", "120M"]
     parser.add_argument("--llms", type=_model, nargs="+", metavar="SIZE", help=f"that can be trained ({_join(sizes)})")
     parser.add_argument("--samples", type=_data, nargs="+", metavar="N", help=f"amounts of data ({_join(amounts)})")
     parser.set_defaults(llms=[model_size(size) for size in sizes], samples=[data_size(amount) for amount in amounts])
-    parser.add_argument("--seeds", type=_count, default=1, metavar="N", help="runs of each size (1)")
-    parser.add_argument("--tflops", type=_positive, default=989.0, metavar="TFLOP/s", help="peak of a GPU (989)")
+    parser.add_argument("--seeds", type=count, default=1, metavar="N", help="runs of each size (1)")
+    parser.add_argument("--tflops", type=positive, default=989.0, metavar="TFLOP/s", help="peak of a GPU (989)")
     parser.add_argument("--mfu", type=_share, default=0.4, metavar="SHARE", help="of the peak that is reached (0.4)")
-    parser.add_argument("--visual-tokens", type=_count, default=256, metavar="N", help="of a sample (256)")
-    parser.add_argument("--text-tokens", type=_count, default=64, metavar="N", help="of a sample (64)")
+    parser.add_argument("--visual-tokens", type=count, default=256, metavar="N", help="of a sample (256)")
+    parser.add_argument("--text-tokens", type=count, default=64, metavar="N", help="of a sample (64)")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write the runs, one a line")
 
 
@@ -241,22 +242,6 @@ def _whole(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"found {number}, expected at least 0")
-    return number
-
-
-def _count(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"found {number}, expected at least 1")
-    return number
-
-
-def _positive(text: str) -> float:
-    """A number above 0, for argparse."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"found {text}, expected more than 0")
     return number
 
 
