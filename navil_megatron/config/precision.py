@@ -5,8 +5,9 @@ can be known without a GPU is refused here; what the machine must offer is asked
 """
 
 from collections.abc import Iterator
+from typing import get_args
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.schema import ModalityPart, NaViLConfig
 
 FP8_DIMENSION = 16
 """Both dimensions of every FP8 matrix are multiples of this."""
@@ -38,6 +39,12 @@ def kernel_rules(config: NaViLConfig) -> Iterator[str]:
         yield (
             f'runtime.gradient_accumulation_fusion = "apex" needs runtime.device = "cuda", found "{runtime.device}"; '
             'set it to "none"'
+        )
+    language = config.model.language
+    if config.runtime.kernels != "torch" and any(language.shares(part) for part in get_args(ModalityPart)):
+        yield (
+            f"model.language.modality_experts = {list(language.modality_experts)} shares weights between modalities, "
+            f'which only runtime.kernels = "torch" does, found "{config.runtime.kernels}"; change one of the two'
         )
     yield from _fp8_rules(config)
 

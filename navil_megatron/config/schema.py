@@ -26,6 +26,9 @@ Modality = Literal["text", "visual"]
 MODALITIES: tuple[Modality, Modality] = ("text", "visual")
 """The two modalities, in the order in which a modality-major row holds them."""
 
+ModalityPart = Literal["attention", "ffn"]
+"""Parts of a decoder layer that can hold weights for each modality."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageConfig:
@@ -51,6 +54,9 @@ class LanguageConfig:
     """RMSNorm over each head's query and key, one per modality (Qwen3: true, the others: false)."""
     qkv_bias: bool = False
     """Bias on query, key and value, one per modality (Qwen2: true, the others: false)."""
+    modality_experts: tuple[ModalityPart, ...] = ("attention", "ffn")
+    """Parts of a layer with weights of their own for each modality. In a part that is left out both modalities go
+    through the text weights, for studies of what the experts are worth; checkpoints hold those weights twice."""
     num_experts: int = 1
     """Feed-forward experts of each modality; more than one come with a router for each modality."""
     experts_per_token: int = 1
@@ -77,6 +83,10 @@ class LanguageConfig:
     """How visual experts start when a text-only LLM is the origin of the weights."""
     init_std: float = 0.02
     """Standard deviation of randomly initialised matrices."""
+
+    def shares(self, part: ModalityPart) -> bool:
+        """Whether both modalities go through the same weights in a part of a layer."""
+        return part not in self.modality_experts
 
     @property
     def router_weights(self) -> int:

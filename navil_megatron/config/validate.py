@@ -15,6 +15,7 @@ from navil_megatron.config.schema import (
     MODALITIES,
     SPECIAL_TOKENS,
     LanguageConfig,
+    ModalityPart,
     ModelConfig,
     NaViLConfig,
     OptimizerConfig,
@@ -82,6 +83,7 @@ def _language_rules(model: ModelConfig) -> Iterator[str]:
             f"model.language.experts_per_token = {language.experts_per_token} is more than num_experts = "
             f"{language.num_experts}; a token's experts are different ones"
         )
+    yield from _shared_part_rules(language)
     if language.head_dim % 2:
         yield f"model.language.head_dim = {language.head_dim}: rotary positions turn pairs of channels; make it even"
     width = language.num_attention_heads * language.head_dim
@@ -102,6 +104,24 @@ def _language_rules(model: ModelConfig) -> Iterator[str]:
                 f"model.special_token_ids holds {token_id}, outside model.language.vocab_size = {language.vocab_size}; "
                 "the vocabulary includes the special tokens"
             )
+
+
+def _shared_part_rules(language: LanguageConfig) -> Iterator[str]:
+    """What a part without modality experts excludes."""
+    parts = language.modality_experts
+    named = f"model.language.modality_experts = {list(parts)}"
+    if len(set(parts)) < len(parts):
+        yield f"{named} holds a name more than once; name each part once"
+    shared = [part for part in get_args(ModalityPart) if language.shares(part)]
+    if not shared:
+        return
+    of_both = f"{named}: both modalities share the text weights of {' and '.join(shared)}"
+    if language.visual_expert_init == "random":
+        yield f'{of_both}, so no visual ones start at random; set model.language.visual_expert_init = "copy"'
+    if language.shares("attention") and language.composed_visual_output_projection:
+        yield f"{of_both}; switch model.language.composed_visual_output_projection off"
+    if language.shares("ffn") and language.num_experts > 1:
+        yield f"{of_both}, and routers belong to a modality; set model.language.num_experts = 1"
 
 
 def _vision_rules(model: ModelConfig) -> Iterator[str]:
@@ -252,6 +272,11 @@ def _expert_rules(parallel: ParallelConfig, language: LanguageConfig) -> Iterato
         f"the feed-forward experts, {len(MODALITIES)} modalities * model.language.num_experts",
         len(MODALITIES) * language.num_experts,
     )
+    if ranks > 1 and language.shares("ffn"):
+        yield (
+            f"parallel.expert_model_parallel_size = {ranks}, but model.language.modality_experts = "
+            f"{list(language.modality_experts)} leaves one feed-forward network for both modalities; set it to 1"
+        )
     if ranks == 1 and language.num_experts == 1:
         if split != tensor:
             yield (

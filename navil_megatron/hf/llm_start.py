@@ -33,7 +33,7 @@ _PREFIX = "language_model."
 """Stands before the LLM's own names in a NaViL's files."""
 _TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.(original_)?inv_freq")
-_FREE = ("visual_expert_init", "init_std", "composed_visual_output_projection")
+_FREE = ("visual_expert_init", "modality_experts", "init_std", "composed_visual_output_projection")
 """Settings of the language section that an LLM does not decide."""
 
 

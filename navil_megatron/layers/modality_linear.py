@@ -7,6 +7,7 @@ modality without rows leaves a zero gradient, never none, and no rank waits for 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -158,6 +159,8 @@ class LinearKernels:
     """Built with (input size, output size, bias=, dtype=); holds ``weight`` [out, in] and, if asked for, ``bias``."""
     product: ModalityProduct = modality_product
     """Multiplies the rows of both modalities."""
+    shared: bool = False
+    """Both modalities go through one matrix, which then has two names."""
 
 
 class ModalityLinear(MegatronModule):
@@ -194,8 +197,9 @@ class ModalityLinear(MegatronModule):
             output_size = divide(output_size, tp_group.size())
         else:
             input_size = divide(input_size, tp_group.size())
-        self.text = kernels.linear(input_size, output_size, bias=bias, dtype=config.params_dtype)
-        self.visual = kernels.linear(input_size, output_size, bias=bias, dtype=config.params_dtype)
+        build = partial(kernels.linear, input_size, output_size, bias=bias, dtype=config.params_dtype)
+        self.text = build()
+        self.visual = self.text if kernels.shared else build()
         for parameter in self.parameters():
             set_tensor_model_parallel_attributes(
                 parameter, is_parallel=True, dim=partition_dim, stride=partition_stride

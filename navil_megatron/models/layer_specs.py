@@ -1,13 +1,14 @@
 """Joins NaViL's layers with the chosen kernels into megatron-core's layer spec."""
 
 from functools import partial
+from typing import get_args
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from navil_megatron.config.schema import LanguageConfig
+from navil_megatron.config.schema import LanguageConfig, ModalityPart
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_attention import ModalityAttentionSubmodules, ModalitySelfAttention
 from navil_megatron.layers.modality_experts import ModalityExperts
@@ -20,7 +21,10 @@ def decoder_block_spec(
     language: LanguageConfig, config: TransformerConfig, kernels: Kernels, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """The decoder layers of one pipeline stage (one chunk of it under the interleaved schedule)."""
-    linears = LinearKernels(kernels.linear, kernels.modality_product or modality_product)
+    linears = {
+        part: LinearKernels(kernels.linear, kernels.modality_product or modality_product, shared=language.shares(part))
+        for part in get_args(ModalityPart)
+    }
     experts = ModalityMLP if config.num_moe_experts is None else ModalityExperts
     layer = ModuleSpec(
         module=NaViLTransformerLayer,
@@ -30,13 +34,13 @@ def decoder_block_spec(
                 module=ModalitySelfAttention,
                 submodules=ModalityAttentionSubmodules(
                     attention=kernels.segment_attention,
-                    linears=linears,
+                    linears=linears["attention"],
                     composed_visual_output_projection=language.composed_visual_output_projection,
                 ),
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=kernels.rms_norm,
-            mlp=partial(experts, linears=linears),
+            mlp=partial(experts, linears=linears["ffn"]),
             mlp_bda=residual_add,
         ),
     )

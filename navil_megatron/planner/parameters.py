@@ -8,6 +8,8 @@ from navil_megatron.config.schema import (
     MODALITIES,
     SPECIAL_TOKENS,
     LanguageConfig,
+    Modality,
+    ModalityPart,
     ModelConfig,
     ParallelConfig,
     VisionConfig,
@@ -130,7 +132,7 @@ def _decoder_layer(language: LanguageConfig, tensor: int) -> Iterator[Sized]:
     query, key_value = language.num_attention_heads * d, 2 * language.num_query_groups * d
     yield "input_layernorm.weight", h
     yield "pre_mlp_layernorm.weight", h
-    for modality in MODALITIES:
+    for modality in held_modalities(language, "attention"):
         yield f"self_attention.linear_qkv.{modality}.weight", (query + key_value) * h // tensor
         if language.qkv_bias:
             yield f"self_attention.linear_qkv.{modality}.bias", (query + key_value) // tensor
@@ -142,6 +144,11 @@ def _decoder_layer(language: LanguageConfig, tensor: int) -> Iterator[Sized]:
             yield f"self_attention.k_layernorm.{modality}.weight", d
 
 
+def held_modalities(language: LanguageConfig, part: ModalityPart) -> tuple[Modality, ...]:
+    """Modalities with weights of their own in a part of a layer."""
+    return MODALITIES[:1] if language.shares(part) else MODALITIES
+
+
 def _feed_forward(language: LanguageConfig, parallel: ParallelConfig, ep_rank: int) -> Iterator[Sized]:
     """The experts of one layer that are on a rank with this place in its expert-parallel group, and all routers."""
     one = language.hidden_size * language.ffn_hidden_size // parallel.expert_tensor_size
@@ -149,6 +156,7 @@ def _feed_forward(language: LanguageConfig, parallel: ParallelConfig, ep_rank: i
         for modality in MODALITIES:
             yield f"mlp.router.{modality}.weight", language.router_weights
     held = local_experts(ep_rank, parallel.expert_model_parallel_size, language.num_experts)
-    for modality, numbers in held.items():
+    for modality in held_modalities(language, "ffn"):
+        numbers = held[modality]
         yield f"mlp.linear_fc1.{modality}.weight", 2 * one * len(numbers)
         yield f"mlp.linear_fc2.{modality}.weight", one * len(numbers)

@@ -77,6 +77,8 @@ MODELS: dict[str, dict] = {
         }
     },
     "four groups": {"language": {"num_query_groups": 4}},
+    "shared attention": {"language": {"modality_experts": ("ffn",)}},
+    "no experts": {"language": {"modality_experts": ()}},
     "windowed": {
         "vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,), "qkv_bias": True}
     },

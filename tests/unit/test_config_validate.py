@@ -229,6 +229,31 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         1,
         "but checkpoint.initial_weights names no checkpoint to keep it from",
     ),
+    (
+        {"model__language__modality_experts": ("ffn", "ffn")},
+        1,
+        "modality_experts = ['ffn', 'ffn'] holds a name more than once",
+    ),
+    (
+        {"model__language__modality_experts": ("ffn",), "model__language__visual_expert_init": "random"},
+        1,
+        "both modalities share the text weights of attention, so no visual ones start at random",
+    ),
+    (
+        {"model__language__modality_experts": ("attention",), "model__language__num_experts": 2},
+        1,
+        "both modalities share the text weights of ffn, and routers belong to a modality",
+    ),
+    (
+        {"model__language__modality_experts": (), "parallel__expert_model_parallel_size": 2},
+        2,
+        "modality_experts = [] leaves one feed-forward network for both modalities; set it to 1",
+    ),
+    (
+        {**ENGINE, "model__language__modality_experts": ()},
+        8,
+        'which only runtime.kernels = "torch" does, found "transformer_engine"',
+    ),
     ({"model__language__experts_per_token": 2}, 1, "experts_per_token = 2 is more than num_experts = 1"),
     (
         {"parallel__context_parallel_size": 4},
