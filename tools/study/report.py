@@ -1,0 +1,168 @@
+"""Table, picture and verdict of one study, from the results of its runs.
+
+Runs see slightly different numbers of samples in a step, so losses are compared at common numbers of samples, read off
+each run's evaluations by straight lines in log samples.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+from rich.console import Console
+from scipy.stats import ttest_ind
+
+from navil_megatron.cli import main as navil_megatron
+from tools.study.arms import Arm, Study
+from tools.study.one_run import RESULT
+from tools.study.picture import draw_curves, draw_shapes
+
+COLUMNS = 4
+"""Numbers of samples that a table compares at, from the first evaluation to the last."""
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one arm."""
+
+    arm: Arm
+    results: list[dict]
+
+    def losses(self, at: float) -> list[float]:
+        """One for each seed, after so many samples."""
+        found = []
+        for result in self.results:
+            seen, losses = zip(*((point["samples"], point["loss"]) for point in result["points"]), strict=True)
+            found.append(float(np.interp(np.log(at), np.log(seen), losses)))
+        return found
+
+    def last(self) -> float:
+        """The most that every seed saw."""
+        return min(result["points"][-1]["samples"] for result in self.results)
+
+    def first(self) -> float:
+        """The samples by which every seed was measured once."""
+        return max(result["points"][0]["samples"] for result in self.results)
+
+    def needed(self, loss: float) -> float | None:
+        """Samples after which the mean is at or below a loss for the first time; None: never."""
+        grid = np.geomspace(self.first(), self.last(), 400)
+        return next((float(at) for at in grid if fmean(self.losses(at)) <= loss), None)
+
+
+def write_report(letter: str, study: Study, folder: Path, seeds: int, docs: Path | None, console: Console) -> None:
+    """Prints the study and draws it; with ``docs`` also into ``docs/study.md`` between this study's marks."""
+    arms = {label: Runs(arm, _results(folder, arm, seeds)) for label, arm in study.arms.items()}
+    missing = sum(seeds - len(runs.results) for runs in arms.values())
+    arms = {label: runs for label, runs in arms.items() if runs.results}
+    console.rule(f"{letter}  {study.title}")
+    if missing:
+        console.print(f"[yellow]{missing} of {seeds * len(study.arms)} runs are missing[/yellow]")
+    if not arms:
+        return
+    target = (docs or folder / "report") / "study"
+    target.mkdir(parents=True, exist_ok=True)
+    first, last = max(runs.first() for runs in arms.values()), min(runs.last() for runs in arms.values())
+    grid = [_round(at) for at in np.geomspace(first, last, COLUMNS)]
+    text = "\n".join([*table(arms, grid), "", *(f"- {line}" for line in verdicts(arms, grid))])
+    if letter == "c":
+        draw_shapes(arms, grid, target / f"{letter}.svg")
+    elif letter == "d":
+        _scaling(arms, grid, target)
+    else:
+        draw_curves(arms, target / f"{letter}.svg")
+    if docs is not None:
+        _insert(docs / "study.md", letter, f"{text}\n\n![{study.title}](study/{letter}.svg)")
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _results(folder: Path, arm: Arm, seeds: int) -> list[dict]:
+    files = [folder / "runs" / f"{arm.name}_seed{seed}" / RESULT for seed in range(1, seeds + 1)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def _round(number: float) -> int:
+    """Two digits."""
+    return int(float(f"{number:.2g}"))
+
+
+def table(arms: dict[str, Runs], grid: list[int]) -> list[str]:
+    """Held-out loss, mean and standard deviation over the seeds, as Markdown."""
+    lines = [
+        "| | encoder | seeds | " + " | ".join(f"{at:,} samples" for at in grid) + " |",
+        "|---|---|---|" + "---|" * len(grid),
+    ]
+    for label, runs in arms.items():
+        cells = [_cell(runs.losses(at)) for at in grid]
+        size = runs.results[0]["encoder_parameters"]
+        lines.append(f"| {label} | {size / 1e3:.0f}k | {len(runs.results)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(losses: list[float]) -> str:
+    return f"{fmean(losses):.3f} ± {stdev(losses):.3f}" if len(losses) > 1 else f"{losses[0]:.3f}"
+
+
+def verdicts(arms: dict[str, Runs], grid: list[int]) -> list[str]:
+    """Each arm against the first, early and late: Welch's t-test over the seeds."""
+    first, *others = arms
+    lines = []
+    for other in others:
+        words = [_compare(first, arms[first], other, arms[other], at) for at in (grid[0], grid[-1])]
+        lines.append(f"{'; '.join(words)}.{_factor(first, arms[first], other, arms[other], grid[-1])}")
+    return lines
+
+
+def _compare(name: str, one: Runs, other_name: str, other: Runs, at: int) -> str:
+    mine, theirs = one.losses(at), other.losses(at)
+    if min(len(mine), len(theirs)) < 2:
+        return f"at {at:,} samples {name} {fmean(mine):.3f}, {other_name} {fmean(theirs):.3f} (one seed)"
+    chance = float(ttest_ind(mine, theirs, equal_var=False).pvalue)
+    share = abs(fmean(mine) / fmean(theirs) - 1)
+    if chance >= SIGNIFICANT:
+        return f"at {at:,} samples {name} and {other_name} cannot be told apart ({share:.0%} apart, p = {chance:.2f})"
+    word = "below" if fmean(mine) < fmean(theirs) else "above"
+    return f"at {at:,} samples {name} is {share:.0%} {word} {other_name} (p = {chance:.2g})"
+
+
+def _factor(name: str, one: Runs, other_name: str, other: Runs, at: int) -> str:
+    """How much less data the better of two needs for the last loss of the worse."""
+    ranked = sorted(((fmean(runs.losses(at)), label, runs) for label, runs in ((name, one), (other_name, other))))
+    (_, better, runs), (loss, worse, _) = ranked[0][:3], ranked[1][:3]
+    needed = runs.needed(loss)
+    return f" {better} reaches the last loss of {worse} with {needed / at:.2f} of the data." if needed else ""
+
+
+def _scaling(arms: dict[str, Runs], grid: list[int], target: Path) -> None:
+    """The lines of ``docs/scaling.md``, and what ``navil-megatron scaling`` draws and says of them."""
+    lines = [
+        {
+            "llm_parameters": result["llm_parameters"],
+            "encoder_parameters": result["encoder_parameters"],
+            "samples": at,
+            "validation_loss": round(loss, 5),
+            "seed": result["seed"],
+            "depth": runs.arm.depth,
+            "width": runs.arm.width,
+            "heads": runs.arm.heads,
+        }
+        for runs in arms.values()
+        for at in grid
+        for result, loss in zip(runs.results, runs.losses(at), strict=True)
+    ]
+    file = target / "d.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    navil_megatron(["scaling", "plot", str(file), "--output", str(target / "d.svg")])
+    for llm in sorted({line["llm_parameters"] for line in lines}):
+        navil_megatron(["scaling", "recommend", "--curves", str(file), "--llm", str(llm)])
+
+
+def _insert(page: Path, letter: str, text: str) -> None:
+    """Replaces what stands between the marks of a study."""
+    begin, end = f"<!-- {letter}: written by tools/study/run.py -->", f"<!-- end of {letter} -->"
+    whole = page.read_text()
+    before, rest = whole.split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
