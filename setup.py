@@ -53,7 +53,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # The package called nvidia-dali, without a suffix, is a placeholder.
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
-        # What navil-megatron scaling fits and draws with.
+        # What navil-megatron scaling fits, and what it and navil-megatron attention draw with.
         "study": ["scipy", "matplotlib"],
         # Pure text for data build.
         "parquet": ["pyarrow"],
@@ -62,6 +62,8 @@ setup(
         "smollm2": ["gguf", "accelerate"],
         # Scores of the verb evaluate. pycocoevalcap brings 100 MB of Java programs that are not used.
         "evaluate": ["pycocoevalcap", "nltk", "sacrebleu", "rapidfuzz"],
+        # Records at Weights & Biases (docs/watching.md).
+        "wandb": ["wandb>=0.31"],
         # A peer that tools/bench/loader.py measures against.
         "bench": ["megatron-energon>=7.4,<7.5"],
         "dev": [
@@ -77,6 +79,7 @@ setup(
             "nltk",
             "sacrebleu",
             "rapidfuzz",
+            "wandb>=0.31",
             # A second opinion for the tests.
             "anls",
             "nvidia-dali-cuda130>=2.4,<2.5",

@@ -1,4 +1,4 @@
-"""The ``navil-megatron`` command: train, plan, data, convert, scaling, generate, evaluate, doctor.
+"""The ``navil-megatron`` command: train, plan, data, convert, scaling, generate, evaluate, attention, doctor.
 
 Each verb imports what it needs when it runs, so that ``--help`` and ``doctor`` answer at once and on a broken install.
 What a user can mend is printed as ``error: ...`` lines and exits with code 2; ``--json`` prints one JSON object, last
@@ -19,6 +19,7 @@ from navil_megatron import __version__
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.command import add_data_verbs
+from navil_megatron.evaluation.attention_command import add_attention_verb
 from navil_megatron.evaluation.command import add_evaluate_verb
 from navil_megatron.hf.command import add_convert_verbs
 from navil_megatron.planner.command import add_plan_verb
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_scaling(_add_group(verbs, "scaling", "how large the visual encoder should be, from a study's results"))
     _add_generate(verbs)
     _add_evaluate(verbs)
+    _add_attention(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -158,6 +160,13 @@ def _add_evaluate(verbs: Any) -> None:
         return _add_verb(verbs, name, _with_bar(run, partial(_count_bar, name, "samples")), what, example)
 
     add_evaluate_verb(add_verb)
+
+
+def _add_attention(verbs: Any) -> None:
+    def add_verb(name: str, run: Callable[..., Any], what: str, example: str) -> argparse.ArgumentParser:
+        return _add_verb(verbs, name, partial(_show, run), what, example)
+
+    add_attention_verb(add_verb)
 
 
 def _add_doctor(verbs: Any) -> None:

@@ -45,13 +45,16 @@ IMPORT_TABLE = {
     "planner": Row(("data", "layers")),
     "scaling": Row((), ("numpy", "scipy", "matplotlib")),
     "checkpoint": Row(("runtime",), _ENGINE),
-    "training": Row((*_BELOW_TRAINING, "planner"), (*_ENGINE, "rich")),
+    "training": Row((*_BELOW_TRAINING, "planner"), (*_ENGINE, "rich", "wandb")),
     "hf": Row(
         ("checkpoint",),
         ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "xxhash"),
     ),
     "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
-    "evaluation": Row(("hf",), ("torch", "PIL", "xxhash", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu")),
+    "evaluation": Row(
+        ("hf",),
+        ("torch", "numpy", "PIL", "xxhash", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu", "matplotlib"),
+    ),
     "evaluation/adapters": Row(("evaluation", "hf"), ("torch", "PIL", "lmms_eval", "vlmeval")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
     "dry_run.py": Row(("runtime", "models", "data", "training", "planner"), ("torch",)),

@@ -97,6 +97,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep_last": COUNT,
     "runtime.collective_timeout_seconds": COUNT,
     "runtime.cpu_threads": COUNT,
+    "logging.feature_scale_every_steps": COUNT,
     "parallel.tensor_model_parallel_size": COUNT,
     "parallel.pipeline_model_parallel_size": COUNT,
     "parallel.virtual_pipeline_model_parallel_size": Range(2),

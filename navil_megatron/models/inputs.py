@@ -39,5 +39,7 @@ class ModelInputs:
     """[k] that next token; None asks for logits instead of losses."""
     loss_weights: Tensor
     """[k] float32 weight of each prediction."""
+    loss_groups: Tensor
+    """[k] int64 group in which each prediction's loss is reported; see ``training.loss_groups``."""
     first_stage: FirstStageInputs | None
     """None on the other stages."""

@@ -15,6 +15,7 @@ from navil_megatron.layers.modality import build_packed_seq_params, plan_modalit
 from navil_megatron.layers.segments import inverse_order
 from navil_megatron.layers.vision_plan import Grid, images_of_rank, plan_vision
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
+from navil_megatron.training.loss_groups import groups_of
 
 
 def build_model_inputs(
@@ -72,6 +73,7 @@ def build_model_inputs(
         loss_positions=put(to_row[predicted]),
         labels=put(microbatch.labels[predicted]),
         loss_weights=put(microbatch.loss_weights[predicted]),
+        loss_groups=put(groups_of(microbatch)[predicted]),
         first_stage=first_stage,
     )
 

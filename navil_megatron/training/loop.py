@@ -9,6 +9,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
+from navil_megatron.data.source_names import source_names
 from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.kernels.provider import choose_kernels
@@ -25,6 +26,7 @@ from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
 from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import train_step
+from navil_megatron.training.wandb_run import check_wandb
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end.
     """
     session.together(lambda: choose_kernels(config))
+    session.together(lambda: check_wandb(config.logging) if session.is_main else None)
     loader, held_out = session.together(lambda: _open_data(config, session))
     model = build_model(config, session.groups, session.device)
     manager = CheckpointManager(config, session)
@@ -47,7 +50,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     if start is not None and config.checkpoint.initial_optimizer == "kept":
         session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))
     state = session.together(lambda: _restore(manager, loader, model, optimizer))
-    log, meter = MetricsLog(config, session), StepMeter(config, session, model)
+    log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer)
     total = config.training.train_steps
 
     with TrainingProgress(config, session, state.step) as progress:
@@ -58,17 +61,20 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             log.write_failures(state.step + 1, data.failures)
             loader.count_failed(num_failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
+            meter.feature_scale.is_on = _due(state.step + 1, config.logging.feature_scale_every_steps, total)
             result = train_step(config, session, chunks, optimizer, microbatches, lr)
+            meter.feature_scale.is_on = False
             state.step += 1
             meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
             stopping, saving = False, _due(state.step, config.checkpoint.save_every_steps, total)
             # A checkpoint counts what all its steps consumed, so a save makes a record too.
             if saving or _due(state.step, config.training.log_every_steps, total):
-                record = meter.record(lr)
+                record, scales = meter.record(lr)
                 state.consumed_samples += int(record["samples"])
                 state.consumed_tokens += int(record["tokens"])
                 consumed = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
                 log.write("train", state.step, {**record, **consumed})
+                log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
             if held_out and _due(state.step, config.training.evaluate_every_steps, total):
@@ -113,9 +119,9 @@ def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict
     held_out = {}
     if config.training.evaluate_every_steps is not None:
         swaps = (False, True) if config.training.evaluate_swapped_images else (False,)
-        several = len(config.data.validation_sources) > 1
-        for index, swap in product(config.data.validation_sources, swaps):
+        indexes = config.data.validation_sources
+        for (index, source), swap in product(zip(indexes, source_names(indexes), strict=True), swaps):
             name = "loss_swapped_images" if swap else "loss"
-            name += f"/{Path(index).stem}" if several else ""
+            name += f"/{source}" if len(indexes) > 1 else ""
             held_out[name] = ValidationLoader(config, index, place, decodes=decodes, swap_images=swap)
     return TrainLoader(config, place, decodes=decodes), held_out

@@ -1,4 +1,7 @@
-"""What a run reports: one JSON line a record in ``metrics.jsonl``, and the same numbers for TensorBoard."""
+"""What a run reports: one JSON line a record in ``metrics.jsonl``, the same numbers for TensorBoard and for W&B.
+
+docs/watching.md says what each of them is.
+"""
 
 import json
 import logging
@@ -7,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from megatron.core.optimizer import ChainedOptimizer
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from navil_megatron.config.schema import NaViLConfig
@@ -16,8 +20,12 @@ from navil_megatron.data.types import FailedSample, Microbatch
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.encoder_load import EncoderLoad
 from navil_megatron.training.expert_load import ExpertLoad, balance
+from navil_megatron.training.feature_scale import FeatureScale, scales
 from navil_megatron.training.flops import step_flops, tokens_by_modality
+from navil_megatron.training.grad_norms import GradNorms
+from navil_megatron.training.loss_groups import group_weights, losses_by_group, num_loss_groups
 from navil_megatron.training.step import StepResult
+from navil_megatron.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +37,25 @@ class MetricsLog:
 
     def __init__(self, config: NaViLConfig, session: Session):
         self.directory = Path(config.logging.directory)
-        self._file, self._tensorboard = None, None
+        self._file, self._tensorboard, self._wandb = None, None, None
         if session.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = (self.directory / "metrics.jsonl").open("a", buffering=1)
             if config.logging.tensorboard:
                 self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+            if config.logging.wandb_project is not None:
+                self._wandb = WandbRun(config)
 
     def write(self, kind: str, step: int, record: Mapping[str, float | int | str]) -> None:
-        """Append one record; ``kind`` is ``train`` or ``evaluation``."""
-        if self._file is None:
+        """Append one record; ``kind`` is ``train``, ``feature_scale`` or ``evaluation``. An empty one is left out."""
+        if self._file is None or not record:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
         if self._tensorboard is not None:
             for name, value in record.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in record.items()}})
 
     def write_failures(self, step: int, failures: Iterable[Iterable[FailedSample]]) -> None:
         """Append what this rank could not decode to ``failed_samples.jsonl``; any rank writes, a line at a time."""
@@ -62,16 +74,20 @@ class MetricsLog:
         for file in (self._file, self._tensorboard):
             if file is not None:
                 file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 class StepMeter:
     """Adds up steps between two records. Nothing is read from the device until ``record``."""
 
-    def __init__(self, config: NaViLConfig, session: Session, chunks: Sequence[nn.Module]):
+    def __init__(self, config: NaViLConfig, session: Session, chunks: Sequence[nn.Module], optimizer: ChainedOptimizer):
         self.config, self.session = config, session
         language = config.model.language
         self._expert_load = ExpertLoad(chunks, language.num_layers, language.num_experts)
         self._encoder_load = EncoderLoad(config, session)
+        self._grad_norms = GradNorms(chunks, optimizer)
+        self.feature_scale = FeatureScale(config, chunks, session.groups, session.device)
         self._last_step = 0.0
         self._reset()
 
@@ -84,6 +100,7 @@ class StepMeter:
     def _reset(self) -> None:
         self._results: list[StepResult] = []
         self._counts = torch.zeros(7, dtype=torch.float64)
+        self._group_weights = torch.zeros(num_loss_groups(self.config), dtype=torch.float64)
         self._imbalances: list[float] = []
         self._num_refused = 0
         self._wait_seconds = 0.0
@@ -110,6 +127,7 @@ class StepMeter:
             [text, visual, rows_tokens, data.counts.samples, num_failed, data.counts.shrunk, flops],
             dtype=torch.float64,
         )
+        self._group_weights += group_weights(microbatches, len(self._group_weights))
         self._imbalances.append(data.imbalance)
         self._encoder_load.add(microbatches)
         self._num_refused += data.num_refused
@@ -117,27 +135,37 @@ class StepMeter:
         self._wait_seconds += wait_seconds
         self._last_step = time.perf_counter()
 
-    def record(self, lr: float) -> Record:
-        """What the steps since the last record came to, over all ranks. Every rank must call it."""
+    def record(self, lr: float) -> tuple[Record, Record]:
+        """What the steps since the last record came to, over all ranks: the record of kind ``train``, and that of kind
+        ``feature_scale``, empty where nothing was measured. Every rank must call it.
+        """
         session = self.session
         session.platform.synchronize()
         seconds = time.perf_counter() - self._started - self._paused_seconds
         # Counts are the same on the ranks of one model replica, losses on those of one tensor-parallel group.
         replica_ranks = session.world_size // session.dp_size
         losses = torch.stack([result.loss_sum.double() for result in self._results]) / session.tp_size
-        loads = self._expert_load.take(session.device)
-        sums = torch.cat([self._counts.to(session.device) / replica_ranks, losses, loads.flatten()])
+        group_losses = torch.stack([result.group_loss_sums.double() for result in self._results]).sum(0)
+        counts, group_weights, losses, group_losses, loads, sums_of_scale = self._over_ranks(
+            self._counts / replica_ranks,
+            self._group_weights / replica_ranks,
+            losses,
+            group_losses / session.tp_size,
+            self._expert_load.take(session.device),
+            self.feature_scale.take(),
+        )
         slowest = torch.tensor([self._wait_seconds, session.platform.peak_memory_bytes()], dtype=torch.float64)
         slowest = slowest.to(session.device)
-        torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        counts, losses, of_experts = sums.cpu().split([len(self._counts), len(losses), loads.numel()])
+        grad_norm = float(self._results[-1].grad_norm or 0.0)
         text, visual, row_tokens, samples, failed, shrunk, flops = counts.tolist()
         loss = float(losses.sum()) / max(sum(float(result.loss_weight) for result in self._results), 1e-30)
         record: Record = {
             "train_steps": self.config.training.train_steps,
             "loss": loss,
-            "grad_norm": float(self._results[-1].grad_norm or 0.0),
+            **losses_by_group([s.index for s in self.config.data.train_sources], group_losses, group_weights),
+            "grad_norm": grad_norm,
+            **self._grad_norms.take(grad_norm, session.device),
             "lr": lr,
             "step_seconds": seconds / len(self._results),
             "tokens_per_second": (text + visual) / seconds,
@@ -146,6 +174,7 @@ class StepMeter:
             "samples_per_second": samples / seconds,
             "samples": round(samples),
             "tokens": round(text + visual),
+            "visual_share": visual / max(1.0, text + visual),
             "padding_share": 1.0 - (text + visual) / row_tokens,
             "data_wait_seconds": slowest[0].item() / len(self._results),
             "failed_samples": round(failed),
@@ -156,7 +185,14 @@ class StepMeter:
             "peak_memory_bytes": round(slowest[1].item()),
             "flops_per_second": flops / seconds,
             "skipped_steps": sum(result.skipped for result in self._results),
-            **balance(of_experts.view(loads.shape)),
+            **balance(loads),
         }
         self._reset()
-        return record
+        return record, scales(sums_of_scale)
+
+    def _over_ranks(self, *parts: Tensor) -> list[Tensor]:
+        """The sums over all ranks, on the host."""
+        sums = torch.cat([part.to(self.session.device).flatten() for part in parts])
+        torch.distributed.all_reduce(sums)
+        pieces = sums.cpu().split([part.numel() for part in parts])
+        return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]

@@ -25,6 +25,7 @@ from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session
 from navil_megatron.runtime.watchdog import Watchdog
 from navil_megatron.training.batch import build_model_inputs
+from navil_megatron.training.loss_groups import num_loss_groups
 from navil_megatron.training.optimizer import set_learning_rate
 
 type Chunks = list[DistributedDataParallel]
@@ -37,6 +38,8 @@ class StepResult:
 
     loss_sum: Tensor
     """Weighted sum of cross entropies over this rank's microbatches; 0 except on the last stage."""
+    group_loss_sums: Tensor
+    """The same apart for each group of ``training.loss_groups``, [groups]."""
     loss_weight: Tensor
     """Weight of the global batch."""
     grad_norm: float | None = None
@@ -73,12 +76,12 @@ def train_step(
         finalize_gradients, session.watchdog, tp_group=session.groups.tp, loss_weight=loss_weight
     )
     router_loss_scale = loss_weight / tokens.clamp(min=1)
-    loss_sum = run_schedule(
+    loss_sum, group_loss_sums = run_schedule(
         config, session, chunks, microbatches, forward_only=False, router_loss_scale=router_loss_scale
     )
     session.watchdog.enter("update")
     updated, grad_norm, _ = optimizer.step()
-    return StepResult(loss_sum, loss_weight, grad_norm, skipped=not updated)
+    return StepResult(loss_sum, group_loss_sums, loss_weight, grad_norm, skipped=not updated)
 
 
 @torch.no_grad()
@@ -86,8 +89,8 @@ def evaluate_step(
     config: NaViLConfig, session: Session, chunks: Chunks, microbatches: Sequence[Microbatch]
 ) -> StepResult:
     """Forward only, for held-out rows. Leaves gradients and weights alone."""
-    loss_sum = run_schedule(config, session, chunks, microbatches, forward_only=True)
-    return StepResult(loss_sum, _global_sums(microbatches, session)[0])
+    loss_sums = run_schedule(config, session, chunks, microbatches, forward_only=True)
+    return StepResult(*loss_sums, _global_sums(microbatches, session)[0])
 
 
 def run_schedule(
@@ -98,9 +101,9 @@ def run_schedule(
     *,
     forward_only: bool,
     router_loss_scale: Tensor | None = None,
-) -> Tensor:
-    """megatron-core's schedule over this rank's microbatches. -> weighted loss sum of this rank, 0 but on the last
-    stage.
+) -> tuple[Tensor, Tensor]:
+    """megatron-core's schedule over this rank's microbatches. -> weighted loss sum of this rank, and the same by group,
+    0 but on the last stage.
 
     ``router_loss_scale`` [2] is global weight over global tokens, of text and visual: a router's sum over its tokens
     times this, divided with all gradients by the weight, is their mean, at any layout and any number of microbatches.
@@ -108,9 +111,13 @@ def run_schedule(
     inputs = [inputs_of(microbatch, config, session) for microbatch in microbatches]
     for microbatch in inputs:
         microbatch.packed_seq_params.router_loss_scale = router_loss_scale
-    forward = partial(forward_step, watchdog=session.watchdog)
+    num_groups = num_loss_groups(config)
+    forward = partial(forward_step, watchdog=session.watchdog, num_groups=num_groups)
     losses = schedule_over(config, session, chunks, inputs, forward, forward_only=forward_only)
-    return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=session.device))
+    loss_sum, group_sums = torch.zeros((), device=session.device), torch.zeros(num_groups, device=session.device)
+    for entry in losses:
+        loss_sum, group_sums = loss_sum + entry["loss_sum"], group_sums + entry["group_loss_sums"]
+    return loss_sum, group_sums
 
 
 def inputs_of(microbatch: Microbatch, config: NaViLConfig, session: Session) -> ModelInputs:
@@ -152,25 +159,27 @@ def schedule_over(
 
 
 def forward_step(
-    inputs: Iterator[tuple[int, ModelInputs]], chunk: nn.Module, *, watchdog: Watchdog
+    inputs: Iterator[tuple[int, ModelInputs]], chunk: nn.Module, *, watchdog: Watchdog, num_groups: int
 ) -> tuple[Tensor, LossFunction]:
     """What the schedule calls for one microbatch and one chunk."""
     number, microbatch = next(inputs)
     watchdog.forward(number)
     output = chunk(microbatch)
     watchdog.expect_backward(number, output)
-    return output, partial(weighted_loss, microbatch)
+    return output, partial(weighted_loss, microbatch, num_groups)
 
 
-def weighted_loss(inputs: ModelInputs, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def weighted_loss(inputs: ModelInputs, num_groups: int, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Cross entropies [k] -> (weighted sum, number of predictions, what to report).
 
     Core divides the first by nothing, because ``calculate_per_token_loss`` is set, but changes it in place: the report
     is a copy.
     """
-    loss_sum = (losses * inputs.loss_weights).sum()
+    weighted = losses * inputs.loss_weights
+    loss_sum = weighted.sum()
+    group_sums = weighted.new_zeros(num_groups).index_add(0, inputs.loss_groups, weighted.detach())
     count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
-    return loss_sum, count, {"loss_sum": loss_sum.detach().clone()}
+    return loss_sum, count, {"loss_sum": loss_sum.detach().clone(), "group_loss_sums": group_sums}
 
 
 def finalize_gradients(

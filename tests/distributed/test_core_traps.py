@@ -201,7 +201,7 @@ def _report_after_core(rank: int, world_size: int) -> tuple[float, float, float]
         divided, _ = forward_step_calc_loss(
             model=None,
             output_tensor=losses,
-            loss_func=functools.partial(weighted_loss, inputs),
+            loss_func=functools.partial(weighted_loss, inputs, 2),
             config=TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1),
             vp_stage=None,
             collect_non_loss_data=False,

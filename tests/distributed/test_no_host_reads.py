@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from navil_megatron.models.build import build_model
+from navil_megatron.training.feature_scale import FeatureScale
 from navil_megatron.training.optimizer import wrap_ddp
 from navil_megatron.training.step import run_schedule
 from tests.distributed.test_layouts import MODELS
@@ -47,9 +48,10 @@ def reads_of_step(rank: int, world_size: int, choices: list[dict]) -> list[str]:
     """What forward and backward of several microbatches read, from their host-side rows to their gradients."""
     found = []
     for sections in choices:
-        config = oracle_config(**sections)
+        config = oracle_config(**merge_sections(sections, {"logging": {"feature_scale_every_steps": 1}}))
         with start_session(rank, world_size, config) as session:
             chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
+            FeatureScale(config, chunks, session.groups, session.device).is_on = True
             batch = global_batch(config, (*BATCH, MIXED))
             with watching_host_reads() as reads:
                 run_schedule(config, session, chunks, batch, forward_only=False)

@@ -24,6 +24,7 @@ from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
 from navil_megatron.models.build import build_model
 from navil_megatron.training.evaluate import evaluate
+from navil_megatron.training.grad_norms import PARTS
 from tests.e2e.runs import (
     World,
     make_run,
@@ -32,7 +33,7 @@ from tests.e2e.runs import (
     train_in_rank,
 )
 from tests.ranks import run_ranks, start_session
-from tests.tolerances import EXPORT
+from tests.tolerances import EXPORT, RANKS
 from tests.unit.data_examples import damage_image, write_samples
 from tests.whole import assemble, slices_of
 
@@ -85,7 +86,7 @@ def test_records_of_a_run(world: World, tmp_path: Path) -> None:
         training={"train_steps": 7, "evaluate_every_steps": 3, "evaluate_swapped_images": True, "precision": "bf16"},
         optimizer={"lr": 1e-2, "min_lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 3},
         checkpoint={"save_every_steps": 2, "keep_last": 2},
-        logging={"tensorboard": True},
+        logging={"tensorboard": True, "feature_scale_every_steps": 4},
     )
     states = run_ranks(2, train_in_rank, config)
     found = records(config, "train")
@@ -93,7 +94,9 @@ def test_records_of_a_run(world: World, tmp_path: Path) -> None:
         [1e-2 / 3, 2e-2 / 3, *(1e-3 + 9e-3 * (1 + math.cos(math.pi * part / 4)) / 2 for part in range(5))]
     )
     row_tokens = config.training.global_batch_size * config.data.seq_length
+    documented = (Path(__file__).parents[2] / "docs" / "watching.md").read_text()
     for record in found:
+        assert [name for name in record if f"`{name.split('/')[0]}" not in documented] == []
         assert record["train_steps"] == 7
         assert 0 < record["loss"] < 20
         assert 0 < record["grad_norm"] < 1000
@@ -108,6 +111,16 @@ def test_records_of_a_run(world: World, tmp_path: Path) -> None:
         assert record["peak_memory_bytes"] > 50_000_000
         assert record["flops_per_second"] > 0
         assert record["failed_samples"] == record["skipped_steps"] == 0
+        assert record["visual_share"] == pytest.approx(record["visual_tokens_per_second"] / record["tokens_per_second"])
+        parts = [record[f"grad_norm/{part}"] for part in PARTS]
+        assert min(parts) > 0 and math.hypot(*parts) == pytest.approx(record["grad_norm"])
+        kinds = [record[name] for name in ("loss_text_only", "loss_with_images") if name in record]
+        between = min(max(record["loss"], min(kinds)), max(kinds))
+        assert record["loss"] == pytest.approx(between, rel=RANKS["rtol"])
+    scales = records(config, "feature_scale")
+    assert [record["step"] for record in scales] == [4, 7]
+    layers = config.model.language.num_layers + 1
+    assert all(len(record) == 2 + 2 * (layers + 1) and min(record["text/layer_0"], 1) > 0 for record in scales)
     assert found[-1]["loss"] < found[0]["loss"]
     assert states[0]["consumed_samples"] == found[-1]["consumed_samples"] == sum(r["samples"] for r in found)
     assert states[0]["consumed_tokens"] == found[-1]["consumed_tokens"] == sum(r["tokens"] for r in found)
@@ -119,7 +132,9 @@ def test_records_of_a_run(world: World, tmp_path: Path) -> None:
     events = list((Path(config.logging.directory) / "tensorboard").glob("events.out.tfevents.*"))
     assert len(events) == 1
     content = events[0].read_bytes()
-    assert all(name in content for name in (b"train/loss", b"evaluation/loss_swapped_images"))
+    assert all(
+        name in content for name in (b"train/loss", b"feature_scale/visual/layer_0", b"evaluation/loss_swapped_images")
+    )
 
 
 def test_steps_between_records_are_counted_in_the_checkpoint(world: World, tmp_path: Path) -> None:

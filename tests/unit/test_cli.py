@@ -25,6 +25,7 @@ VERBS = [
     ("scaling", "plot"),
     ("generate",),
     ("evaluate",),
+    ("attention",),
     ("doctor",),
 ]
 
@@ -126,6 +127,8 @@ def test_doctor_reports_in_json_and_in_words(capsys: pytest.CaptureFixture[str])
         ("convert", "from-hf", "absent", "out"),
         ("evaluate", "absent", "absent.jsonl", "--output", "out"),
         ("generate", "absent", "image.png"),
+        ("attention", "absent", "image.png", "--output", "out.svg"),
+        ("attention", "absent", "image.png", "--output", "out"),
         ("generate", "absent", "image.png", "--prompt", "<image><image>"),
     ],
     ids=" ".join,

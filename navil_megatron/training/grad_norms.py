@@ -1,0 +1,95 @@
+"""Gradient norms of the parts of the model, before clipping, at any layout.
+
+They are taken of the gradients that the optimizer has just used, where a record is made: one more pass over what this
+rank holds of them (its slice, under the distributed optimizer), and no step without a record pays for it.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import torch
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from navil_megatron.config.schema import MODALITIES
+
+PARTS = ("encoder", "connector", *(f"decoder_{modality}" for modality in MODALITIES), "decoder_shared")
+
+
+def part_of(name: str) -> str:
+    """The part of a parameter, by its name. The decoder's shared one is norms, token tables and LM head."""
+    if name.startswith("vision_encoder."):
+        return "encoder"
+    if name.startswith("connector."):
+        return "connector"
+    return next((f"decoder_{modality}" for modality in MODALITIES if f".{modality}." in name), "decoder_shared")
+
+
+class GradNorms:
+    """Which part each parameter of this rank belongs to.
+
+    Args:
+        chunks: This rank's model chunks.
+        optimizer: Their optimizer.
+    """
+
+    def __init__(self, chunks: Iterable[nn.Module], optimizer: ChainedOptimizer):
+        parts = {
+            parameter: PARTS.index(part_of(name)) for chunk in chunks for name, parameter in chunk.named_parameters()
+        }
+        self._held: list[tuple[MegatronOptimizer, list[list[nn.Parameter]]]] = []
+        for piece in optimizer.chained_optimizers:
+            of_parts: list[list[nn.Parameter]] = [[] for _ in PARTS]
+            for parameter, updated in _held_by(piece):
+                of_parts[parts[parameter]].append(updated)
+            self._held.append((piece, of_parts))
+
+    def take(self, grad_norm: float, device: torch.device) -> dict[str, float]:
+        """Norm of each part in the last update, 0 where it is frozen; their squares sum to that of ``grad_norm``.
+
+        Clipping has shortened all gradients by one factor, so a part's share of the squares is what it was. Every rank
+        calls it.
+
+        Args:
+            grad_norm: The global one, before clipping.
+            device: Where the gradients are.
+        """
+        sums: dict[ProcessGroup, Tensor] = {}
+        for piece, of_parts in self._held:
+            group = piece.get_grad_stats_parallel_group()
+            # Core's own choice: tensor-parallel replicas and tied tables count once.
+            squares = [_sum_of_squares(piece._filter_grads_for_norm(updated), device) for updated in of_parts]
+            sums[group] = torch.stack(squares) + sums.get(group, 0)
+        for group, of_group in sums.items():
+            torch.distributed.all_reduce(of_group, group=group)
+        total = torch.stack(list(sums.values())).sum(0).cpu()
+        # 0 also stands for an update that was refused, whose squares are no numbers.
+        norms = grad_norm * (total / total.sum()).sqrt() if grad_norm else torch.zeros_like(total)
+        return {f"grad_norm/{part}": float(norm) for part, norm in zip(PARTS, norms, strict=True)}
+
+
+def _held_by(optimizer: MegatronOptimizer) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+    """Each parameter of the model that this rank updates, and what it updates for it, which has the gradient: the
+    parameter itself, its FP32 copy, or this rank's slice of either.
+    """
+    if optimizer.is_stub_optimizer:
+        return []
+    if isinstance(optimizer, DistributedOptimizer):
+        models = (*optimizer.model_float16_groups, *optimizer.model_fp32_groups)
+        updated = (*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups)
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        models = (*optimizer.float16_groups, *optimizer.fp32_from_fp32_groups)
+        updated = (*optimizer.fp32_from_float16_groups, *optimizer.fp32_from_fp32_groups)
+    else:
+        models = updated = (optimizer.get_parameters(),)
+    return zip(chain(*models), chain(*updated), strict=True)
+
+
+def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """[] float64."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return nn.utils.get_total_norm(gradients).double().square()
