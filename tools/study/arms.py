@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 PARTS = ("attention", "ffn")
+NATIVE_PIXELS = 16_384
+"""No scene is larger, so none is shrunk: only then is a second scale smaller by whole tokens."""
 HEAD_DIM = 32
 
 
@@ -28,6 +30,8 @@ class Arm:
     """How these start from a pretrained LLM."""
     multi_scale: bool = True
     """Visual multi-scale packing."""
+    max_image_pixels: int | None = None
+    """Largest area of an image; None: the config's."""
 
     @property
     def heads(self) -> int:
@@ -43,6 +47,7 @@ class Arm:
         words += ["+".join(self.experts) or "no-experts"] * (self.experts != PARTS)
         words += ["random-experts"] * (self.visual_experts == "random")
         words += ["one-scale"] * (not self.multi_scale)
+        words += [f"{self.max_image_pixels}px"] * (self.max_image_pixels is not None)
         return "_".join(words)
 
 
@@ -151,7 +156,9 @@ class Study:
     claim: str
     """What the paper says, with its place there."""
     arms: dict[str, Arm]
-    """Label in tables and pictures -> arm; the first is the one that the paper prefers."""
+    """Label in tables and pictures -> arm."""
+    preferred: str
+    """Label of the arm that is closest to the paper's models; the others are compared with it."""
 
 
 def studies(scale: Scale) -> dict[str, Study]:
@@ -162,6 +169,7 @@ def studies(scale: Scale) -> dict[str, Study]:
             "LLM initialisation",
             "Observation 1 (figure 2): a random LLM needs over 10 times the data of a pretrained one.",
             {"pretrained LLM": base, "random LLM": replace(base, start="random")},
+            "pretrained LLM",
         ),
         "b": Study(
             "Modality experts",
@@ -172,12 +180,14 @@ def studies(scale: Scale) -> dict[str, Study]:
                 "FFN only": replace(base, experts=("ffn",)),
                 "none": replace(base, experts=()),
             },
+            "attention + FFN",
         ),
         "c": Study(
             "Encoder depth against width",
             "Observation 3 (figure 4): at equal parameters very deep and very shallow encoders are worse, everything "
             "between is alike, and shallow ones are ahead early.",
             {f"{d} x {w}": replace(base, depth=d, width=w) for d, w in scale.shapes},
+            "{} x {}".format(*scale.base_encoder),
         ),
         "d": Study(
             "Encoder size for several LLM sizes",
@@ -188,15 +198,21 @@ def studies(scale: Scale) -> dict[str, Study]:
                 for llm in scale.llms
                 for d, w in scale.encoders
             },
+            "{} LLM, {} x {}".format(scale.base_llm, *scale.base_encoder),
         ),
         "e": Study(
             "Visual multi-scale packing",
             "Section 4.1: it is introduced for inference; tables 7 and 8 train with it too. The paper has no ablation.",
-            {"on": base, "off": replace(base, multi_scale=False)},
+            {
+                "on": replace(base, max_image_pixels=NATIVE_PIXELS),
+                "off": replace(base, max_image_pixels=NATIVE_PIXELS, multi_scale=False),
+            },
+            "on",
         ),
         "f": Study(
             "Start of the visual experts",
             "Not stated in the paper; copies of the text experts are the natural choice.",
             {"copied": base, "random": replace(base, visual_experts="random")},
+            "copied",
         ),
     }

@@ -17,17 +17,17 @@ COLORS = ("#1f6fb4", "#d9730d", "#2e8b57", "#8e44ad", "#b03a48", "#607d8b")
 STYLE = {"svg.hashsalt": "navil", "svg.fonttype": "path", "font.size": 10.0, "axes.grid": True, "grid.alpha": 0.25}
 
 
-def draw_curves(arms: "dict[str, Runs]", path: Path) -> None:
+def draw_curves(arms: "dict[str, Runs]", grid: list[int], path: Path) -> None:
     """Held-out loss over samples: the mean of the seeds, and their range."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.2, 4.2), layout="constrained")
         axes = figure.subplots()
         for color, (label, runs) in zip(COLORS, arms.items(), strict=False):
-            grid = np.geomspace(runs.first(), runs.last(), 80)
-            losses = np.array([runs.losses(at) for at in grid])
-            axes.plot(grid, losses.mean(axis=1), color=color, label=label)
-            axes.fill_between(grid, losses.min(axis=1), losses.max(axis=1), color=color, alpha=0.15, linewidth=0)
-        _scales(axes, [1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 400_000], "samples")
+            places = np.geomspace(runs.first(), runs.last(), 80)
+            losses = np.array([runs.losses(at) for at in places])
+            axes.plot(places, losses.mean(axis=1), color=color, label=label)
+            axes.fill_between(places, losses.min(axis=1), losses.max(axis=1), color=color, alpha=0.15, linewidth=0)
+        _scales(axes, grid, "samples")
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -13,7 +13,10 @@ import numpy as np
 from rich.console import Console
 from scipy.stats import ttest_ind
 
-from navil_megatron.cli import main as navil_megatron
+from navil_megatron.scaling.load import load_study
+from navil_megatron.scaling.picture import draw_study
+from navil_megatron.scaling.recommend import find_optima
+from navil_megatron.scaling.report import optima_lines
 from tools.study.arms import Arm, Study
 from tools.study.one_run import RESULT
 from tools.study.picture import draw_curves, draw_shapes
@@ -66,13 +69,13 @@ def write_report(letter: str, study: Study, folder: Path, seeds: int, docs: Path
     target.mkdir(parents=True, exist_ok=True)
     first, last = max(runs.first() for runs in arms.values()), min(runs.last() for runs in arms.values())
     grid = [_round(at) for at in np.geomspace(first, last, COLUMNS)]
-    text = "\n".join([*table(arms, grid), "", *(f"- {line}" for line in verdicts(arms, grid))])
-    if letter == "c":
-        draw_shapes(arms, grid, target / f"{letter}.svg")
-    elif letter == "d":
-        _scaling(arms, grid, target)
+    if letter == "d":
+        found = encoder_sizes(arms, grid, target)
     else:
-        draw_curves(arms, target / f"{letter}.svg")
+        draw = draw_shapes if letter == "c" else draw_curves
+        draw(arms, grid, target / f"{letter}.svg")
+        found = [f"- {line}" for line in verdicts(arms, study.preferred, grid)]
+    text = "\n".join([*table(arms, grid), "", *found])
     if docs is not None:
         _insert(docs / "study.md", letter, f"{text}\n\n![{study.title}](study/{letter}.svg)")
     console.print(text, markup=False, soft_wrap=True)
@@ -105,13 +108,15 @@ def _cell(losses: list[float]) -> str:
     return f"{fmean(losses):.3f} ± {stdev(losses):.3f}" if len(losses) > 1 else f"{losses[0]:.3f}"
 
 
-def verdicts(arms: dict[str, Runs], grid: list[int]) -> list[str]:
-    """Each arm against the first, early and late: Welch's t-test over the seeds."""
-    first, *others = arms
+def verdicts(arms: dict[str, Runs], preferred: str, grid: list[int]) -> list[str]:
+    """The others against the preferred arm, early and late: Welch's t-test over the seeds."""
+    if preferred not in arms:
+        return []
     lines = []
-    for other in others:
-        words = [_compare(first, arms[first], other, arms[other], at) for at in (grid[0], grid[-1])]
-        lines.append(f"{'; '.join(words)}.{_factor(first, arms[first], other, arms[other], grid[-1])}")
+    for other in (label for label in arms if label != preferred):
+        pair = (preferred, arms[preferred], other, arms[other])
+        words = [_compare(*pair, at) for at in (grid[0], grid[-1])]
+        lines.append(f"{'; '.join(words)}.{_factor(*pair, grid[-1])}")
     return lines
 
 
@@ -135,7 +140,7 @@ def _factor(name: str, one: Runs, other_name: str, other: Runs, at: int) -> str:
     return f" {better} reaches the last loss of {worse} with {needed / at:.2f} of the data." if needed else ""
 
 
-def _scaling(arms: dict[str, Runs], grid: list[int], target: Path) -> None:
+def encoder_sizes(arms: dict[str, Runs], grid: list[int], target: Path) -> list[str]:
     """The lines of ``docs/scaling.md``, and what ``navil-megatron scaling`` draws and says of them."""
     lines = [
         {
@@ -154,9 +159,9 @@ def _scaling(arms: dict[str, Runs], grid: list[int], target: Path) -> None:
     ]
     file = target / "d.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    navil_megatron(["scaling", "plot", str(file), "--output", str(target / "d.svg")])
-    for llm in sorted({line["llm_parameters"] for line in lines}):
-        navil_megatron(["scaling", "recommend", "--curves", str(file), "--llm", str(llm)])
+    optima = find_optima(load_study(file))
+    draw_study(optima, target / "d.svg")
+    return ["```", *optima_lines(optima), "```"]
 
 
 def _insert(page: Path, letter: str, text: str) -> None:
