@@ -64,7 +64,10 @@ def run(scale: Scale, arm: Arm, seed: int, data: dict, llm_folder: Path, folder:
     points = _points(records)
     if points[-1]["step"] < config.training.train_steps:
         raise SystemExit(f"stopped at step {points[-1]['step']} of {config.training.train_steps}; start again to go on")
-    result = {"arm": arm.name, "seed": seed, **_sizes(config), "points": points}
+    scales = [record for record in records if record["kind"] == "feature_scale"][-1]
+    layers = sorted(name.removeprefix("text/") for name in scales if name.startswith("text/layer_"))
+    ratios = [scales[f"visual/{layer}"] / scales[f"text/{layer}"] for layer in layers]
+    result = {"arm": arm.name, "seed": seed, **_sizes(config), "visual_over_text": ratios, "points": points}
     partial = folder / (RESULT + ".part")
     partial.write_text(json.dumps(result) + "\n")
     partial.rename(folder / RESULT)

@@ -75,6 +75,8 @@ def write_report(letter: str, study: Study, folder: Path, seeds: int, docs: Path
         draw = draw_shapes if letter == "c" else draw_curves
         draw(arms, grid, target / f"{letter}.svg")
         found = [f"- {line}" for line in verdicts(arms, study.preferred, grid)]
+    if letter == "b":
+        found += ["", *feature_scales(arms)]
     text = "\n".join([*table(arms, grid), "", *found])
     if docs is not None:
         _insert(docs / "study.md", letter, f"{text}\n\n![{study.title}](study/{letter}.svg)")
@@ -138,6 +140,17 @@ def _factor(name: str, one: Runs, other_name: str, other: Runs, at: int) -> str:
     (_, better, runs), (loss, worse, _) = ranked[0][:3], ranked[1][:3]
     needed = runs.needed(loss)
     return f" {better} reaches the last loss of {worse} with {needed / at:.2f} of the data." if needed else ""
+
+
+def feature_scales(arms: dict[str, Runs]) -> list[str]:
+    """How much larger visual features are than text features at the end, layer by layer, as Markdown."""
+    layers = range(len(next(iter(arms.values())).results[0]["visual_over_text"]))
+    names = ["entering the decoder", *(f"leaving layer {layer}" for layer in layers[1:])]
+    lines = ["| visual over text, RMS | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for label, runs in arms.items():
+        cells = [_cell([result["visual_over_text"][layer] for result in runs.results]) for layer in layers]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def encoder_sizes(arms: dict[str, Runs], grid: list[int], target: Path) -> list[str]:
