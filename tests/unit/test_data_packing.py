@@ -49,6 +49,14 @@ def test_rows_of_few_samples_are_filled_by_best_fit(low: int, high: int, least: 
     assert fill_of(rows, length, 768) >= least
 
 
+@pytest.mark.parametrize(("low", "high", "seq_length"), [(18, 26, 1024), (18, 26, 512), (40, 130, 512)])
+def test_rows_of_many_samples_are_mixed(low: int, high: int, seq_length: int) -> None:
+    length = np.random.default_rng(0).integers(low, high, 6000)
+    rows = pack_rows(length - length // 3, length // 3, length, seq_length, 16)
+    assert fill_of(rows, length, seq_length) >= 0.95
+    assert np.mean([length[row].std() for row in rows]) >= 0.7 * length.std()
+
+
 def test_samples_over_half_a_row_get_one_each() -> None:
     length = np.full(500, 9000)
     assert len(pack_rows(length, 0 * length, length, 16_384, 16)) == 500
