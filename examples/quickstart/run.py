@@ -15,16 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from report import last_record, read_metrics, show_summary
-from scenes import build_scenes
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.commands import check, console, navil, navil_command, run
+from examples.quickstart.report import last_record, read_metrics, show_summary
+from examples.quickstart.scenes import build_scenes
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "config.toml"
-console = Console()
 
 
 def main() -> int:
@@ -149,28 +148,6 @@ def summarize(folder: Path, scenes: dict, stopped_at: int, train_seconds: float,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def navil_command(*words: str) -> list[str]:
-    """The ``navil-megatron`` command of this environment."""
-    return [sys.executable, "-m", "navil_megatron.cli", *words]
-
-
-def navil(*words: str) -> None:
-    """One ``navil-megatron`` command."""
-    run(navil_command(*words))
-
-
-def run(command: list[str]) -> None:
-    """A command whose failure ends the quickstart."""
-    check(subprocess.run(command, check=False).returncode, " ".join(command[1:4]))
-
-
-def check(code: int, what: str) -> None:
-    """End with the exit code of a step that failed."""
-    if code:
-        console.print(f"[red]{what} ended with exit code {code}[/red]")
-        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ SIZE_WORDS = {"small": (0.45, 0.55), "large": (0.88, 1.0)}
 """Side of an emoji of that size, as a share of its cell's shorter side."""
 PLAIN_SIZE = (0.8, 1.0)
 COUNT_WORDS = {2: "two", 3: "three"}
+COLOURS = {"red": (225, 60, 55), "green": (70, 180, 80), "blue": (65, 115, 230), "yellow": (245, 215, 65)}
+"""Of the tile that an item lies on."""
 PLACES = {1: ((0.5, 0.5),), 2: ((0.27, 0.3), (0.73, 0.7)), 3: ((0.27, 0.27), (0.73, 0.27), (0.5, 0.75))}
 """Centres of the copies of a counted item, as shares of its cell."""
 
@@ -52,6 +54,8 @@ class Item:
     """Copies in the cell."""
     size: str | None
     """A key of ``SIZE_WORDS``, or None where size is not spoken of."""
+    colour: str | None = None
+    """A key of ``COLOURS``: the tile that the item lies on; None: no tile, and colour is not spoken of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +74,18 @@ class Scene:
 
 
 def _phrase(item: Item) -> str:
-    """``a red apple``, ``a small key``, ``two foxes``."""
+    """``a red apple``, ``a small key``, ``two foxes``, ``a house on green``."""
+    tile = f" on {item.colour}" if item.colour else ""
     if item.count > 1:
-        return f"{COUNT_WORDS[item.count]} {_plural(item.name)}"
+        return f"{COUNT_WORDS[item.count]} {plural(item.name)}{tile}"
     words = f"{item.size} {item.name}" if item.size else item.name
     # "a unicorn", not "an unicorn"
-    return f"{'an' if words[0] in 'aeio' or words.startswith('um') else 'a'} {words}"
+    return f"{'an' if words[0] in 'aeio' or words.startswith('um') else 'a'} {words}{tile}"
 
 
-def _plural(name: str) -> str:
-    if name.endswith("y"):
+def plural(name: str) -> str:
+    """``keys``, ``butterflies``, ``foxes``."""
+    if name.endswith("y") and name[-2] not in "aeiou":
         return f"{name[:-1]}ies"
     return f"{name}es" if name.endswith(("s", "x")) else f"{name}s"
 
@@ -149,6 +155,8 @@ class ScenePainter:
         canvas = Image.new("RGB", (across * width, down * height), background)
         for number, item in enumerate(scene.items):
             left, top = (number * width, 0) if scene.horizontal else (0, number * height)
+            if item.colour:
+                canvas.paste(COLOURS[item.colour], (left, top, left + width, top + height))
             low, high = SIZE_WORDS[item.size] if item.size else PLAIN_SIZE
             share = random.uniform(low, high) * (1.0 if item.count == 1 else 0.45)
             side = round(share * min(height, width))

