@@ -32,6 +32,8 @@ class Arm:
     """Visual multi-scale packing."""
     max_image_pixels: int | None = None
     """Largest area of an image; None: the config's."""
+    length: int = 1
+    """Trained for so many times the config's steps."""
 
     @property
     def heads(self) -> int:
@@ -48,6 +50,7 @@ class Arm:
         words += ["random-experts"] * (self.visual_experts == "random")
         words += ["one-scale"] * (not self.multi_scale)
         words += [f"{self.max_image_pixels}px"] * (self.max_image_pixels is not None)
+        words += [f"{self.length}-times-as-long"] * (self.length > 1)
         return "_".join(words)
 
 
@@ -164,6 +167,8 @@ class Study:
 def studies(scale: Scale) -> dict[str, Study]:
     """The six studies at a scale."""
     base = scale.base
+    # At their own size scenes are twice the tokens, and a model begins to read them later.
+    native = replace(base, max_image_pixels=NATIVE_PIXELS, length=2)
     return {
         "a": Study(
             "LLM initialisation",
@@ -204,8 +209,8 @@ def studies(scale: Scale) -> dict[str, Study]:
             "Visual multi-scale packing",
             "Section 4.1: it is introduced for inference; tables 7 and 8 train with it too. The paper has no ablation.",
             {
-                "on": replace(base, max_image_pixels=NATIVE_PIXELS),
-                "off": replace(base, max_image_pixels=NATIVE_PIXELS, multi_scale=False),
+                "on": native,
+                "off": replace(native, multi_scale=False),
             },
             "on",
         ),

@@ -53,6 +53,8 @@ def run(scale: Scale, arm: Arm, seed: int, data: dict, llm_folder: Path, folder:
     """Trains one arm with one seed and writes ``result.json``; goes on from its newest checkpoint."""
     config_file = Path(__file__).with_name(scale.config)
     words = [*overrides(arm, scale.llms[arm.llm], seed, data, folder), *scale.overrides]
+    if arm.length > 1:
+        words.append(f"training.train_steps={arm.length * load_config(config_file, words).training.train_steps}")
     config = load_config(config_file, words)
     if arm.start == "pretrained" and not (folder / "start").exists():
         convert_llm(llm_folder, folder / "start", config_file, words, seed=seed)
