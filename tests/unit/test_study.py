@@ -1,5 +1,6 @@
 """The study: what its arms are, and what its tables and verdicts make of known losses."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -74,3 +75,14 @@ def test_verdicts_tell_a_difference_from_noise_and_measure_the_data_it_saves() -
 
 def test_losses_between_evaluations_lie_on_a_line_in_log_samples() -> None:
     assert runs([[1.0, 0.5, 0.5, 0.5]]).losses(2**0.5 * 1_000) == pytest.approx([0.75])
+
+
+def test_the_published_lines_are_those_of_the_published_runs() -> None:
+    page = (REPOSITORY / "docs" / "study.md").read_text()
+    for letter in studies(SCALES["cpu"]):
+        assert f"<!-- {letter}: written by tools/study/run.py -->" in page
+        assert (REPOSITORY / "docs" / "study" / f"{letter}.svg").exists()
+    lines = [json.loads(line) for line in (REPOSITORY / "docs" / "study" / "d.jsonl").read_text().splitlines()]
+    assert {(line["seed"], line["llm_parameters"]) for line in lines} == {
+        (seed, size) for seed in (1, 2, 3) for size in {line["llm_parameters"] for line in lines}
+    }

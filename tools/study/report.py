@@ -116,29 +116,36 @@ def verdicts(arms: dict[str, Runs], preferred: str, grid: list[int]) -> list[str
         return []
     lines = []
     for other in (label for label in arms if label != preferred):
-        pair = (preferred, arms[preferred], other, arms[other])
-        words = [_compare(*pair, at) for at in (grid[0], grid[-1])]
-        lines.append(f"{'; '.join(words)}.{_factor(*pair, grid[-1])}")
+        pair = {preferred: arms[preferred], other: arms[other]}
+        early, late = _compare(pair, grid[0]), _compare(pair, grid[-1])
+        lines.append(f"{early.words}; {late.words}.{_data_saved(pair, grid[-1]) if late.differ else ''}")
     return lines
 
 
-def _compare(name: str, one: Runs, other_name: str, other: Runs, at: int) -> str:
-    mine, theirs = one.losses(at), other.losses(at)
+@dataclass(frozen=True)
+class _Comparison:
+    words: str
+    differ: bool
+    """Whether by more than chance."""
+
+
+def _compare(pair: dict[str, Runs], at: int) -> _Comparison:
+    (name, mine), (other, theirs) = ((label, runs.losses(at)) for label, runs in pair.items())
     if min(len(mine), len(theirs)) < 2:
-        return f"at {at:,} samples {name} {fmean(mine):.3f}, {other_name} {fmean(theirs):.3f} (one seed)"
+        return _Comparison(f"at {at:,} samples {name} {fmean(mine):.3f}, {other} {fmean(theirs):.3f} (one seed)", False)
     chance = float(ttest_ind(mine, theirs, equal_var=False).pvalue)
     share = abs(fmean(mine) / fmean(theirs) - 1)
     if chance >= SIGNIFICANT:
-        return f"at {at:,} samples {name} and {other_name} cannot be told apart ({share:.0%} apart, p = {chance:.2f})"
+        apart = f"({share:.0%} apart, p = {chance:.2f})"
+        return _Comparison(f"at {at:,} samples {name} and {other} cannot be told apart {apart}", False)
     word = "below" if fmean(mine) < fmean(theirs) else "above"
-    return f"at {at:,} samples {name} is {share:.0%} {word} {other_name} (p = {chance:.2g})"
+    return _Comparison(f"at {at:,} samples {name} is {share:.0%} {word} {other} (p = {chance:.2g})", True)
 
 
-def _factor(name: str, one: Runs, other_name: str, other: Runs, at: int) -> str:
+def _data_saved(pair: dict[str, Runs], at: int) -> str:
     """How much less data the better of two needs for the last loss of the worse."""
-    ranked = sorted(((fmean(runs.losses(at)), label, runs) for label, runs in ((name, one), (other_name, other))))
-    (_, better, runs), (loss, worse, _) = ranked[0][:3], ranked[1][:3]
-    needed = runs.needed(loss)
+    better, worse = sorted(pair, key=lambda label: fmean(pair[label].losses(at)))
+    needed = pair[better].needed(fmean(pair[worse].losses(at)))
     return f" {better} reaches the last loss of {worse} with {needed / at:.2f} of the data." if needed else ""
 
 
