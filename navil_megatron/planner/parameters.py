@@ -156,7 +156,7 @@ def _feed_forward(language: LanguageConfig, parallel: ParallelConfig, ep_rank: i
         for modality in MODALITIES:
             yield f"mlp.router.{modality}.weight", language.router_weights
     held = local_experts(ep_rank, parallel.expert_model_parallel_size, language.num_experts)
-    for modality in held_modalities(language, "ffn"):
+    for modality in (modality for modality in held_modalities(language, "ffn") if modality in held):
         numbers = held[modality]
         yield f"mlp.linear_fc1.{modality}.weight", 2 * one * len(numbers)
         yield f"mlp.linear_fc2.{modality}.weight", one * len(numbers)
