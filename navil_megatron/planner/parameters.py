@@ -132,7 +132,7 @@ def _decoder_layer(language: LanguageConfig, tensor: int) -> Iterator[Sized]:
     query, key_value = language.num_attention_heads * d, 2 * language.num_query_groups * d
     yield "input_layernorm.weight", h
     yield "pre_mlp_layernorm.weight", h
-    for modality in held_modalities(language, "attention"):
+    for modality in _modalities_with_weights(language, "attention"):
         yield f"self_attention.linear_qkv.{modality}.weight", (query + key_value) * h // tensor
         if language.qkv_bias:
             yield f"self_attention.linear_qkv.{modality}.bias", (query + key_value) // tensor
@@ -144,7 +144,7 @@ def _decoder_layer(language: LanguageConfig, tensor: int) -> Iterator[Sized]:
             yield f"self_attention.k_layernorm.{modality}.weight", d
 
 
-def held_modalities(language: LanguageConfig, part: ModalityPart) -> tuple[Modality, ...]:
+def _modalities_with_weights(language: LanguageConfig, part: ModalityPart) -> tuple[Modality, ...]:
     """Modalities with weights of their own in a part of a layer."""
     return MODALITIES[:1] if language.shares(part) else MODALITIES
 
@@ -156,7 +156,7 @@ def _feed_forward(language: LanguageConfig, parallel: ParallelConfig, ep_rank: i
         for modality in MODALITIES:
             yield f"mlp.router.{modality}.weight", language.router_weights
     held = local_experts(ep_rank, parallel.expert_model_parallel_size, language.num_experts)
-    for modality in (modality for modality in held_modalities(language, "ffn") if modality in held):
-        numbers = held[modality]
+    own = _modalities_with_weights(language, "ffn")
+    for modality, numbers in ((modality, numbers) for modality, numbers in held.items() if modality in own):
         yield f"mlp.linear_fc1.{modality}.weight", 2 * one * len(numbers)
         yield f"mlp.linear_fc2.{modality}.weight", one * len(numbers)
