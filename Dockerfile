@@ -54,7 +54,7 @@ WORKDIR /opt/navil_megatron
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY navil_megatron navil_megatron
 COPY examples examples
-RUN pip install --constraint /constraints.txt ".[dali,parquet]" && rm -rf build ./*.egg-info
+RUN pip install --constraint /constraints.txt ".[dali,evaluate,parquet,study,wandb]" && rm -rf build ./*.egg-info
 
 # Fails the build if anything is missing, wrong, or was built for another torch. Needs no GPU: the toolkit's stub stands
 # in for the driver's library, which only a node has.

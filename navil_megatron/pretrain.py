@@ -1,5 +1,6 @@
 """Entry point of one rank: ``torchrun -m navil_megatron.pretrain CONFIG.toml [section.field=value ...]``."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             state = train(config, session)
     except UserError as error:
         sys.stderr.write(describe(error) + "\n")
+        return EXIT_CODE
+    except OSError as error:
+        # A disk that takes no more, noticed anywhere; the run goes on from its newest checkpoint.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        sys.stderr.write(f"error: {error}; mend that and start again\n")
         return EXIT_CODE
     finished = state.step >= config.training.train_steps
     return 0 if finished or session.was_asked_to_stop else OTHERS_STOPPED_EXIT_CODE

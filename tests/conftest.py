@@ -1,6 +1,8 @@
 """Fixtures and markers that every test folder shares."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,25 @@ def golden_dir() -> Path:
     if not (folder / "public" / "cases").is_dir():
         pytest.skip(f"no golden files in {folder}: set NAVIL_GOLDEN_DIR to the folder that holds public/cases")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a small disk with some options, where this machine allows it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "navil-test", str(place)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,11 +26,13 @@ from navil_megatron.checkpoint.compatibility import (
     require_same_model,
     require_same_optimizer,
 )
+from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.checkpoint.sharded import (
     load_model,
     load_optimizer,
     load_sharded,
     save_sharded,
+    saved_bytes,
     stored_shapes,
     wanted_shapes,
 )
@@ -74,23 +76,34 @@ class CheckpointManager:
         """Writes the checkpoint of a step and deletes those beyond ``keep_last``.
 
         A step that is already saved stays as it is.
+
+        Raises:
+            UserError: It cannot be written, for one because the disk is full; older ones stay as they are.
         """
         final = self.directory / f"{_STEP}{step:08d}"
         if self._agree(final.is_dir):
             return final
         partial = final.with_name(final.name + _PARTIAL)
-        if self.session.is_main:
-            self._clear_partial()
-            partial.mkdir(parents=True)
-        self.session.barrier()
-        save_sharded(partial, self.session, chunks, optimizer, training_state)
-        if self.session.is_main:
-            (partial / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-            _commit(partial, final)
-            self._delete_old()
-            logger.info("saved %s", final)
-        self.session.barrier()
+        self._written(final, lambda: self._begin(partial), OSError)
+        # Core raises this on every rank when one cannot write its files. What else it raises, it raises on that rank
+        # alone while the others wait for it, so that is not for us to tell them of.
+        self._written(
+            final,
+            lambda: save_sharded(partial, self.session, chunks, optimizer, training_state),
+            CheckpointException,
+        )
+        self._written(final, lambda: self._finish(partial, final), OSError)
         return final
+
+    def require_space(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Refuses to train where the disk has no room for one checkpoint.
+
+        Raises:
+            UserError: It has not.
+        """
+        needed = saved_bytes(chunks)
+        if self.session.is_main:
+            require_space(self.directory, needed)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same one on every rank."""
@@ -164,9 +177,7 @@ class CheckpointManager:
             result = read()
         except _BROKEN_FILE_ERRORS as error:
             logger.debug("reading %s failed", folder, exc_info=True)
-            # Torch wraps what went wrong, with its traceback, in an exception that names the ranks.
-            cause = next(iter(getattr(error, "failures", {0: (error,)}).values()))[0]
-            problem = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+            problem = _cause(error)
         problems: list[str] = [""] * self.session.world_size
         torch.distributed.all_gather_object(problems, problem)
         first = next(filter(None, problems), None)
@@ -175,6 +186,43 @@ class CheckpointManager:
                 f"cannot read checkpoint {folder}, it is damaged ({first}); move it away to use an older one"
             )
         return result  # type: ignore[return-value]
+
+    def _written(self, final: Path, write: Callable[[], object], failure: type[BaseException]) -> None:
+        """Writes a part of a checkpoint; if that fails on any rank, every rank ends, and what is half written goes."""
+
+        def attempt() -> None:
+            try:
+                write()
+            except failure as error:
+                logger.debug("writing %s failed", final, exc_info=True)
+                raise UserError(self._why_not_written(final, error)) from error
+
+        try:
+            self.session.together(attempt)
+        except (UserError, SystemExit):
+            if self.session.is_main:
+                shutil.rmtree(final.with_name(final.name + _PARTIAL), ignore_errors=True)
+            raise
+
+    def _why_not_written(self, final: Path, error: BaseException) -> str:
+        newest = max(self._complete(), default=None)
+        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
+        return (
+            f"cannot write checkpoint {final} ({_cause(error)}), the disk has {free / 1e6:,.0f} MB free; mend that and "
+            f"start again: the run goes on from {newest or 'its start'}"
+        )
+
+    def _begin(self, partial: Path) -> None:
+        if self.session.is_main:
+            self._clear_partial()
+            partial.mkdir(parents=True)
+
+    def _finish(self, partial: Path, final: Path) -> None:
+        if self.session.is_main:
+            (partial / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            _commit(partial, final)
+            self._delete_old()
+            logger.info("saved %s", final)
 
     def _complete(self) -> list[Path]:
         """Committed checkpoints, in no order."""
@@ -193,6 +241,13 @@ class CheckpointManager:
             # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
             doomed = path.rename(path.with_name(path.name + _PARTIAL))
             shutil.rmtree(doomed)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, in a line; torch wraps it, with its traceback, in an exception that names the ranks."""
+    failures = getattr(error, "failures", None) or {0: (error,)}
+    cause = next(iter(failures.values()))[0]
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
 
 
 def _is_complete(path: Path) -> bool:

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
     apply_factories,
+    is_main_replica,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -76,6 +77,24 @@ def save_sharded(
     # written in the background here, so a plain queue does.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(folder), TorchDistSaveShardedStrategy(thread_count=1))
+
+
+def saved_bytes(chunks: Sequence[torch.nn.Module]) -> int:
+    """Bytes of a checkpoint of all ranks together, without the few of its metadata; every rank calls it.
+
+    Of what trains, the fp32 weights and both of Adam's moments are saved too.
+    """
+    state = model_state(chunks)
+    apply_factories(state)
+    shards = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
+    local = sum(
+        entry.data.numel() * (entry.data.element_size() + 3 * torch.float32.itemsize * entry.data.requires_grad)
+        for entry in shards
+        if is_main_replica(entry.replica_id)
+    )
+    of_ranks = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, local)
+    return sum(of_ranks)
 
 
 def load_sharded(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.config.errors import UserError
 from navil_megatron.hf.file_bytes import flush
 
@@ -86,17 +87,3 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Refuses to start what cannot end.
-
-    Raises:
-        UserError: The disk under the folder has less than so many bytes.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; free some or choose "
-            "another disk"
-        )

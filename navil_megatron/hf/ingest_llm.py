@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, load_tables
 from navil_megatron.config.schema import TrainingConfig
-from navil_megatron.hf.atomic_folder import new_folder, require_new, require_space
+from navil_megatron.hf.atomic_folder import new_folder, require_new
 from navil_megatron.hf.checkpoint_reader import CheckpointReader
 from navil_megatron.hf.checkpoint_writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
