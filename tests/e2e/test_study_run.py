@@ -44,3 +44,6 @@ def test_a_study_trains_goes_on_and_reports(tmp_path: Path) -> None:
     assert again == results[places[0].name]
     assert (tmp_path / "study.md").read_text() == page
     assert "to do" not in study(tmp_path, "--report")
+    assert "Learning rates" not in page
+    assert "8 runs, 4 to do" in study(tmp_path, "--rates", "1e-3", "2e-3")
+    assert "Learning rates, for each arm the best of 0.001, 0.002: copied 0.00" in (tmp_path / "study.md").read_text()

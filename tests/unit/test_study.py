@@ -12,7 +12,7 @@ from navil_megatron.config.validate import validate
 from tests.conftest import REPOSITORY
 from tools.study.arms import SCALES, Arm, studies
 from tools.study.one_run import overrides
-from tools.study.report import Runs, table, verdicts
+from tools.study.report import Runs, at_best_rate, chosen_rates, table, verdicts
 
 DATA = {
     "special_token_ids": list(range(400, 412)),
@@ -86,3 +86,21 @@ def test_the_published_lines_are_those_of_the_published_runs() -> None:
     assert {(line["seed"], line["llm_parameters"]) for line in lines} == {
         (seed, size) for seed in (1, 2, 3) for size in {line["llm_parameters"] for line in lines}
     }
+
+
+def test_each_arm_is_shown_at_its_best_rate_among_those_with_all_seeds(tmp_path: Path) -> None:
+    losses = {None: [0.5, 0.7], 1e-3: [0.4, 0.6], 5e-4: [0.1]}
+    arm = Arm("base", 1, 16)
+    for rate, of_seeds in losses.items():
+        for seed, loss in enumerate(of_seeds, 1):
+            place = tmp_path / "runs" / f"{replace(arm, rate=rate).name}_seed{seed}"
+            place.mkdir(parents=True)
+            (place / "result.json").write_text(json.dumps(runs([[1.0, 0.9, 0.8, loss]]).results[0]))
+    best = at_best_rate(tmp_path, arm, 2, losses)
+    assert best.arm.rate == 1e-3 and best.losses(8_000) == [0.4, 0.6]
+    rates = {5e-4: 5e-4, 1e-3: 1e-3, 2e-3: None}
+    usual = at_best_rate(tmp_path, arm, 2, [None])
+    assert chosen_rates({"best": best, "usual": usual}, rates) == (
+        "Learning rates, for each arm the best of 0.0005, 0.001, 0.002: best 0.001, usual 0.002."
+    )
+    assert at_best_rate(tmp_path, arm, 1, losses).arm.rate == 5e-4

@@ -34,6 +34,8 @@ class Arm:
     """Largest area of an image; None: the config's."""
     length: int = 1
     """Trained for so many times the config's steps."""
+    rate: float | None = None
+    """Learning rate; None: the config's."""
 
     @property
     def heads(self) -> int:
@@ -51,6 +53,7 @@ class Arm:
         words += ["one-scale"] * (not self.multi_scale)
         words += [f"{self.max_image_pixels}px"] * (self.max_image_pixels is not None)
         words += [f"{self.length}-times-as-long"] * (self.length > 1)
+        words += [f"rate-{self.rate}"] * (self.rate is not None)
         return "_".join(words)
 
 

@@ -42,6 +42,8 @@ def overrides(arm: Arm, llm: Llm, seed: int, data: dict, folder: Path) -> list[s
     }
     if arm.max_image_pixels is not None:
         values["data.max_image_pixels"] = arm.max_image_pixels
+    if arm.rate is not None:
+        values["optimizer.lr"] = arm.rate
     words = [f"{name}={json.dumps(value)}" for name, value in values.items()]
     words.append(f"data.train_sources=[{{index={json.dumps(data['train_index'])}}}]")
     if arm.start == "pretrained":

@@ -5,7 +5,8 @@ each run's evaluations by straight lines in log samples.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -55,9 +56,17 @@ class Runs:
         return next((float(at) for at in grid if fmean(self.losses(at)) <= loss), None)
 
 
-def write_report(letter: str, study: Study, folder: Path, seeds: int, docs: Path | None, console: Console) -> None:
+def write_report(
+    letter: str,
+    study: Study,
+    folder: Path,
+    seeds: int,
+    rates: dict[float, float | None],
+    docs: Path | None,
+    console: Console,
+) -> None:
     """Prints the study and draws it; with ``docs`` also into ``docs/study.md`` between this study's marks."""
-    arms = {label: Runs(arm, _results(folder, arm, seeds)) for label, arm in study.arms.items()}
+    arms = {label: at_best_rate(folder, arm, seeds, rates.values()) for label, arm in study.arms.items()}
     missing = sum(seeds - len(runs.results) for runs in arms.values())
     arms = {label: runs for label, runs in arms.items() if runs.results}
     console.rule(f"{letter}  {study.title}")
@@ -77,10 +86,21 @@ def write_report(letter: str, study: Study, folder: Path, seeds: int, docs: Path
         found = [f"- {line}" for line in verdicts(arms, study.preferred, grid)]
     if letter == "b":
         found += ["", *feature_scales(arms)]
+    if len(rates) > 1:
+        found += ["", chosen_rates(arms, rates)]
     text = "\n".join([*table(arms, grid), "", *found])
     if docs is not None:
         _insert(docs / "study.md", letter, f"{text}\n\n![{study.title}](study/{letter}.svg)")
     console.print(text, markup=False, soft_wrap=True)
+
+
+def at_best_rate(folder: Path, arm: Arm, seeds: int, rates: Iterable[float | None]) -> Runs:
+    """An arm's runs at the learning rate with the lowest mean of last losses, of those with the most seeds done."""
+    arms = [replace(arm, rate=rate) for rate in rates]
+    tried = [Runs(one, _results(folder, one, seeds)) for one in arms]
+    most = max(len(runs.results) for runs in tried)
+    whole = [runs for runs in tried if len(runs.results) == most]
+    return min(whole, key=lambda runs: fmean(runs.losses(runs.last()))) if most else whole[0]
 
 
 def _results(folder: Path, arm: Arm, seeds: int) -> list[dict]:
@@ -147,6 +167,13 @@ def _data_saved(pair: dict[str, Runs], at: int) -> str:
     better, worse = sorted(pair, key=lambda label: fmean(pair[label].losses(at)))
     needed = pair[better].needed(fmean(pair[worse].losses(at)))
     return f" {better} reaches the last loss of {worse} with {needed / at:.2f} of the data." if needed else ""
+
+
+def chosen_rates(arms: dict[str, Runs], rates: dict[float, float | None]) -> str:
+    """At which learning rate each arm is shown."""
+    names = {of_arm: rate for rate, of_arm in rates.items()}
+    shown = ", ".join(f"{label} {names[runs.arm.rate]:g}" for label, runs in arms.items())
+    return f"Learning rates, for each arm the best of {', '.join(f'{rate:g}' for rate in rates)}: {shown}."
 
 
 def feature_scales(arms: dict[str, Runs]) -> list[str]:

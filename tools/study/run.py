@@ -1,6 +1,7 @@
 """The paper's findings asked again at a small scale: trains what a study compares and draws what came out.
 
     python tools/study/run.py a            # or b, c, d, e, f, or all
+    python tools/study/run.py a --rates 5e-4 1e-3 2e-3      # every arm at its own best learning rate
     python tools/study/run.py d --scale gpu --jobs 1
     python tools/study/run.py all --report # only draws, from the runs that are done
 
@@ -15,6 +16,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 
 from examples.quickstart.scenes import build_scenes
+from navil_megatron.config.load import load_config
 from tools.study.arms import SCALES, Scale, Study, studies
 from tools.study.one_run import RESULT, run
 from tools.study.report import write_report
@@ -46,6 +49,9 @@ def main() -> int:
     parser.add_argument("study", choices=[*"abcdef", "all"])
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of every arm ({SEEDS})")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", metavar="RATE", help="learning rates to try for every arm (the config's)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one core each (2)")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -54,17 +60,27 @@ def main() -> int:
     scale, folder = SCALES[options.scale], options.folder / options.scale
     wanted = studies(scale)
     chosen = wanted if options.study == "all" else {options.study: wanted[options.study]}
-    failed = [] if options.report else train_all(scale, chosen, folder, options.seeds, options.jobs)
+    rates = rates_of_arms(scale, options.rates)
+    failed = [] if options.report else train_all(scale, chosen, folder, options.seeds, rates, options.jobs)
     for letter, study in chosen.items():
-        write_report(letter, study, folder, options.seeds, options.docs, console)
+        write_report(letter, study, folder, options.seeds, rates, options.docs, console)
     for name in failed:
         console.print(f"[red]{name} failed; its words are in {folder / 'runs' / name / 'log.txt'}[/red]")
     return 1 if failed else 0
 
 
-def train_all(scale: Scale, chosen: dict[str, Study], folder: Path, seeds: int, jobs: int) -> list[str]:
+def rates_of_arms(scale: Scale, rates: list[float] | None) -> dict[float, float | None]:
+    """Learning rate -> ``Arm.rate``: the config's own is None, so its runs serve with and without others."""
+    usual = load_config(Path(__file__).with_name(scale.config)).optimizer.lr
+    return {rate: None if rate == usual else rate for rate in sorted(rates or [usual])}
+
+
+def train_all(
+    scale: Scale, chosen: dict[str, Study], folder: Path, seeds: int, rates: dict[float, float | None], jobs: int
+) -> list[str]:
     """Every run of the chosen studies that has no result yet. -> the names of those that failed."""
-    arms = {arm.name: arm for study in chosen.values() for arm in study.arms.values()}
+    compared = [arm for study in chosen.values() for arm in study.arms.values()]
+    arms = {arm.name: arm for rate in rates.values() for arm in (replace(one, rate=rate) for one in compared)}
     data = prepare(scale, folder, {arm.llm for arm in arms.values()}, jobs)
     # Seed by seed: a study that is cut short has whole comparisons.
     places = {
