@@ -33,15 +33,15 @@ from navil_megatron.config.schema import (
 from navil_megatron.data.image_plan import visual_tokens
 from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import Microbatch, SampleId
+from navil_megatron.hf.checkpoint.folder import read_config
+from navil_megatron.hf.exported.image_settings import image_settings_from_hf
+from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
+from navil_megatron.hf.files.json_file import read_json
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.image_settings import image_settings_from_hf
-from navil_megatron.hf.json_file import read_json
 from navil_megatron.hf.model_source import ModelSource, open_source
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
-from navil_megatron.hf.sharded_checkpoint import read_config
-from navil_megatron.hf.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session

@@ -157,7 +157,7 @@ def check_import(source: str, path: str) -> list[str]:
 
 
 def area_of(path: str) -> str:
-    """The row of the table that a module falls under."""
+    """The row of the table that a module falls under: its folder's, or that of the folder around."""
     nested = (area for area in IMPORT_TABLE if "/" in area and path.startswith(f"{area}/"))
     return next(nested, path.split("/")[0])
 

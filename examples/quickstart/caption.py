@@ -14,7 +14,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import SampleId
 from navil_megatron.data.validation import swapped_pictures
 

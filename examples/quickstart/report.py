@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 TAIL_BYTES = 16_384

@@ -23,7 +23,7 @@ import resvg_py
 from PIL import Image
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.shard_writer import ShardWriter
+from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.tokenizer import build_tokenizer
 
 EMOJI = "🍎🚲🔑🚀🏠🎈🦋📷🚜🐢🐧🐘🍌🥕🌵🌻🍩🍔👑⚽☂⭐🐸🎸🐌🍄🕷🦆🦊🦁🔔🏆🍓🐳🚁🎩🧸🪁⛺🔨🧲💡🍕🏀🐙🦀🦄🌈"

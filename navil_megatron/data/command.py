@@ -99,8 +99,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run_build(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
     """Writes shards and says what was left out."""
-    from navil_megatron.data.build_shards import build_shards
-    from navil_megatron.data.index_report import describe_index_report
+    from navil_megatron.data.shards.build_shards import build_shards
+    from navil_megatron.data.shards.index_report import describe_index_report
     from navil_megatron.data.tokenizer import load_tokenizer
 
     report = build_shards(
@@ -118,8 +118,8 @@ def run_build(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
 
 def run_index(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
     """Indexes shards and says what was left out."""
-    from navil_megatron.data.index_report import describe_index_report
-    from navil_megatron.data.index_shards import index_shards
+    from navil_megatron.data.shards.index_report import describe_index_report
+    from navil_megatron.data.shards.index_shards import index_shards
     from navil_megatron.data.tokenizer import load_tokenizer
 
     report = index_shards(
@@ -135,8 +135,8 @@ def run_index(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
 
 def run_inspect(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
     """Says what an index holds."""
-    from navil_megatron.data.index_report import describe_index_report, report_index
-    from navil_megatron.data.source import Source
+    from navil_megatron.data.shards.index_report import describe_index_report, report_index
+    from navil_megatron.data.shards.source import Source
 
     report = report_index(options.index)
     if options.check:
@@ -148,7 +148,7 @@ def run_show(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
     """Draws rows."""
     from navil_megatron.config.load import load_config
     from navil_megatron.config.validate import validate
-    from navil_megatron.data.show_step import show_step
+    from navil_megatron.data.show.step import show_step
 
     config = load_config(options.config, [*options.overrides, *options.rest])
     validate(config)

@@ -7,7 +7,7 @@ One parser for the index and for reading, so that both see the same sample. A do
 import json
 from typing import Any, Literal
 
-from navil_megatron.data.shard_index import KIND_CONVERSATION, KIND_JSON, KIND_TEXT
+from navil_megatron.data.shards.shard_index import KIND_CONVERSATION, KIND_JSON, KIND_TEXT
 from navil_megatron.data.types import Content, Turn
 
 IMAGE_MARK = "<image>"

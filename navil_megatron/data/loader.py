@@ -19,7 +19,7 @@ from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import DataCounts, Decodes, MicrobatchBuilder
 from navil_megatron.data.plan import DataPlan
 from navil_megatron.data.prefetch import Prefetch
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.data.types import DataPlace, FailedSample, Microbatch
 

@@ -13,7 +13,7 @@ import numpy as np
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.cost import CostModel
 from navil_megatron.data.image_plan import ImagePlanner, Pyramids
-from navil_megatron.data.shard_index import SourceIndex
+from navil_megatron.data.shards.shard_index import SourceIndex
 
 REFUSED = -1
 """In place of the number of dropped scales: the sample fits no row."""

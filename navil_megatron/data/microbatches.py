@@ -25,7 +25,7 @@ from navil_megatron.data.image_decode import (
 )
 from navil_megatron.data.image_plan import ImagePlanner, visual_tokens
 from navil_megatron.data.plan import Row
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import EncodedSample, FailedSample, Microbatch, PackedSequence, SampleId, ScalePlan
 

@@ -19,7 +19,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.data.measure import REFUSED, Measures, Ruler
 from navil_megatron.data.order import Mixture, SourceOrder, shuffled
 from navil_megatron.data.packing import deal_rows, imbalance, pack_rows
-from navil_megatron.data.shard_index import SourceIndex
+from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.types import SampleId
 
 _ORDER, _ROWS = range(2)

@@ -14,7 +14,7 @@ from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import Decodes, MicrobatchBuilder
 from navil_megatron.data.plan import Row, plan_rows
 from navil_megatron.data.prefetch import Prefetch
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace, FailedSample, Microbatch, SampleId
 
 _NEIGHBOURS = 64

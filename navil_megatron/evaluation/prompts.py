@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.evaluation.samples import Sample
-from navil_megatron.hf.chat_template import PLACEHOLDER
+from navil_megatron.hf.exported.chat_template import PLACEHOLDER
 
 PromptStyle = Literal["auto", "plain", "chat"]
 """``auto``: a question becomes a turn where the model knows turns; what has no question is never one."""

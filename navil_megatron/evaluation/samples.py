@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from navil_megatron.config.errors import ConfigError, UserError
-from navil_megatron.hf.chat_template import PLACEHOLDER
+from navil_megatron.hf.exported.chat_template import PLACEHOLDER
 
 MAX_PROBLEMS = 20
 """Problems that are told one by one."""

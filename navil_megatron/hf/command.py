@@ -109,7 +109,7 @@ def run_from_hf(options: argparse.Namespace, on_progress: Callable[[int, int], N
     """Reads a Hugging Face folder and says what came in."""
     from navil_megatron.config.errors import UserError
     from navil_megatron.hf.ingest import convert_from_hf
-    from navil_megatron.hf.ingest_llm import convert_llm
+    from navil_megatron.hf.llm.ingest import convert_llm
     from navil_megatron.hf.model_source import kind_of
 
     keep_freed_memory()

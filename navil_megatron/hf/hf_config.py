@@ -12,8 +12,8 @@ from navil_megatron.config.families import FAMILIES, family_rules
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig, VisionConfig
 from navil_megatron.config.validate import model_problems
-from navil_megatron.hf.families import HF_FAMILIES
-from navil_megatron.hf.language_config import language_from_hf, language_problems, language_to_hf
+from navil_megatron.hf.llm.families import HF_FAMILIES
+from navil_megatron.hf.llm.language_config import language_from_hf, language_problems, language_to_hf
 
 MODEL_TYPE = "navil_chat"
 _NORMS = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}

@@ -18,7 +18,7 @@ from navil_megatron.config.schema import (
     ModelConfig,
     VisionConfig,
 )
-from navil_megatron.hf.families import HF_FAMILIES
+from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.transforms import TRANSFORMS, Transform
 
 Shape = tuple[int, ...]

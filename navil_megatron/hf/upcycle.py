@@ -16,15 +16,15 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import ModelConfig
-from navil_megatron.hf.atomic_folder import new_folder, require_new
-from navil_megatron.hf.checkpoint_reader import CheckpointReader
-from navil_megatron.hf.checkpoint_writer import CheckpointWriter
+from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_config, read_model_config
+from navil_megatron.hf.checkpoint.reader import CheckpointReader
+from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
-from navil_megatron.hf.families import EXPERT_TRANSFORMS
+from navil_megatron.hf.files.atomic_folder import new_folder, require_new
 from navil_megatron.hf.jobs import OnProgress
+from navil_megatron.hf.llm.families import EXPERT_TRANSFORMS
+from navil_megatron.hf.llm.start_values import draw
 from navil_megatron.hf.plan import Slot, Step, plan_export
-from navil_megatron.hf.sharded_checkpoint import CONFIG_FILE, find_checkpoint, read_config, read_model_config
-from navil_megatron.hf.start_values import draw
 from navil_megatron.hf.transforms import Tensors
 from navil_megatron.hf.verify import require_mcore_tensors, require_valid_model, summary
 

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
-from navil_megatron.data.source import MAX_OPEN_FILES
+from navil_megatron.data.shards.source import MAX_OPEN_FILES
 from tests.e2e.runs import records
 from tests.ranks import PRELOAD, RENDEZVOUS, start_session
 from tests.unit.data_examples import write_samples

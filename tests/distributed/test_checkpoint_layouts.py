@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.hf.sharded_checkpoint import read_tensors
+from navil_megatron.hf.checkpoint.folder import read_tensors
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step

@@ -9,7 +9,7 @@ from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.plan import Row
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.training.batch import needed_images

@@ -12,7 +12,7 @@ from typing import Any
 
 from navil_megatron import pretrain
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
-from navil_megatron.data.build_shards import build_shards
+from navil_megatron.data.shards.build_shards import build_shards
 from navil_megatron.data.tokenizer import build_tokenizer
 from navil_megatron.training.loop import train
 from tests.conftest import REPOSITORY

@@ -11,8 +11,8 @@ import pytest
 from navil_megatron.cli import main
 from navil_megatron.config.errors import EXIT_CODE
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
-from navil_megatron.data.shard_writer import ShardWriter
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.shard_writer import ShardWriter
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import build_tokenizer
 from tests.e2e.runs import (
     World,

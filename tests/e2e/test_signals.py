@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
+from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from tests.e2e.runs import World, error_lines, make_run, records, saved_steps, start, train_in_rank, write_toml
 from tests.ranks import run_ranks
 

@@ -18,10 +18,10 @@ from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.cli import main
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
 from navil_megatron.data.loader import plan_run
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
-from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
+from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from navil_megatron.models.build import build_model
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.grad_norms import PARTS

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
+from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from tests.conftest import REPOSITORY
 from tests.e2e.runs import World, make_run, records, saved_steps, train_in_rank, write_toml
 from tests.ranks import run_ranks

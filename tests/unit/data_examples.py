@@ -10,9 +10,9 @@ from PIL import Image
 
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
-from navil_megatron.data.shard_index import BLOCK
-from navil_megatron.data.shard_writer import ShardWriter
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.shard_index import BLOCK
+from navil_megatron.data.shards.shard_writer import ShardWriter
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.data.types import Turn
 from tests.unit.config_examples import EXAMPLE_TOML

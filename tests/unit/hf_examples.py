@@ -10,10 +10,10 @@ import torch
 from navil_megatron.config.families import FAMILIES as FAMILY_TRAITS
 from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
-from navil_megatron.hf.atomic_folder import new_folder
+from navil_megatron.hf.checkpoint.folder import write_tensors
+from navil_megatron.hf.files.atomic_folder import new_folder
 from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes
-from navil_megatron.hf.sharded_checkpoint import write_tensors
 
 FAMILIES = tuple(FAMILY_TRAITS)
 CAPTIONS = ("a red square", "a blue circle left of a green star")

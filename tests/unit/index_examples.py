@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from navil_megatron.data.shard_index import IMAGE, SAMPLE, Shard, SourceIndex, save_index
+from navil_megatron.data.shards.shard_index import IMAGE, SAMPLE, Shard, SourceIndex, save_index
 
 
 def random_index(path: Path, shard_sizes: list[int], seed: int = 0, *, most_images: int = 3) -> SourceIndex:

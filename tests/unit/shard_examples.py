@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from navil_megatron.data.index_build import TokenCounter
-from navil_megatron.data.index_shards import index_shards
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.index_build import TokenCounter
+from navil_megatron.data.shards.index_shards import index_shards
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.data.types import RawSample
 
@@ -58,7 +58,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def exit_code(work: Callable[..., object], *arguments: object, **options: object) -> int | None:
     """How a process of its own ends that does this work; minus the signal that killed it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["navil_megatron.data.parts"])
+    context.set_forkserver_preload(["navil_megatron.data.shards.parts"])
     process = context.Process(target=work, args=arguments, kwargs=options)
     process.start()
     process.join(120)

@@ -16,9 +16,9 @@ import pytest
 
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.build_shards import build_shards
-from navil_megatron.data.manifest import MAX_LINE_BYTES, Manifest
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.build_shards import build_shards
+from navil_megatron.data.shards.manifest import MAX_LINE_BYTES, Manifest
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import Turn
 from tests.unit.shard_examples import DeadlyCounter, DieAt, exit_code, files_of, picture, small_tokenizer

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from navil_megatron.data.content import RejectedSample, parse_content
-from navil_megatron.data.index_build import index_shard
+from navil_megatron.data.shards.index_build import index_shard
 from navil_megatron.data.tokenizer import SampleTokenizer
 from tests.unit.shard_examples import files_of, index_tar, picture, small_tokenizer, write_tar
 

@@ -14,11 +14,11 @@ from PIL import Image
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.image_decode import decode_image, read_image_size
-from navil_megatron.data.index_report import describe_index_report, report_index
-from navil_megatron.data.index_shards import index_shards
-from navil_megatron.data.parts import parts_folder
-from navil_megatron.data.shard_index import HEADER, IMAGE, SAMPLE
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.index_report import describe_index_report, report_index
+from navil_megatron.data.shards.index_shards import index_shards
+from navil_megatron.data.shards.parts import parts_folder
+from navil_megatron.data.shards.shard_index import HEADER, IMAGE, SAMPLE
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import Turn
 from tests.unit.shard_examples import (

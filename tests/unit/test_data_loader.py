@@ -13,8 +13,8 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
 from navil_megatron.data.assemble import drop_loss
 from navil_megatron.data.loader import MIN_SAMPLES_TO_JUDGE, StepData, TrainLoader, load_run_tokenizer
-from navil_megatron.data.shard_writer import ShardWriter
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.shard_writer import ShardWriter
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 from navil_megatron.data.validation import ValidationLoader, swapped_pictures
 from tests.unit.data_examples import damage_image, example_tokenizer, make_config, picture, write_samples

@@ -15,7 +15,7 @@ from navil_megatron.config.load import config_from_dict
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.measure import REFUSED, Ruler
 from navil_megatron.data.plan import DataPlan, Row
-from navil_megatron.data.shard_index import SourceIndex
+from navil_megatron.data.shards.shard_index import SourceIndex
 from tests.unit.config_examples import example_tables
 from tests.unit.index_examples import random_index
 

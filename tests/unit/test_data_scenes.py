@@ -7,7 +7,7 @@ import pytest
 
 from examples.quickstart.scenes import EMOJI, SceneSampler, build_scenes, emoji_names
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards.source import Source
 
 
 def test_names_are_distinct_words() -> None:

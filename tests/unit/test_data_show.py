@@ -10,8 +10,8 @@ from PIL import Image
 
 from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.image_plan import ImagePlanner, image_grid_thw, visual_tokens
-from navil_megatron.data.show import CELL_HEIGHT, PAGE_WIDTH, draw_cells, draw_rows, unpatchify
-from navil_megatron.data.show_tokens import COLOURS, TokenKind, token_kinds
+from navil_megatron.data.show.rows import CELL_HEIGHT, PAGE_WIDTH, draw_cells, draw_rows, unpatchify
+from navil_megatron.data.show.tokens import COLOURS, TokenKind, token_kinds
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.data.types import Content, Microbatch, PackedSequence, SampleId, Turn
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor

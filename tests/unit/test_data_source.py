@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data import source as source_module
 from navil_megatron.data.content import dump_content
-from navil_megatron.data.shard_writer import ShardWriter
-from navil_megatron.data.source import Source
+from navil_megatron.data.shards import source as source_module
+from navil_megatron.data.shards.shard_writer import ShardWriter
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import Turn
 from tests.unit.shard_examples import files_of, index_tar, picture, small_tokenizer, write_tar

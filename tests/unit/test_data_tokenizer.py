@@ -19,7 +19,7 @@ from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.image_plan import ImagePlanner
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer, load_tokenizer
 from navil_megatron.data.types import Content, SampleId, Turn
-from navil_megatron.hf.chat_template import chat_template
+from navil_megatron.hf.exported.chat_template import chat_template
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
 from tests.unit.hf_examples import tiny_model
 

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import is_accelerate_available
 
 from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.exported.model_card import config_digest
 from navil_megatron.hf.generate import DTYPE_ARGUMENT
 from navil_megatron.hf.ingest import convert_from_hf
-from navil_megatron.hf.model_card import config_digest
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import same_bits
 from tests.tolerances import BF16_LOGITS

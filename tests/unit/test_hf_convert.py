@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from navil_megatron.checkpoint import compatibility
 from navil_megatron.checkpoint import sharded as run_checkpoint
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf import sharded_checkpoint
+from navil_megatron.hf.checkpoint import folder as checkpoint_folder
+from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from navil_megatron.hf.export import convert_to_hf, mcore_to_hf
 from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes, mcore_shapes, table
 from navil_megatron.hf.plan import cut
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
-from navil_megatron.hf.sharded_checkpoint import read_whole_checkpoint
 from navil_megatron.hf.verify import same_bits
 from tests.ranks import run_ranks, start_session
 from tests.unit.hf_examples import (
@@ -120,7 +120,7 @@ def test_every_tensor_problem_in_one_error_and_nothing_written(tmp_path: Path, d
         whole["extra.weight"] = torch.zeros(2)
         other = tmp_path / "broken"
         other.mkdir()
-        sharded_checkpoint.write_tensors(other, whole, model, {})
+        checkpoint_folder.write_tensors(other, whole, model, {})
         convert = lambda: convert_to_hf(other, target)  # noqa: E731
         names = ["connector.linear_fc1.weight", "connector.norm.bias", "extra.weight"]
     with pytest.raises(UserError) as error:
@@ -229,8 +229,8 @@ def test_code_in_a_source_folder_is_never_run(tmp_path: Path) -> None:
 
 
 def test_names_agree_with_the_training_side() -> None:
-    assert sharded_checkpoint.CONFIG_FILE == compatibility.CONFIG_FILE
-    assert sharded_checkpoint.OPTIMIZER_PREFIX == run_checkpoint.OPTIMIZER_PREFIX
+    assert checkpoint_folder.CONFIG_FILE == compatibility.CONFIG_FILE
+    assert checkpoint_folder.OPTIMIZER_PREFIX == run_checkpoint.OPTIMIZER_PREFIX
 
 
 KEY, SHAPE = "decoder.layers.mlp.linear_fc2.text.weight", (2, 48, 56)
@@ -265,6 +265,6 @@ def test_ranks_read_what_one_process_wrote(tmp_path: Path) -> None:
 def test_one_process_reads_what_ranks_wrote(tmp_path: Path) -> None:
     whole = torch.randn(SHAPE)
     run_ranks(4, _save_piece, str(tmp_path), whole)
-    found = sharded_checkpoint.read_tensors(tmp_path)
+    found = checkpoint_folder.read_tensors(tmp_path)
     assert found.keys() == {KEY}
     assert torch.equal(found[KEY], whole)

@@ -24,9 +24,9 @@ import torch
 from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.checksums import CHECKSUMS_FILE
 from navil_megatron.hf.compare import compare
 from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.safetensors_io import INDEX_FILE
 from tests.unit.hf_examples import tiny_model, write_checkpoint
@@ -143,8 +143,9 @@ def test_workers_end_with_a_killed_conversion(tmp_path: Path) -> None:
     convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf")
     code = (
         "import sys; from pathlib import Path\n"
-        "from navil_megatron.hf import checkpoint_writer, ingest\n"
-        "checkpoint_writer.CheckpointWriter.__init__.__defaults__ = (5_000_000,)\n"
+        "from navil_megatron.hf import ingest\n"
+        "from navil_megatron.hf.checkpoint import writer\n"
+        "writer.CheckpointWriter.__init__.__defaults__ = (5_000_000,)\n"
         "if __name__ == '__main__': ingest.convert_from_hf(Path('hf'), Path('target'), jobs=2)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from navil_megatron.cli import main
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.hf.checkpoint.folder import read_config, read_model_config
 from navil_megatron.hf.inspect import inspect
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.sharded_checkpoint import read_config, read_model_config
 from navil_megatron.hf.verify import same_bits
 from tests.unit.hf_examples import FAMILIES
 from tests.unit.llm_examples import VISION, save_random_llm

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
-from navil_megatron.hf.llm_start import (
+from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
+from navil_megatron.hf.llm.start import (
     expected_llm_tensors,
     ignored_llm_tensors,
     is_bare_llm,
@@ -23,7 +24,6 @@ from navil_megatron.hf.llm_start import (
     plan_llm_start,
 )
 from navil_megatron.hf.param_map import mcore_shapes, table
-from navil_megatron.hf.tokenizer_files import extend_tokenizer
 from tests.unit.hf_examples import FAMILIES
 from tests.unit.llm_examples import LLAMA3_ROPE, VISION, run_in_memory, save_random_llm
 

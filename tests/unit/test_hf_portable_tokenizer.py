@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.chat_template import chat_template
-from navil_megatron.hf.image_settings import generation_config, image_settings_from_hf
-from navil_megatron.hf.portable_tokenizer import added_tokens, settle_tokenizer
+from navil_megatron.hf.exported.chat_template import chat_template
+from navil_megatron.hf.exported.image_settings import generation_config, image_settings_from_hf
+from navil_megatron.hf.exported.portable_tokenizer import added_tokens, settle_tokenizer
 from tests.unit.hf_examples import tiny_model, tiny_tokenizer
 
 MODEL = tiny_model("qwen2")

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from examples.recipe_small.smollm2 import write_smollm2
+from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.llm_start import (
+from navil_megatron.hf.llm.start import (
     expected_llm_tensors,
     ignored_llm_tensors,
     model_config_for_llm,
@@ -20,7 +21,6 @@ from navil_megatron.hf.llm_start import (
 from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
-from navil_megatron.hf.tokenizer_files import extend_tokenizer
 from tests.unit.llm_examples import VISION, run_in_memory
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")

@@ -18,19 +18,20 @@ from safetensors.torch import load_file, save_file
 
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf import checkpoint_writer, safetensors_writer
-from navil_megatron.hf.checkpoint_reader import CheckpointReader
-from navil_megatron.hf.checkpoint_writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
-from navil_megatron.hf.checksums import CHECKSUMS_FILE
+from navil_megatron.hf import safetensors_writer
+from navil_megatron.hf.checkpoint import writer as checkpoint_writer
+from navil_megatron.hf.checkpoint.folder import read_tensors
+from navil_megatron.hf.checkpoint.reader import CheckpointReader
+from navil_megatron.hf.checkpoint.writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
 from navil_megatron.hf.command import file_size
 from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
 from navil_megatron.hf.inspect import PARTS, inspect
 from navil_megatron.hf.param_map import hf_shapes
 from navil_megatron.hf.plan import Slot, plan_export, plan_ingest
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
-from navil_megatron.hf.sharded_checkpoint import read_tensors
 from navil_megatron.hf.verify import same_bits
 from tests.unit.hf_examples import FAMILIES, random_hf_tensors, tiny_model, write_checkpoint
 
@@ -268,7 +269,7 @@ def test_verify_compares_any_two(tmp_path: Path, capsys: pytest.CaptureFixture[s
     changed["decoder.layers.mlp.linear_fc2.visual.weight"][1, 2, 3] = float("nan")
     other = tmp_path / "other"
     other.mkdir()
-    from navil_megatron.hf.sharded_checkpoint import write_tensors
+    from navil_megatron.hf.checkpoint.folder import write_tensors
 
     write_tensors(other, changed, model, {})
     status, report = verify("hf", "other")

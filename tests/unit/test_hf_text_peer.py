@@ -15,7 +15,7 @@ from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.llm_start import model_config_for_llm, plan_llm_start
+from navil_megatron.hf.llm.start import model_config_for_llm, plan_llm_start
 from navil_megatron.hf.param_map import mcore_shapes
 from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig

@@ -37,10 +37,10 @@ import torch
 from navil_2b import NAVIL_2B
 
 from navil_megatron.config.schema import ModelConfig
-from navil_megatron.hf.atomic_folder import flush_folder
-from navil_megatron.hf.checkpoint_writer import Written, finish_checkpoint, save_chunk
+from navil_megatron.hf.checkpoint.folder import write_config
+from navil_megatron.hf.checkpoint.writer import Written, finish_checkpoint, save_chunk
+from navil_megatron.hf.files.atomic_folder import flush_folder
 from navil_megatron.hf.param_map import Row, Shape, table
-from navil_megatron.hf.sharded_checkpoint import write_config
 
 LAYOUTS = {"to_hf": (1, 1, 1), "to_hf_tp2_pp2_ep2": (2, 2, 2)}
 """Name of a measurement -> tensor, pipeline and expert parallel size of the checkpoint that it reads."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from navil_megatron.data.shard_writer import ShardWriter
+from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 
 WORDS = "a red green apple fish house tree road left of above two star at night"

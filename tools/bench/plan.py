@@ -30,7 +30,16 @@ from navil_2b import navil_2b_run
 from navil_megatron.data.measure import Ruler
 from navil_megatron.data.packing import deal_rows, imbalance
 from navil_megatron.data.plan import DataPlan
-from navil_megatron.data.shard_index import HEADER, IMAGE, MAGIC, SAMPLE, VERSION, Shard, SourceIndex, digest_shards
+from navil_megatron.data.shards.shard_index import (
+    HEADER,
+    IMAGE,
+    MAGIC,
+    SAMPLE,
+    VERSION,
+    Shard,
+    SourceIndex,
+    digest_shards,
+)
 
 SAMPLES_PER_SHARD = 10_000
 RANKS = 512

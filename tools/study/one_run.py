@@ -8,7 +8,7 @@ from pathlib import Path
 
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.hf.ingest_llm import convert_llm
+from navil_megatron.hf.llm.ingest import convert_llm
 from navil_megatron.planner.parameters import count_by_part
 from navil_megatron.pretrain import main as train
 from tools.study.arms import HEAD_DIM, Arm, Llm, Scale

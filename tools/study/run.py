@@ -33,7 +33,7 @@ from tools.study.report import write_report
 PRELOAD = [
     "navil_megatron.runtime.session",
     "navil_megatron.training.loop",
-    "navil_megatron.hf.ingest_llm",
+    "navil_megatron.hf.llm.ingest",
     "transformers",
 ]
 SEEDS = 3

@@ -11,7 +11,7 @@ from PIL import Image
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.evaluation.prompts import PromptStyle
-from navil_megatron.hf.chat_template import PLACEHOLDER
+from navil_megatron.hf.exported.chat_template import PLACEHOLDER
 from navil_megatron.hf.generate import Captioner, generate_texts, open_picture
 
 type Chat = Sequence[dict[str, Any]]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
-from navil_megatron.hf.families import HF_FAMILIES
+from navil_megatron.hf.llm.families import HF_FAMILIES
 
 _ORDERS = {"raster": "row by row", "window": "window by window"}
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.index_build import ShardPart
-from navil_megatron.data.shard_index import Shard, SourceIndex, save_index
+from navil_megatron.data.shards.index_build import ShardPart
+from navil_megatron.data.shards.shard_index import Shard, SourceIndex, save_index
 
 type OnProgress = Callable[[int, int], None]
 """Called with (shards done, shards in all); whoever has a terminal draws a bar with it."""

@@ -10,8 +10,8 @@ import webdataset
 
 from navil_megatron.data.content import dump_content
 from navil_megatron.data.image_decode import ImageDecodeError, open_image
-from navil_megatron.data.index_build import MAX_PIXELS, TokenCounter
-from navil_megatron.data.index_shards import index_shards
+from navil_megatron.data.shards.index_build import MAX_PIXELS, TokenCounter
+from navil_megatron.data.shards.index_shards import index_shards
 from navil_megatron.data.types import Content
 
 

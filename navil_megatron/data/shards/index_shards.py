@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.index_build import TokenCounter, index_shard
-from navil_megatron.data.index_report import report_index
-from navil_megatron.data.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
-from navil_megatron.data.shard_files import expand_shards, stored_path, version_of
+from navil_megatron.data.shards.index_build import TokenCounter, index_shard
+from navil_megatron.data.shards.index_report import report_index
+from navil_megatron.data.shards.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.shard_files import expand_shards, stored_path, version_of
 
 
 def index_shards(

@@ -16,9 +16,9 @@ from fsspec.core import url_to_fs
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import RejectedSample, parse_content
-from navil_megatron.data.index_build import sample_key
-from navil_megatron.data.shard_files import is_url, resolve_path
-from navil_megatron.data.shard_index import BLOCK, KIND_TEXT, SourceIndex
+from navil_megatron.data.shards.index_build import sample_key
+from navil_megatron.data.shards.shard_files import is_url, resolve_path
+from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
 from navil_megatron.data.types import RawSample
 
 MAX_OPEN_FILES = 64

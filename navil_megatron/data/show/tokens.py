@@ -7,7 +7,7 @@ import numpy as np
 
 from navil_megatron.config.schema import SPECIAL_TOKENS
 from navil_megatron.data.image_plan import num_patches
-from navil_megatron.data.picture_layout import Colour
+from navil_megatron.data.show.layout import Colour
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
 
 

@@ -15,12 +15,18 @@ from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import RejectedSample, parse_content
-from navil_megatron.data.index_build import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, TokenCounter, check_image, index_shard
-from navil_megatron.data.index_report import report_index
-from navil_megatron.data.manifest import Chunk, Manifest
-from navil_megatron.data.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
-from navil_megatron.data.shard_index import SourceIndex
-from navil_megatron.data.shard_writer import tar_sample, write_tar
+from navil_megatron.data.shards.index_build import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    TokenCounter,
+    check_image,
+    index_shard,
+)
+from navil_megatron.data.shards.index_report import report_index
+from navil_megatron.data.shards.manifest import Chunk, Manifest
+from navil_megatron.data.shards.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.shard_index import SourceIndex
+from navil_megatron.data.shards.shard_writer import tar_sample, write_tar
 
 type Task = tuple[Chunk, Path, PartFiles]
 """Rows, the shard that they become, and its part of the index."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from navil_megatron.data.shard_index import IMAGE, KIND_CONVERSATION, SourceIndex
+from navil_megatron.data.shards.shard_index import IMAGE, KIND_CONVERSATION, SourceIndex
 
 _ROWS_AT_ONCE = 2**20
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.file_bytes import flush
+from navil_megatron.hf.files.file_bytes import flush
 
 
 @contextmanager

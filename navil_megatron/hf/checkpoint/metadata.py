@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.inert_pickle import Name, Record, read_pickle
+from navil_megatron.hf.checkpoint.inert_pickle import Name, Record, read_pickle
 from navil_megatron.hf.param_map import Shape
 
 METADATA_FILE = ".metadata"

@@ -1,6 +1,6 @@
 """The megatron-core checkpoint folder in one plain process: which one, its config, and whole tensors in and out.
 
-Conversions stream through ``checkpoint_reader`` and ``checkpoint_writer``; what is here holds everything in memory, for
+Conversions stream through ``reader`` and ``writer``; what is here holds everything in memory, for
 models that fit.
 """
 
@@ -14,9 +14,9 @@ import torch
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.schema import ModelConfig
-from navil_megatron.hf.checkpoint_metadata import OPTIMIZER_PREFIX as OPTIMIZER_PREFIX
-from navil_megatron.hf.checkpoint_reader import CheckpointReader
-from navil_megatron.hf.checkpoint_writer import CheckpointWriter
+from navil_megatron.hf.checkpoint.metadata import OPTIMIZER_PREFIX as OPTIMIZER_PREFIX
+from navil_megatron.hf.checkpoint.reader import CheckpointReader
+from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.plan import Slot
 from navil_megatron.hf.verify import require_valid_model
 

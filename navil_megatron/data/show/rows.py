@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from navil_megatron.config.schema import SPECIAL_TOKENS
-from navil_megatron.data.picture_layout import (
+from navil_megatron.data.show.layout import (
     BACKGROUND,
     INK,
     MUTED,
@@ -25,7 +25,7 @@ from navil_megatron.data.picture_layout import (
     stack,
     with_margin,
 )
-from navil_megatron.data.show_tokens import COLOURS, LEGEND, SCALE_COLOURS, TokenKind, token_kinds
+from navil_megatron.data.show.tokens import COLOURS, LEGEND, SCALE_COLOURS, TokenKind, token_kinds
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
 
 PAGE_WIDTH = 1760

@@ -22,12 +22,12 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.schema import LanguageConfig, ModelConfig
 from navil_megatron.config.validate import model_problems
-from navil_megatron.hf.families import HF_FAMILIES
 from navil_megatron.hf.hf_config import MODEL_TYPE, ordered_ids
-from navil_megatron.hf.language_config import language_from_hf, language_problems
+from navil_megatron.hf.llm.families import HF_FAMILIES
+from navil_megatron.hf.llm.language_config import language_from_hf, language_problems
+from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
 from navil_megatron.hf.param_map import Row, Shape, table
 from navil_megatron.hf.plan import Slot, Step
-from navil_megatron.hf.start_values import draw, identity, take, take_table
 
 _PREFIX = "language_model."
 """Stands before the LLM's own names in a NaViL's files."""

@@ -1,0 +1,1 @@
+"""Packed rows as a picture that a person looks at."""

@@ -1,0 +1,1 @@
+"""What an exported folder holds beside weights and config."""

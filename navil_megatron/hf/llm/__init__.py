@@ -1,0 +1,1 @@
+"""Pretrained language models: their families, and how one becomes a NaViL."""
