@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -25,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 
 from examples.quickstart.scenes import build_scenes
-from navil_megatron.config.load import load_config
 from tools.study.arms import SCALES, Scale, Study, studies
 from tools.study.one_run import RESULT, run
 from tools.study.report import write_report
@@ -71,7 +71,7 @@ def main() -> int:
 
 def rates_of_arms(scale: Scale, rates: list[float] | None) -> dict[float, float | None]:
     """Learning rate -> ``Arm.rate``: the config's own is None, so its runs serve with and without others."""
-    usual = load_config(Path(__file__).with_name(scale.config)).optimizer.lr
+    usual = tomllib.loads(Path(__file__).with_name(scale.config).read_text())["optimizer"]["lr"]
     return {rate: None if rate == usual else rate for rate in sorted(rates or [usual])}
 
 
