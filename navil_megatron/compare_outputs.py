@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from navil_megatron.blueprint.image_plan import visual_tokens
 from navil_megatron.checkpoint.sharded import load_model
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import (
@@ -30,13 +31,12 @@ from navil_megatron.config.schema import (
     RuntimeConfig,
     TrainingConfig,
 )
-from navil_megatron.data.image_plan import visual_tokens
 from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import Microbatch, SampleId
+from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.checkpoint.folder import read_config
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
-from navil_megatron.hf.files.json_file import read_json
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.model_source import ModelSource, open_source
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig

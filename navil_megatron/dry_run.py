@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import count_by_part
+from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.data.loader import load_run_tokenizer, open_sources
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
 from navil_megatron.planner.machine import Machine
-from navil_megatron.planner.parameters import count_by_part
 from navil_megatron.planner.search import what_is_too_large
-from navil_megatron.planner.workload import typical_workload
 from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.meta_rank import meta_rank
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp

@@ -29,39 +29,42 @@ class Row:
 
 
 _ENGINE = ("torch", "megatron.core", "numpy")
-_BELOW_TRAINING = ("runtime", "kernels", "layers", "models", "data", "checkpoint")
+_BELOW_TRAINING = ("blueprint", "runtime", "kernels", "layers", "models", "data", "checkpoint")
 
 IMPORT_TABLE = {
     "config": Row(),
+    "blueprint": Row((), ("numpy",)),
+    "files": Row((), ("torch", "xxhash")),
     "runtime": Row((), _ENGINE),
     "kernels": Row(("runtime",), (*_ENGINE, "transformer_engine", "apex", "amp_C")),
-    "layers": Row((), _ENGINE),
-    "models": Row(("runtime", "kernels", "layers"), _ENGINE),
+    "layers": Row(("blueprint",), _ENGINE),
+    "models": Row(("blueprint", "runtime", "kernels", "layers"), _ENGINE),
     "data": Row(
-        (),
+        ("blueprint",),
         ("torch", "numpy", "PIL", "webdataset", "tokenizers", "transformers", "fsspec", "pyarrow", "nvidia.dali"),
         ("torch.distributed",),
     ),
-    "planner": Row(("data", "layers")),
+    "planner": Row(("blueprint", "data")),
     "scaling": Row((), ("numpy", "scipy", "matplotlib")),
-    "checkpoint": Row(("runtime",), _ENGINE),
-    "training": Row((*_BELOW_TRAINING, "planner"), (*_ENGINE, "rich", "wandb")),
+    "checkpoint": Row(("files", "runtime"), _ENGINE),
+    "training": Row(_BELOW_TRAINING, (*_ENGINE, "rich", "wandb")),
     "hf": Row(
-        ("checkpoint",),
+        ("blueprint", "files"),
         ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "xxhash"),
     ),
     "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
     "evaluation": Row(
-        ("hf",),
+        ("files", "hf"),
         ("torch", "numpy", "PIL", "xxhash", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu", "matplotlib"),
     ),
     "evaluation/adapters": Row(("evaluation", "hf"), ("torch", "PIL", "lmms_eval", "vlmeval")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
-    "dry_run.py": Row(("runtime", "models", "data", "training", "planner"), ("torch",)),
+    "dry_run.py": Row(("blueprint", "runtime", "models", "data", "training", "planner"), ("torch",)),
     "launch.py": Row(),
     "doctor.py": Row(),
     "compare_outputs.py": Row(
-        ("runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"), ("torch", "numpy", "PIL")
+        ("blueprint", "files", "runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"),
+        ("torch", "numpy", "PIL"),
     ),
     "cli.py": Row(
         (

@@ -26,7 +26,6 @@ from navil_megatron.checkpoint.compatibility import (
     require_same_model,
     require_same_optimizer,
 )
-from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.checkpoint.sharded import (
     load_model,
     load_optimizer,
@@ -38,6 +37,7 @@ from navil_megatron.checkpoint.sharded import (
 )
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.files.disk_space import require_space
 from navil_megatron.runtime.session import Session
 
 logger = logging.getLogger(__name__)

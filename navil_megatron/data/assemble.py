@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from navil_megatron.data.image_plan import image_grid_thw, visual_tokens
+from navil_megatron.blueprint.image_plan import image_grid_thw, visual_tokens
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
 
 IGNORED_LABEL = -100

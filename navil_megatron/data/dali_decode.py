@@ -13,6 +13,7 @@ import nvidia.dali.experimental.dynamic as ndd
 import torch
 from PIL import Image
 
+from navil_megatron.blueprint.image_plan import ScalePlan
 from navil_megatron.data.image_decode import (
     SIZE_DIFFERS,
     DecodeJob,
@@ -21,7 +22,6 @@ from navil_megatron.data.image_decode import (
     patchify,
     upright,
 )
-from navil_megatron.data.types import ScalePlan
 
 _ONLY_PILLOW = ("GIF", "AVIF")
 """Formats that would make DALI refuse the whole batch."""

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from navil_megatron.data.image_plan import image_token_ids
+from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.data.tokenizer import SampleTokenizer
-from navil_megatron.data.types import Content, EncodedSample, SampleId, ScalePlan
+from navil_megatron.data.types import Content, EncodedSample, SampleId
 
 
 def encode_sample(

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from navil_megatron.blueprint.image_plan import ScalePlan, num_patches
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.image_plan import num_patches
-from navil_megatron.data.types import ScalePlan
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the raster formats that are read; its other plugins run interpreters or need tools."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.data.image_plan import ImagePlanner
 from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import DataCounts, Decodes, MicrobatchBuilder
 from navil_megatron.data.plan import DataPlan

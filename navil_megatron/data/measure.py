@@ -10,9 +10,9 @@ from typing import Self
 
 import numpy as np
 
+from navil_megatron.blueprint.image_plan import ImagePlanner, Pyramids
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.cost import CostModel
-from navil_megatron.data.image_plan import ImagePlanner, Pyramids
 from navil_megatron.data.shards.shard_index import SourceIndex
 
 REFUSED = -1

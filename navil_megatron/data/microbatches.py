@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, visual_tokens
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
@@ -23,11 +24,10 @@ from navil_megatron.data.image_decode import (
     build_image_decoder,
     normalise,
 )
-from navil_megatron.data.image_plan import ImagePlanner, visual_tokens
 from navil_megatron.data.plan import Row
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
-from navil_megatron.data.types import EncodedSample, FailedSample, Microbatch, PackedSequence, SampleId, ScalePlan
+from navil_megatron.data.types import EncodedSample, FailedSample, Microbatch, PackedSequence, SampleId
 
 type Decodes = Callable[[np.ndarray], np.ndarray]
 """[num_scales, 3] grids of a microbatch -> [num_scales] bool: the scale images whose pixels this rank needs."""

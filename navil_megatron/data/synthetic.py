@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids, num_patches
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.assemble import RowFormat, assemble
-from navil_megatron.data.image_plan import image_token_ids, num_patches
-from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId, ScalePlan
+from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
 
 type Composition = Sequence[tuple[int, Sequence[tuple[int, int]]]]
 """For each sample its number of text tokens, and the (rows, columns) in patches of its one-scale images."""

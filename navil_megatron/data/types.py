@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.image_plan import ScalePlan
+
 
 class SampleId(NamedTuple):
     """One sample of a run."""
@@ -54,20 +56,6 @@ class RawSample:
     """Encoded image files, in order of appearance; empty where they were not read."""
     content: Content
     """What is said."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScalePlan:
-    """One scale of one image: what to resize to and how many patches result."""
-
-    resized_height: int
-    """Pixels after resizing, before padding."""
-    resized_width: int
-    """Pixels after resizing, before padding."""
-    grid_height: int
-    """Patches down, after padding to whole merge blocks."""
-    grid_width: int
-    """Patches across, after padding to whole merge blocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.files.atomic_folder import flush_folder
-from navil_megatron.hf.files.checksums import digest, write_checksums
+from navil_megatron.files.atomic_folder import flush_folder
+from navil_megatron.files.checksums import digest, write_checksums
 from navil_megatron.hf.jobs import Meter, OnProgress, run_shares
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.verify import Signature

@@ -14,6 +14,8 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.json_file import values_of, write_json
 from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_config, read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
@@ -21,8 +23,6 @@ from navil_megatron.hf.exported.image_settings import generation_config, image_s
 from navil_megatron.hf.exported.model_card import model_card
 from navil_megatron.hf.exported.portable_tokenizer import settle_tokenizer
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids
-from navil_megatron.hf.files.atomic_folder import new_folder, require_new
-from navil_megatron.hf.files.json_file import values_of, write_json
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.param_map import table

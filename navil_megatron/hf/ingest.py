@@ -12,14 +12,14 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.json_file import read_json, values_of
 from navil_megatron.hf.checkpoint.folder import write_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
-from navil_megatron.hf.files.atomic_folder import new_folder, require_new
-from navil_megatron.hf.files.json_file import read_json, values_of
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.param_map import table

@@ -8,10 +8,10 @@ import torch
 
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.checkpoint.folder import find_checkpoint, read_config, read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
-from navil_megatron.hf.files.json_file import read_json
 from navil_megatron.hf.ingest import model_of_folder
 from navil_megatron.hf.model_source import kind_of
 from navil_megatron.hf.param_map import table

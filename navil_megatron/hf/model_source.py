@@ -9,11 +9,11 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_model_config
 from navil_megatron.hf.checkpoint.metadata import METADATA_FILE
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.convert import targets, with_types
-from navil_megatron.hf.files.json_file import read_json
 from navil_megatron.hf.ingest import model_of_folder
 from navil_megatron.hf.llm.start import is_bare_llm
 from navil_megatron.hf.plan import Slot, Step, plan_export

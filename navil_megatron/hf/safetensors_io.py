@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.files.checksums import raw_bytes, read_checksums, require_digest
-from navil_megatron.hf.files.file_bytes import read_into
+from navil_megatron.files.checksums import raw_bytes, read_checksums, require_digest
+from navil_megatron.files.file_bytes import read_into
 from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot
 from navil_megatron.hf.verify import Signature

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from navil_megatron.hf.files.checksums import raw_bytes
-from navil_megatron.hf.files.file_bytes import open_files
+from navil_megatron.files.checksums import raw_bytes
+from navil_megatron.files.file_bytes import open_files
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.safetensors_io import INDEX_FILE, SINGLE_FILE, TYPES
 

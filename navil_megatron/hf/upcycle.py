@@ -16,11 +16,11 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_config, read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
-from navil_megatron.hf.files.atomic_folder import new_folder, require_new
 from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.llm.families import EXPERT_TRANSFORMS
 from navil_megatron.hf.llm.start_values import draw

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from navil_megatron.layers.segments import SegmentGroup, group_segments, inverse_order
+from navil_megatron.blueprint.segments import SegmentGroup, group_segments, inverse_order
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
 
+from navil_megatron.blueprint.segments import SegmentGroup
 from navil_megatron.layers.head_exchange import heads_to_rows, rows_to_heads
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
@@ -25,7 +26,6 @@ from navil_megatron.layers.modality_linear import (
 from navil_megatron.layers.modality_norm import ModalityHeadNorm
 from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
-from navil_megatron.layers.segments import SegmentGroup
 
 
 class SegmentAttention(Protocol):

@@ -19,9 +19,9 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from megatron.core.utils import divide
 from torch import Tensor
 
+from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.config.schema import MODALITIES, Modality
 from navil_megatron.layers.expert_linear import ExpertLinear
-from navil_megatron.layers.experts_placement import local_experts
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import LinearKernels, Offsets
 from navil_megatron.layers.modality_mlp import SwiGLU, swiglu, swiglu_gradient

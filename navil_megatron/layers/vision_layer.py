@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from navil_megatron.blueprint.segments import SegmentGroup
 from navil_megatron.config.schema import VisionConfig
 from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
-from navil_megatron.layers.segments import SegmentGroup
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from navil_megatron.config.initial_values import initial_values
+from navil_megatron.blueprint.initial_values import initial_values
 from navil_megatron.config.schema import ModelConfig, NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.models.freezing import apply_phase

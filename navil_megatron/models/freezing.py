@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from navil_megatron.config.phases import is_trainable
+from navil_megatron.blueprint.phases import is_trainable
 
 
 def apply_phase(chunks: Iterable[nn.Module], phase: str) -> None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from navil_megatron.blueprint.vision_plan import VisionPlan
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.vision_plan import VisionPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,10 +61,10 @@ def plan(config: NaViLConfig, machine: Machine, options: argparse.Namespace) -> 
     """The report of a run on a machine."""
     from dataclasses import replace
 
+    from navil_megatron.blueprint.workload import typical_workload
     from navil_megatron.config.validate import validate
     from navil_megatron.planner.report import as_json, as_text, describe_layout
     from navil_megatron.planner.search import search_layouts
-    from navil_megatron.planner.workload import typical_workload
 
     # What is wrong beside the layout is wrong with every layout.
     validate(replace(config, parallel=ParallelConfig()))

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from navil_megatron.blueprint.experts_placement import local_experts
+from navil_megatron.blueprint.parameters import expert_replicas, is_expert, is_routed, layers_of_chunks
 from navil_megatron.config.schema import MODALITIES, NaViLConfig
-from navil_megatron.layers.experts_placement import local_experts
 from navil_megatron.planner.memory import FP32, INT64, number_bytes
-from navil_megatron.planner.parameters import expert_replicas, is_expert, is_routed, layers_of_chunks
 
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 """Numbers to which the distributed optimizer aligns each parameter, and each buffer as a whole."""

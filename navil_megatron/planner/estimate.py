@@ -4,7 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from navil_megatron.config.phases import is_trainable
+from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, forward_terms, head_terms, layer_terms
+from navil_megatron.blueprint.parameters import chunk_parameters, layers_of_chunks
+from navil_megatron.blueprint.phases import is_trainable
+from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share
 from navil_megatron.config.schema import NaViLConfig, TrainingConfig
 from navil_megatron.planner.communication import (
     MicrobatchSizes,
@@ -18,12 +21,9 @@ from navil_megatron.planner.communication import (
     layer_parts,
     tensor_parallel_gradients,
 )
-from navil_megatron.planner.flops import Term, backward_flops, encoder_terms, forward_terms, head_terms, layer_terms
 from navil_megatron.planner.machine import Machine, ring_share
 from navil_megatron.planner.memory import ActivationModel, StateBytes, number_bytes, state_bytes
-from navil_megatron.planner.parameters import chunk_parameters, layers_of_chunks
 from navil_megatron.planner.schedule import ChunkTime, Schedule, balanced_layers, most_in_flight, simulate
-from navil_megatron.planner.workload import Workload, expert_loads, fullest_share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

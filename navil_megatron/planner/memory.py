@@ -7,10 +7,10 @@ the CUDA kernel keeps its input and one number a row; the CPU's composite form k
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from navil_megatron.config.phases import is_trainable
+from navil_megatron.blueprint.parameters import Sized, expert_replicas, is_expert, is_routed
+from navil_megatron.blueprint.phases import is_trainable
+from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share, num_patches
 from navil_megatron.config.schema import NaViLConfig
-from navil_megatron.planner.parameters import Sized, expert_replicas, is_expert, is_routed
-from navil_megatron.planner.workload import Workload, expert_loads, fullest_share, num_patches
 
 FP32, INT64 = 4, 8
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from navil_megatron.blueprint.parameters import active_parameters, count_by_part
+from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, StageMemory
 from navil_megatron.planner.machine import Machine
-from navil_megatron.planner.parameters import active_parameters, count_by_part
 from navil_megatron.planner.search import Candidate
-from navil_megatron.planner.workload import Workload
 
 PEAK_TFLOPS = 989
 """Dense BF16 of an H100 SXM, for MFU."""

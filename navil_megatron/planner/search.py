@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
+from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.errors import ConfigError
 from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig, Recomputed
 from navil_megatron.config.validate import validate
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, Estimator
 from navil_megatron.planner.machine import Machine
-from navil_megatron.planner.workload import Workload
 
 RECOMPUTE: tuple[tuple[Literal["none", "selective", "full"], tuple[Recomputed, ...]], ...] = (
     ("none", ("attention",)),

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.segments import inverse_order
+from navil_megatron.blueprint.vision_plan import Grid, images_of_rank, plan_vision
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
-from navil_megatron.layers.segments import inverse_order
-from navil_megatron.layers.vision_plan import Grid, images_of_rank, plan_vision
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.training.loss_groups import groups_of
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 
+from navil_megatron.blueprint.flops import Term, backward_flops, forward_terms
+from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.types import Microbatch
-from navil_megatron.planner.flops import Term, backward_flops, forward_terms
-from navil_megatron.planner.workload import Workload
 
 
 def step_flops(model: ModelConfig, phase: str, microbatches: Iterable[Microbatch]) -> float:

@@ -46,8 +46,8 @@ from megatron.core.tensor_parallel import random as core_random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+from navil_megatron.blueprint.segments import group_segments
 from navil_megatron.kernels.torch_kernels import segment_attention
-from navil_megatron.layers.segments import group_segments
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.mcore_on_cpu import PATCHES
 from navil_megatron.runtime.session import Session

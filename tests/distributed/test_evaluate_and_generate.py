@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from navil_megatron.blueprint.image_plan import ScalePlan
 from navil_megatron.data.assemble import RowFormat
-from navil_megatron.data.types import EncodedSample, SampleId, ScalePlan
+from navil_megatron.data.types import EncodedSample, SampleId
 from navil_megatron.hf.export import mcore_to_hf
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig

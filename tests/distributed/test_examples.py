@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from navil_megatron.blueprint.parameters import count_by_part, whole_model
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.config.validate import validate
-from navil_megatron.planner.parameters import count_by_part, whole_model
 from tests.conftest import REPOSITORY
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.config.phases import is_trainable
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from navil_megatron.blueprint.workload import Workload
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import ActivationModel
-from navil_megatron.planner.workload import Workload
 from navil_megatron.training.flops import workload_of
 from navil_megatron.training.step import inputs_of
 from tests.held_memory import watching

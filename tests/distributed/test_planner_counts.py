@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from navil_megatron.blueprint.parameters import chunk_parameters
+from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.cli import main
-from navil_megatron.config.phases import is_trainable
 from navil_megatron.config.schema import ModelConfig, NaViLConfig
 from navil_megatron.dry_run import BuiltRank, build_ranks, dry_run
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import state_bytes
-from navil_megatron.planner.parameters import chunk_parameters
 from tests.oracle import oracle_config
 from tests.ranks import run_ranks, start_session, tiny_config
 from tests.real_sizes import NAVIL_2B, NAVIL_9B

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from navil_megatron.blueprint.parameters import whole_model
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.models.build import build_model
-from navil_megatron.planner.parameters import whole_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 from tests.distributed.test_layouts import BATCH

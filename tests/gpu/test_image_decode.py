@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.data.dali_decode import DaliDecoder
 from navil_megatron.data.image_decode import DecodeJob, ImageDecodeError, blank_patches, normalise
-from navil_megatron.data.image_plan import ImagePlanner
 from tests.tolerances import DALI_PIXELS
 
 PATCH, MERGE, MAX_PIXELS = 16, 2, 2**24

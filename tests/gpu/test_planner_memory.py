@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from navil_megatron.blueprint.workload import Workload
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import ActivationModel
-from navil_megatron.planner.workload import Workload
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
 from navil_megatron.training.flops import workload_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from navil_megatron.layers.vision_plan import plan_vision
+from navil_megatron.blueprint.vision_plan import plan_vision
 from navil_megatron.models.build import build_model
 from navil_megatron.models.inputs import FirstStageInputs
 from tests.golden_cases import GoldenCase

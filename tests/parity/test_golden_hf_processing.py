@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from navil_megatron.data.image_plan import ImagePlanner
+from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.hf.exported.chat_template import AUTHORS_SYSTEM_MESSAGE, chat_template
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor, image_tokens
 from tests.unit.hf_examples import tiny_model, tiny_tokenizer

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from navil_megatron.config.schema import SPECIAL_TOKENS
-from navil_megatron.data.dali_decode import DaliDecoder
-from navil_megatron.data.image_decode import DecodeJob, ImageDecoder, PillowDecoder, normalise, read_image_size
-from navil_megatron.data.image_plan import (
+from navil_megatron.blueprint.image_plan import (
     ImagePlanner,
     ImageSizeError,
+    ScalePlan,
     count_image_tokens,
     image_grid_thw,
     image_token_ids,
     image_token_layout,
     num_patches,
 )
-from navil_megatron.data.types import ScalePlan
+from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.data.dali_decode import DaliDecoder
+from navil_megatron.data.image_decode import DecodeJob, ImageDecoder, PillowDecoder, normalise, read_image_size
 from tests.tolerances import DALI_PIXELS
 
 PATCH, MERGE = 16, 2

@@ -10,8 +10,8 @@ import torch
 from navil_megatron.config.families import FAMILIES as FAMILY_TRAITS
 from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
+from navil_megatron.files.atomic_folder import new_folder
 from navil_megatron.hf.checkpoint.folder import write_tensors
-from navil_megatron.hf.files.atomic_folder import new_folder
 from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.data.assemble import MAX_PADDING_SEGMENT, RowFormat, assemble, drop_loss
-from navil_megatron.data.image_plan import image_token_ids
 from navil_megatron.data.synthetic import synthetic_microbatch, synthetic_rows
-from navil_megatron.data.types import EncodedSample, PackedSequence, SampleId, ScalePlan
+from navil_megatron.data.types import EncodedSample, PackedSequence, SampleId
 from tests.unit.config_examples import EXAMPLE_TOML
 
 

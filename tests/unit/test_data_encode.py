@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.data.encode import encode_sample
-from navil_megatron.data.image_plan import image_token_ids
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
-from navil_megatron.data.types import EncodedSample, SampleId, ScalePlan, Turn
+from navil_megatron.data.types import EncodedSample, SampleId, Turn
 
 SMALL, WIDE, TALL = ((ScalePlan(h * 16, w * 16, h, w),) for h, w in ((2, 2), (2, 6), (8, 2)))
 PYRAMID = (ScalePlan(32, 32, 2, 2), ScalePlan(60, 64, 4, 4))

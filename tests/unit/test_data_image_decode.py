@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, num_patches
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import load_config
 from navil_megatron.data.dali_decode import DaliDecoder, resize
@@ -29,8 +30,6 @@ from navil_megatron.data.image_decode import (
     normalise,
     read_image_size,
 )
-from navil_megatron.data.image_plan import ImagePlanner, num_patches
-from navil_megatron.data.types import ScalePlan
 from tests.tolerances import DALI_PIXELS
 from tests.unit.config_examples import EXAMPLE_TOML
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from navil_megatron.blueprint.image_plan import ImagePlanner, image_grid_thw, visual_tokens
 from navil_megatron.data.encode import encode_sample
-from navil_megatron.data.image_plan import ImagePlanner, image_grid_thw, visual_tokens
 from navil_megatron.data.show.rows import CELL_HEIGHT, PAGE_WIDTH, draw_cells, draw_rows, unpatchify
 from navil_megatron.data.show.tokens import COLOURS, TokenKind, token_kinds
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer

@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 import torch
 
-from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.checksums import CHECKSUMS_FILE
+from navil_megatron.files.disk_space import require_space
 from navil_megatron.hf.compare import compare
 from navil_megatron.hf.export import convert_to_hf
-from navil_megatron.hf.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.safetensors_io import INDEX_FILE
 from tests.unit.hf_examples import tiny_model, write_checkpoint

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.checksums import CHECKSUMS_FILE, digest
 from navil_megatron.hf.checkpoint.entry import find_entry
 from navil_megatron.hf.checkpoint.metadata import read_metadata
 from navil_megatron.hf.export import convert_to_hf
-from navil_megatron.hf.files.checksums import CHECKSUMS_FILE, digest
 from navil_megatron.hf.inspect import describe_contents, inspect
 from navil_megatron.hf.model_source import open_source
 from navil_megatron.hf.safetensors_io import INDEX_FILE

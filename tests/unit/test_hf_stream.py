@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf import safetensors_writer
 from navil_megatron.hf.checkpoint import writer as checkpoint_writer
 from navil_megatron.hf.checkpoint.folder import read_tensors
@@ -25,7 +26,6 @@ from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
 from navil_megatron.hf.command import file_size
 from navil_megatron.hf.export import convert_to_hf
-from navil_megatron.hf.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
 from navil_megatron.hf.inspect import PARTS, inspect
 from navil_megatron.hf.param_map import hf_shapes

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from navil_megatron.blueprint.segments import group_segments, inverse_order
+from navil_megatron.blueprint.vision_plan import assign_images, block_order, encoding_cost, plan_vision
 from navil_megatron.config.schema import VisionConfig
 from navil_megatron.layers.modality import plan_modality_order
 from navil_megatron.layers.reorder import Reorder
-from navil_megatron.layers.segments import group_segments, inverse_order
-from navil_megatron.layers.vision_plan import assign_images, block_order, encoding_cost, plan_vision
 
 ENCODER = VisionConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=2)
 WINDOWED = VisionConfig(

@@ -5,10 +5,10 @@ from math import prod
 
 import pytest
 
-from navil_megatron.config.phases import is_trainable
+from navil_megatron.blueprint.parameters import active_parameters, chunk_parameters, count_by_part, part_of, whole_model
+from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.config.schema import ModelConfig, ParallelConfig
 from navil_megatron.hf.param_map import mcore_shapes
-from navil_megatron.planner.parameters import active_parameters, chunk_parameters, count_by_part, part_of, whole_model
 from tests.ranks import tiny_config
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
 

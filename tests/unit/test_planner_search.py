@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.cli import main
 from navil_megatron.config.load import load_config
 from navil_megatron.config.validate import validate
 from navil_megatron.planner.machine import Machine, ring_share
 from navil_megatron.planner.search import Candidate, search_layouts
-from navil_megatron.planner.workload import typical_workload
 from tests.ranks import tiny_config
 from tests.real_sizes import NAVIL_9B
 from tests.unit.config_examples import EXAMPLE_TOML

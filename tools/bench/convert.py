@@ -37,9 +37,9 @@ import torch
 from navil_2b import NAVIL_2B
 
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.files.atomic_folder import flush_folder
 from navil_megatron.hf.checkpoint.folder import write_config
 from navil_megatron.hf.checkpoint.writer import Written, finish_checkpoint, save_chunk
-from navil_megatron.hf.files.atomic_folder import flush_folder
 from navil_megatron.hf.param_map import Row, Shape, table
 
 LAYOUTS = {"to_hf": (1, 1, 1), "to_hf_tp2_pp2_ep2": (2, 2, 2)}

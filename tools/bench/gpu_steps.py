@@ -24,14 +24,14 @@ from profile_shares import summarize
 from torch.profiler import ProfilerActivity
 from turns import clock
 
+from navil_megatron.blueprint.flops import backward_flops, head_terms, layer_terms
+from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.config.schema import ModelConfig, NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.types import DataPlace, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
-from navil_megatron.planner.flops import backward_flops, head_terms, layer_terms
 from navil_megatron.planner.machine import Machine
-from navil_megatron.planner.workload import typical_workload
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.flops import step_flops, workload_of
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp

@@ -35,9 +35,9 @@ from small_run import mixed_row, one_sample_row, small_config
 from traffic_count import CountTraffic
 from turns import quartiles, resident_bytes, restart_peak
 
+from navil_megatron.blueprint.vision_plan import plan_vision
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.data.types import Microbatch
-from navil_megatron.layers.vision_plan import plan_vision
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.communication import (
     MicrobatchSizes,

@@ -47,12 +47,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from photos import photo, photo_shards
 from small_run import small_config
 
+from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, image_token_ids, visual_tokens
 from navil_megatron.config.schema import NaViLConfig, SourceConfig
 from navil_megatron.data.image_decode import DecodeJob, build_image_decoder
-from navil_megatron.data.image_plan import ImagePlanner, image_token_ids, visual_tokens
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
-from navil_megatron.data.types import DataPlace, ScalePlan
+from navil_megatron.data.types import DataPlace
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs

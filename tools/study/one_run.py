@@ -6,10 +6,10 @@ import shutil
 import socket
 from pathlib import Path
 
+from navil_megatron.blueprint.parameters import count_by_part
 from navil_megatron.config.load import load_config
 from navil_megatron.config.schema import NaViLConfig
 from navil_megatron.hf.llm.ingest import convert_llm
-from navil_megatron.planner.parameters import count_by_part
 from navil_megatron.pretrain import main as train
 from tools.study.arms import HEAD_DIM, Arm, Llm, Scale
 

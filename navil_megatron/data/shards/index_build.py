@@ -15,9 +15,9 @@ from typing import IO, Protocol
 
 import numpy as np
 
+from navil_megatron.blueprint.image_plan import MAX_ASPECT_RATIO
 from navil_megatron.data.content import NoCaptionError, RejectedSample, parse_content
 from navil_megatron.data.image_decode import ImageDecodeError, decode_image, read_image_size
-from navil_megatron.data.image_plan import MAX_ASPECT_RATIO
 from navil_megatron.data.shards.shard_files import open_file
 from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard
 from navil_megatron.data.types import Content

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.checksums import raw_bytes, read_checksums, require_digest
+from navil_megatron.files.file_bytes import read_into
 from navil_megatron.hf.checkpoint.entry import Entry, find_entry
 from navil_megatron.hf.checkpoint.metadata import Chunk, StoredTensor, read_metadata
-from navil_megatron.hf.files.checksums import raw_bytes, read_checksums, require_digest
-from navil_megatron.hf.files.file_bytes import read_into
 from navil_megatron.hf.plan import Slot
 from navil_megatron.hf.verify import Signature
 

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from navil_megatron.files.checksums import raw_bytes
+from navil_megatron.files.file_bytes import WriteBehind
 from navil_megatron.hf.checkpoint.metadata import METADATA_FILE
 from navil_megatron.hf.checkpoint.reader import LAYOUT_FILE
-from navil_megatron.hf.files.checksums import raw_bytes
-from navil_megatron.hf.files.file_bytes import WriteBehind
 from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 

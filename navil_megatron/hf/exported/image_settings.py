@@ -8,9 +8,9 @@ from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import DataConfig, ModelConfig
+from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.exported.chat_template import TURN_TOKENS
 from navil_megatron.hf.exported.portable_tokenizer import added_tokens
-from navil_megatron.hf.files.json_file import read_json
 from navil_megatron.hf.hf_config import AUTO_MAP
 
 _IMAGE_SETTINGS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.schema import ModelConfig
+from navil_megatron.files.json_file import read_json, write_json
 from navil_megatron.hf.exported.chat_template import PLACEHOLDER, TURN_TOKENS, chat_template
-from navil_megatron.hf.files.json_file import read_json, write_json
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"
 """Loads ``tokenizer.json`` as it is, in every version."""

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, load_tables
 from navil_megatron.config.schema import TrainingConfig
+from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.disk_space import require_space
+from navil_megatron.files.json_file import read_json, values_of
 from navil_megatron.hf.checkpoint.folder import write_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
-from navil_megatron.hf.files.atomic_folder import new_folder, require_new
-from navil_megatron.hf.files.json_file import read_json, values_of
 from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.llm.start import expected_llm_tensors, ignored_llm_tensors, model_config_for_llm, plan_llm_start
 from navil_megatron.hf.safetensors_io import TensorFolder

@@ -7,8 +7,8 @@ import hashlib
 
 import torch
 
+from navil_megatron.blueprint.initial_values import initial_values
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.initial_values import initial_values
 from navil_megatron.config.schema import ModelConfig
 from navil_megatron.hf.transforms import TRANSFORMS, Tensors
 

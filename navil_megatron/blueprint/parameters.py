@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from math import prod
 
-from navil_megatron.config.phases import is_trainable
+from navil_megatron.blueprint.experts_placement import local_experts
+from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.config.schema import (
     MODALITIES,
     SPECIAL_TOKENS,
@@ -14,7 +15,6 @@ from navil_megatron.config.schema import (
     ParallelConfig,
     VisionConfig,
 )
-from navil_megatron.layers.experts_placement import local_experts
 
 type Sized = tuple[str, int]
 """Name of a parameter as the built model has it, and how many numbers a rank holds of it."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.schema import SPECIAL_TOKENS, DataConfig, VisionConfig
-from navil_megatron.data.types import ScalePlan
 
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that the reference accepts."""
@@ -19,6 +18,20 @@ MAX_ASPECT_RATIO = 200
 
 class ImageSizeError(UserError):
     """An image whose size the model cannot take."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePlan:
+    """One scale of one image: what to resize to and how many patches result."""
+
+    resized_height: int
+    """Pixels after resizing, before padding."""
+    resized_width: int
+    """Pixels after resizing, before padding."""
+    grid_height: int
+    """Patches down, after padding to whole merge blocks."""
+    grid_width: int
+    """Patches across, after padding to whole merge blocks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from navil_megatron.checkpoint.disk import require_space
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.files.file_bytes import flush
+from navil_megatron.files.disk_space import require_space
+from navil_megatron.files.file_bytes import flush
 
 
 @contextmanager

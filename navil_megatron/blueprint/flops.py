@@ -6,9 +6,9 @@ gradients of activations and one more for those of the weights that the phase tr
 
 from collections.abc import Iterable, Iterator
 
-from navil_megatron.config.phases import is_trainable
+from navil_megatron.blueprint.phases import is_trainable
+from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.schema import MODALITIES, LanguageConfig, ModelConfig
-from navil_megatron.planner.workload import Workload
 
 Term = tuple[str, float]
 """Name of a parameter that stands for a group of matrices (empty: no weight), and its forward FLOPs."""
