@@ -56,11 +56,24 @@ def _watching_methods(found: list[str]) -> Iterator[None]:
 
         return noting
 
+    def setting(tensor: Tensor, index: Any, value: Any) -> None:
+        # A number into rows that a mask marks fills them on a GPU without a read, whatever operator this version of
+        # torch names for it on a CPU.
+        mask, *rest = index if isinstance(index, tuple) else (index,)
+        is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and all(part == slice(None) for part in rest)
+        if is_mask and isinstance(value, int | float):
+            tensor.masked_fill_(mask.reshape(*mask.shape, *(1,) * (tensor.dim() - mask.dim())), value)
+        else:
+            set_item(tensor, index, value)
+
+    set_item = Tensor.__setitem__
+    Tensor.__setitem__ = setting  # type: ignore[method-assign]
     for name in READING_METHODS:
         setattr(Tensor, name, watched(name, getattr(Tensor, name)))
     try:
         yield
     finally:
+        del Tensor.__setitem__
         for name in READING_METHODS:
             if name in own:
                 setattr(Tensor, name, own[name])

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from navil_megatron.layers.collectives import all_gather_single, reduce_scatter_single
+
 
 class GatherFeatures(torch.autograd.Function):
     """[m, h] on each rank -> [ranks * m, h] on every rank.
@@ -21,7 +23,7 @@ class GatherFeatures(torch.autograd.Function):
         """Gather along the rows."""
         ctx.group, ctx.cp_group = group, cp_group
         gathered = features.new_empty(group.size() * features.shape[0], *features.shape[1:])
-        torch.distributed.all_gather_into_tensor(gathered, features.contiguous(), group=group)
+        all_gather_single(gathered, features.contiguous(), group=group)
         return gathered
 
     @staticmethod
@@ -34,7 +36,7 @@ class GatherFeatures(torch.autograd.Function):
         if cp_size == 1:
             return mine[0], None, None
         summed = torch.empty_like(mine[0])
-        torch.distributed.reduce_scatter_tensor(summed, mine.flatten(0, 1), group=ctx.cp_group)
+        reduce_scatter_single(summed, mine.flatten(0, 1), group=ctx.cp_group)
         return summed, None, None
 
 

@@ -26,6 +26,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
+from navil_megatron.layers.collectives import all_gather_single, reduce_scatter_single
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 
 type Offsets = tuple[tuple[int, int, int], ...]
@@ -130,7 +131,7 @@ def _matmul_by_modality(
 
 def _start_gather(x: Tensor, group: ProcessGroup, *, async_op: bool) -> tuple[Tensor, Work | None]:
     output = x.new_empty(x.shape[0] * group.size(), x.shape[1])
-    work = torch.distributed.all_gather_into_tensor(output, x.contiguous(), group=group, async_op=async_op)
+    work = all_gather_single(output, x.contiguous(), group=group, async_op=async_op)
     return output, work
 
 
@@ -138,7 +139,7 @@ def _start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) ->
     if not sequence_parallel:
         return grad, torch.distributed.all_reduce(grad, group=group, async_op=True)
     share = grad.new_empty(grad.shape[0] // group.size(), grad.shape[1])
-    return share, torch.distributed.reduce_scatter_tensor(share, grad, group=group, async_op=True)
+    return share, reduce_scatter_single(share, grad, group=group, async_op=True)
 
 
 def modality_product(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from navil_megatron.layers.collectives import all_gather_single, reduce_scatter_single
 from navil_megatron.planner.communication import Traffic, buffer_size
 from tests.oracle import MIXED, TEXT_ONLY, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -78,8 +79,8 @@ def count_known_collectives(rank: int, world_size: int) -> list[tuple[str, str, 
     with start_session(rank, world_size) as session, CountTraffic(session.groups) as counting:
         whole, half = torch.zeros(6), torch.zeros(3)
         torch.distributed.all_reduce(whole, group=session.groups.dp)
-        torch.distributed.all_gather_into_tensor(whole, half, group=session.groups.dp_cp)
-        torch.distributed.reduce_scatter_tensor(half, whole, group=session.groups.dp_cp)
+        all_gather_single(whole, half, group=session.groups.dp_cp)
+        reduce_scatter_single(half, whole, group=session.groups.dp_cp)
         torch.distributed.all_to_all_single(torch.zeros(6), whole, group=session.groups.dp)
         torch.distributed.all_reduce(whole, group=session.groups.tp)  # a group of one: nothing is sent
         torch.distributed.all_reduce(whole)

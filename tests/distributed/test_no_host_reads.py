@@ -93,6 +93,7 @@ def test_expert_parallel_ranks_read_only_in_the_dispatcher_of_megatron_core(plac
         lambda x: x[x > 0],
         lambda x: x.index_put((x > 0,), torch.ones(1)),
         lambda x: x.masked_select(x > 0),
+        lambda x: x.__setitem__(x > 0, torch.ones(1)),
         lambda x: torch.equal(x, x),
     ],
 )
@@ -125,3 +126,11 @@ def test_the_watch_lets_pass_what_stays_on_the_device() -> None:
     with watching_host_reads() as reads:
         torch.where(x > 0, x, 0.0)[order].index_select(0, order).sum().backward()
     assert reads == []
+
+
+def test_the_watch_lets_a_number_fill_a_mask() -> None:
+    x = torch.tensor([[1.0, 2.0], [-1.0, 3.0]])
+    with watching_host_reads() as reads:
+        x[x > 2] = 0
+        x[x[:, 0] > 0, :] = 0
+    assert reads == [] and x.tolist() == [[0.0, 0.0], [-1.0, 0.0]]
