@@ -17,7 +17,7 @@ from typing import Any
 
 from navil_megatron import __version__
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.command import add_data_verbs
 from navil_megatron.evaluation.attention_command import add_attention_verb
 from navil_megatron.evaluation.command import add_evaluate_verb

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 
 from navil_megatron.blueprint.image_plan import visual_tokens
 from navil_megatron.checkpoint.sharded import load_model
+from navil_megatron.config.checkpoint import CheckpointConfig
+from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    NaViLConfig,
-    OptimizerConfig,
-    RuntimeConfig,
-    TrainingConfig,
-)
+from navil_megatron.config.logging import LoggingConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.optimizer import OptimizerConfig
+from navil_megatron.config.precision import PrecisionConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.runtime import RuntimeConfig
+from navil_megatron.config.training import TrainingConfig
 from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.files.json_file import read_json
@@ -343,7 +342,8 @@ def _one_rank(model: ModelConfig, logs: str) -> NaViLConfig:
     return NaViLConfig(
         model=model,
         data=DataConfig(train_sources=(), tokenizer=""),
-        training=TrainingConfig(train_steps=1, global_batch_size=1, precision="fp32"),
+        training=TrainingConfig(train_steps=1, global_batch_size=1),
+        precision=PrecisionConfig(type="fp32"),
         optimizer=OptimizerConfig(lr=0.0),
         checkpoint=CheckpointConfig(directory=logs),
         runtime=RuntimeConfig(device="cpu"),

@@ -15,7 +15,7 @@ import torch
 
 from navil_megatron.blueprint.parameters import count_by_part
 from navil_megatron.blueprint.workload import typical_workload
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.data.loader import load_run_tokenizer, open_sources
 from navil_megatron.models.build import build_model
@@ -92,7 +92,7 @@ def build_ranks(config: NaViLConfig, gpus: int) -> Iterator[BuiltRank]:
                     sizes={name: parameter.numel() for name, parameter in parameters},
                     num_trained=sum(p.numel() for _, p in parameters if p.requires_grad),
                     num_groups=len(optimizer.param_groups),
-                    optimizer_bytes=_optimizer_bytes(optimizer, built_as.training.precision == "bf16"),
+                    optimizer_bytes=_optimizer_bytes(optimizer, built_as.precision.type == "bf16"),
                 )
 
 
@@ -111,7 +111,7 @@ def _optimizer_bytes(optimizer: Any, has_master_weights: bool) -> int:
 
 def _data_lines(config: NaViLConfig) -> Iterator[str]:
     """The tokenizer and the sources, opened where they are here."""
-    indexes = [*(source.index for source in config.data.train_sources), *config.data.validation_sources]
+    indexes = [*(source.index for source in config.data.train_sources), *config.evaluation.sources]
     tokenizer = None
     if Path(config.data.tokenizer).exists():
         tokenizer = load_run_tokenizer(config)

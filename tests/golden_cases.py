@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from navil_megatron.config.schema import MODALITIES, SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.ingest import hf_to_mcore

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model

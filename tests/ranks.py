@@ -20,21 +20,18 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.schema import (
-    SPECIAL_TOKENS,
-    CheckpointConfig,
-    DataConfig,
-    LanguageConfig,
-    LoggingConfig,
-    ModelConfig,
-    NaViLConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RuntimeConfig,
-    SourceConfig,
-    TrainingConfig,
-    VisionConfig,
-)
+from navil_megatron.config.checkpoint import CheckpointConfig
+from navil_megatron.config.data import DataConfig, SourceConfig
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.logging import LoggingConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.optimizer import OptimizerConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.precision import PrecisionConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.runtime import RuntimeConfig
+from navil_megatron.config.training import TrainingConfig
+from navil_megatron.config.vision import VisionConfig
 
 PRELOAD = (
     "torch",
@@ -205,7 +202,8 @@ def tiny_config(**sections: Any) -> NaViLConfig:
     base = NaViLConfig(
         model=_tiny_model(),
         data=DataConfig(train_sources=(SourceConfig(index="none"),), tokenizer="none", seq_length=64),
-        training=TrainingConfig(train_steps=8, global_batch_size=4, precision="fp32"),
+        training=TrainingConfig(train_steps=8, global_batch_size=4),
+        precision=PrecisionConfig(type="fp32"),
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0),
         checkpoint=CheckpointConfig(directory="none"),
         runtime=RuntimeConfig(device="cpu", collective_timeout_seconds=180, cpu_threads=1),

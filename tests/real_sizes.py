@@ -1,6 +1,8 @@
 """The models of the paper at their real sizes (tables 6 to 8); nothing here is ever built, only counted and named."""
 
-from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.vision import VisionConfig
 
 NAVIL_2B = ModelConfig(
     language=LanguageConfig(

@@ -85,7 +85,7 @@ def run_overrides(folder: Path, scenes: dict, steps: int | None) -> list[str]:
     """What of ``config.toml`` depends on the folder and on the scenes."""
     overrides = [
         f'data.train_sources=[{{index="{folder}/data/train.index"}}]',
-        f'data.validation_sources=["{folder}/data/heldout.index"]',
+        f'evaluation.sources=["{folder}/data/heldout.index"]',
         f'data.tokenizer="{folder}/data/tokenizer"',
         f'checkpoint.directory="{folder}/checkpoints"',
         f'logging.directory="{folder}/logs"',

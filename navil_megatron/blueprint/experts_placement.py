@@ -1,6 +1,6 @@
 """Where the experts of both modalities live among the expert-parallel ranks, and how even that is."""
 
-from navil_megatron.config.schema import MODALITIES, Modality
+from navil_megatron.config.modality import MODALITIES, Modality
 
 type LocalExperts = dict[Modality, range]
 """The experts that live on one rank, by their number inside their modality; a modality without any is left out."""

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.blueprint.workload import Workload
-from navil_megatron.config.schema import MODALITIES, LanguageConfig, ModelConfig
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.model import ModelConfig
 
 Term = tuple[str, float]
 """Name of a parameter that stands for a group of matrices (empty: no weight), and its forward FLOPs."""

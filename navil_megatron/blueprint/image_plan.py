@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import SPECIAL_TOKENS, DataConfig, VisionConfig
+from navil_megatron.config.model import SPECIAL_TOKENS
+from navil_megatron.config.vision import VisionConfig
 
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that the reference accepts."""

@@ -1,6 +1,6 @@
 """How a parameter starts where no weights are given (reference: ``_init_weights``), by its name in the checkpoint."""
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 
 
 def initial_values(name: str, num_dims: int, model: ModelConfig) -> tuple[float, float]:

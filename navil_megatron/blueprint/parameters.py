@@ -5,16 +5,11 @@ from math import prod
 
 from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.blueprint.phases import is_trainable
-from navil_megatron.config.schema import (
-    MODALITIES,
-    SPECIAL_TOKENS,
-    LanguageConfig,
-    Modality,
-    ModalityPart,
-    ModelConfig,
-    ParallelConfig,
-    VisionConfig,
-)
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.modality import MODALITIES, Modality, ModalityPart
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.vision import VisionConfig
 
 type Sized = tuple[str, int]
 """Name of a parameter as the built model has it, and how many numbers a rank holds of it."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from navil_megatron.config.schema import VisionConfig
+from navil_megatron.config.vision import VisionConfig
 
 Grid = tuple[int, int, int]
 """Frames, patch rows, patch columns of one scale-image."""

@@ -7,7 +7,8 @@ from functools import cache
 from navil_megatron.blueprint.experts_placement import loads_of_ranks
 from navil_megatron.blueprint.image_plan import ImagePlanner, count_image_tokens
 from navil_megatron.blueprint.vision_plan import Grid, assign_images, encoding_cost
-from navil_megatron.config.schema import NaViLConfig, VisionConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.vision import VisionConfig
 
 
 def num_patches(grids: Iterable[Grid]) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, section_from_dict
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.renamed import with_new_names
+from navil_megatron.config.run import NaViLConfig
 
 CONFIG_FILE = "navil_config.json"
 """The resolved config, inside each checkpoint folder."""
@@ -25,7 +27,7 @@ _ONLY_INITIAL = {
 }
 """Fields that no longer matter once weights exist."""
 
-_OPTIMIZER_SETTINGS = ("training.precision", "optimizer.distributed")
+_OPTIMIZER_SETTINGS = ("precision.type", "optimizer.distributed")
 """What decides the form of the optimizer's state."""
 
 
@@ -113,7 +115,7 @@ def _stored_model(folder: Path) -> ModelConfig:
 def _stored(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        return json.loads(path.read_text())
+        return with_new_names(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot read {path} ({type(error).__name__}): the checkpoint is damaged; move it away to use an older one"

@@ -36,7 +36,7 @@ from navil_megatron.checkpoint.sharded import (
     wanted_shapes,
 )
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.runtime.session import Session
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from navil_megatron.config.schema import LanguageConfig
+from navil_megatron.config.language import LanguageConfig
 
 
 @dataclass(frozen=True, slots=True)

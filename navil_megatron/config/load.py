@@ -15,7 +15,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from navil_megatron.config.errors import ConfigError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.renamed import RENAMED
+from navil_megatron.config.run import NaViLConfig
 
 _INVALID: Any = object()
 """Stands for a value whose problem has been noted."""
@@ -206,8 +207,10 @@ class _Reader[T]:
     def _nearest(self, section: type[Any], name: str, key: str) -> str:
         """What the user may have meant: a near name in the section, the same name elsewhere, or the whole section."""
         names = [field.name for field in dataclasses.fields(section)]
-        elsewhere = [dotted for dotted in _dotted_keys(self.root, "") if dotted.rpartition(".")[2] == name]
+        elsewhere = [dotted for dotted in setting_names(self.root) if dotted.rpartition(".")[2] == name]
         near = difflib.get_close_matches(name, names, n=1)
+        if _join(key, name) in RENAMED:
+            return f"it is {RENAMED[_join(key, name)]} now"
         if near:
             return f"the nearest is {_join(key, near[0])}"
         if elsewhere:
@@ -240,14 +243,14 @@ def _required_names(annotation: Any) -> str:
     return ", ".join(field.name for field in dataclasses.fields(annotation) if _is_required(field))
 
 
-def _dotted_keys(section: Any, key: str) -> Iterator[str]:
+def setting_names(section: type[Any], key: str = "") -> Iterator[str]:
     """Every setting below a section, sections included."""
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
         dotted = _join(key, field.name)
         yield dotted
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from _dotted_keys(hints[field.name], dotted)
+            yield from setting_names(hints[field.name], dotted)
 
 
 def _found(value: Any) -> str:

@@ -1,13 +1,16 @@
-"""Which kernels go with which device and precision, and what FP8 asks of sizes and padding.
+"""``[precision]``: types of numbers, and what they ask of kernels, sizes and padding.
 
 FP8 products on Hopper take dimensions that are multiples of 16; blockwise scaling takes rows by 128. Everything that
 can be known without a GPU is refused here; what the machine must offer is asked at the start of a run, by ``kernels``.
 """
 
 from collections.abc import Iterator
-from typing import get_args
+from dataclasses import dataclass
+from typing import Literal
 
-from navil_megatron.config.schema import ModalityPart, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.runtime import RuntimeConfig
 
 FP8_DIMENSION = 16
 """Both dimensions of every FP8 matrix are multiples of this."""
@@ -15,83 +18,69 @@ FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 """Recipe -> multiple of the rows of a modality's segment."""
 
 
-def kernel_rules(config: NaViLConfig) -> Iterator[str]:
-    """Every rule about kernels and precision that the run breaks."""
-    runtime, training = config.runtime, config.training
-    engine = runtime.kernels == "transformer_engine"
-    if engine and runtime.device != "cuda":
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    """In which types of numbers the run computes."""
+
+    type: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; gradients, master weights and moments are FP32."""
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Recipe of the decoder's matrix products (``runtime.kernels = "transformer_engine"``): ``delayed`` scales by the
+    largest values of past steps, ``tensorwise`` by those of the tensor itself, ``blockwise`` by those of 128-wide
+    blocks. Weights and checkpoints stay BF16. The scales of ``delayed`` are not saved: a resumed run starts with 1, as
+    a new one does. ``mxfp8`` needs Blackwell and is refused."""
+    fp8_first_last_layers_bf16: bool = False
+    """Keep the decoder's first and last layer in BF16; not with ``delayed``, whose scales are updated once a pass."""
+    fp8_encoder: bool = False
+    """Run the encoder's layers in FP8 too; not with ``delayed``."""
+
+    def segment_multiple(self, context_parallel_size: int) -> int:
+        """Tokens of which each modality's segment of a row holds a multiple, so that every rank's share fits FP8."""
+        return FP8_ROWS.get(self.fp8, 1) * context_parallel_size
+
+
+def precision_rules(
+    precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig, runtime: RuntimeConfig
+) -> Iterator[str]:
+    """One line for every rule about types of numbers that the run breaks."""
+    if runtime.kernels == "transformer_engine" and precision.type != "bf16":
         yield (
-            f'runtime.kernels = "transformer_engine" needs runtime.device = "cuda", found "{runtime.device}"; set '
-            'kernels = "torch"'
-        )
-    if engine and training.precision != "bf16":
-        yield (
-            f'runtime.kernels = "transformer_engine" needs training.precision = "bf16", found "{training.precision}"; '
+            f'runtime.kernels = "transformer_engine" needs precision.type = "bf16", found "{precision.type}"; '
             'change it or set kernels = "torch"'
         )
-    fusion = runtime.gradient_accumulation_fusion
-    if fusion == "transformer_engine" and not engine:
-        yield (
-            f'runtime.gradient_accumulation_fusion = "{fusion}", but runtime.kernels = "{runtime.kernels}" has no such '
-            'layers; set kernels = "transformer_engine" or the fusion to "none"'
-        )
-    if fusion == "apex" and runtime.device != "cuda":
-        yield (
-            f'runtime.gradient_accumulation_fusion = "apex" needs runtime.device = "cuda", found "{runtime.device}"; '
-            'set it to "none"'
-        )
-    language = config.model.language
-    if config.runtime.kernels != "torch" and any(language.shares(part) for part in get_args(ModalityPart)):
-        yield (
-            f"model.language.modality_experts = {list(language.modality_experts)} shares weights between modalities, "
-            f'which only runtime.kernels = "torch" does, found "{config.runtime.kernels}"; change one of the two'
-        )
-    yield from _fp8_rules(config)
-
-
-def _fp8_rules(config: NaViLConfig) -> Iterator[str]:
-    training = config.training
-    flags = [name for name in ("fp8_first_last_layers_bf16", "fp8_encoder") if getattr(training, name)]
-    if training.fp8 == "none":
+    flags = [name for name in ("fp8_first_last_layers_bf16", "fp8_encoder") if getattr(precision, name)]
+    if precision.fp8 == "none":
         for flag in flags:
-            yield f'training.{flag} = true, but training.fp8 = "none"; choose a recipe or set {flag} = false'
+            yield f'precision.{flag} = true, but precision.fp8 = "none"; choose a recipe or set {flag} = false'
         return
-    if training.fp8 == "mxfp8":
+    if precision.fp8 == "mxfp8":
         yield (
-            'training.fp8 = "mxfp8" needs Blackwell GPUs; Hopper has no such products: use "blockwise", "tensorwise" '
+            'precision.fp8 = "mxfp8" needs Blackwell GPUs; Hopper has no such products: use "blockwise", "tensorwise" '
             'or "delayed"'
         )
         return
-    if config.runtime.kernels != "transformer_engine":
+    if runtime.kernels != "transformer_engine":
         yield (
-            f'training.fp8 = "{training.fp8}" needs runtime.kernels = "transformer_engine", found '
-            f'"{config.runtime.kernels}"; change one of the two'
+            f'precision.fp8 = "{precision.fp8}" needs runtime.kernels = "transformer_engine", found '
+            f'"{runtime.kernels}"; change one of the two'
         )
-    if config.model.language.num_experts > 1:
+    if model.language.num_experts > 1:
         yield (
-            f'training.fp8 = "{training.fp8}" with model.language.num_experts = {config.model.language.num_experts}: '
+            f'precision.fp8 = "{precision.fp8}" with model.language.num_experts = {model.language.num_experts}: '
             'the grouped product of several experts runs in BF16 alone; set fp8 = "none" or num_experts = 1'
         )
-    if training.fp8 == "delayed":
+    if precision.fp8 == "delayed":
         for flag in flags:
             yield (
-                f'training.{flag} = true does not go with training.fp8 = "delayed", which updates all scales once a '
+                f'precision.{flag} = true does not go with precision.fp8 = "delayed", which updates all scales once a '
                 'pass through the decoder; use "tensorwise" or "blockwise"'
             )
-    yield from _fp8_sizes(config)
+    yield from _fp8_sizes(precision, model, parallel.tensor_model_parallel_size)
 
 
-def _fp8_sizes(config: NaViLConfig) -> Iterator[str]:
-    """Rows that the packer pads, then the matrices as tensor parallelism leaves them."""
-    language, vision, context = config.model.language, config.model.vision, config.parallel.context_parallel_size
-    rows = FP8_ROWS[config.training.fp8] * context
-    if config.data.pad_segments_to % rows:
-        on_ranks = f" on each of {context} context-parallel ranks" if context > 1 else ""
-        yield (
-            f'data.pad_segments_to = {config.data.pad_segments_to}: training.fp8 = "{config.training.fp8}" takes '
-            f"segments of a multiple of {rows // context} tokens{on_ranks}; set it to {rows}"
-        )
-    tensor = config.parallel.tensor_model_parallel_size
+def _fp8_sizes(precision: PrecisionConfig, model: ModelConfig, tensor: int) -> Iterator[str]:
+    """The matrices as tensor parallelism leaves them."""
+    language, vision = model.language, model.vision
     heads = language.num_attention_heads * language.head_dim
     groups = language.num_query_groups * language.head_dim
     sizes = {
@@ -100,12 +89,12 @@ def _fp8_sizes(config: NaViLConfig) -> Iterator[str]:
         "model.language.(num_attention_heads + 2 * num_query_groups) * head_dim": (heads + 2 * groups) // tensor,
         "model.language.ffn_hidden_size": language.ffn_hidden_size // tensor,
     }
-    if config.training.fp8_encoder:
+    if precision.fp8_encoder:
         sizes["model.vision.hidden_size"] = vision.hidden_size
         sizes["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size
     for name, size in sizes.items():
         if size % FP8_DIMENSION:
             yield (
                 f"{name} is {size} on one of {tensor} tensor-parallel ranks; FP8 takes multiples of {FP8_DIMENSION}: "
-                'change the size or parallel.tensor_model_parallel_size, or set training.fp8 = "none"'
+                'change the size or parallel.tensor_model_parallel_size, or set precision.fp8 = "none"'
             )

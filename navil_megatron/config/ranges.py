@@ -3,7 +3,8 @@
 from functools import reduce
 from typing import Any, NamedTuple
 
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.run import NaViLConfig
 
 
 class Range(NamedTuple):
@@ -81,7 +82,7 @@ RANGES: dict[str, Range] = {
     "training.micro_batch_size": COUNT,
     "training.seed": Range(0, 2**31, below=True),
     "training.loss_chunk_tokens": COUNT,
-    "training.evaluate_every_steps": COUNT,
+    "evaluation.every_steps": COUNT,
     "training.log_every_steps": COUNT,
     "training.router_aux_loss": FROM_ZERO,
     "training.router_z_loss": FROM_ZERO,

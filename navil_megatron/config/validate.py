@@ -8,21 +8,18 @@ from collections.abc import Iterator
 from typing import get_args
 
 from navil_megatron.config.errors import ConfigError
+from navil_megatron.config.evaluation import evaluation_rules
 from navil_megatron.config.families import family_rules
-from navil_megatron.config.precision import kernel_rules
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.modality import MODALITIES, ModalityPart
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.optimizer import OptimizerConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.precision import precision_rules
 from navil_megatron.config.ranges import check_model_ranges, check_ranges
-from navil_megatron.config.schema import (
-    MODALITIES,
-    SPECIAL_TOKENS,
-    LanguageConfig,
-    ModalityPart,
-    ModelConfig,
-    NaViLConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Recomputed,
-    TrainingConfig,
-)
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.runtime import runtime_rules
+from navil_megatron.config.training import Recomputed, TrainingConfig
 
 _GROUPED_WIDTH = 8
 """Numbers in 16 bytes of BF16: torch's grouped product wants rows to start there."""
@@ -53,7 +50,9 @@ def validate(config: NaViLConfig, world_size: int | None = None) -> None:
             *_layout_rules(config),
             *_pipeline_rules(config.parallel, config.model.language.num_layers),
             *_batch_rules(config, world_size),
-            *kernel_rules(config),
+            *evaluation_rules(config.evaluation),
+            *runtime_rules(config.runtime, config.model.language),
+            *precision_rules(config.precision, config.model, config.parallel, config.runtime),
         ]
     if problems:
         raise ConfigError(problems)
@@ -166,7 +165,7 @@ def _row_rules(config: NaViLConfig) -> Iterator[str]:
             f"data.min_image_pixels = {data.min_image_pixels} is more than data.max_image_pixels = "
             f"{data.max_image_pixels}; swap or change them"
         )
-    yield from _divides("data.pad_segments_to", data.pad_segments_to, "data.seq_length", data.seq_length)
+    yield from _segment_rules(config)
     longest = config.model.language.max_position_embeddings
     if data.seq_length > longest:
         yield (
@@ -178,6 +177,22 @@ def _row_rules(config: NaViLConfig) -> Iterator[str]:
         yield (
             f"data.max_image_pixels = {data.max_image_pixels} lets one image take {image_tokens} tokens, but a row has "
             f"data.seq_length = {data.seq_length}; lower the pixels or lengthen the row"
+        )
+
+
+def _segment_rules(config: NaViLConfig) -> Iterator[str]:
+    """Segments fill rows, and FP8 and context-parallel ranks take them whole."""
+    context, padded = config.parallel.context_parallel_size, config.pad_segments_to
+    needed = config.precision.segment_multiple(context)
+    if padded % needed:
+        yield (
+            f'data.pad_segments_to = {padded}: precision.fp8 = "{config.precision.fp8}" on {context} context-parallel '
+            f"rank(s) takes segments of a multiple of {needed} tokens; leave it out"
+        )
+    if config.data.seq_length % padded:
+        yield (
+            f"data.seq_length = {config.data.seq_length} is no multiple of the {padded} tokens to which segments of a "
+            "row are padded (data.pad_segments_to, precision.fp8, parallel.context_parallel_size); make it one"
         )
 
 
@@ -194,11 +209,6 @@ def _schedule_rules(config: NaViLConfig) -> Iterator[str]:
         yield (
             'checkpoint.initial_optimizer = "kept", but checkpoint.initial_weights names no checkpoint to keep it '
             'from; name one or set initial_optimizer = "fresh"'
-        )
-    if training.evaluate_every_steps is not None and not config.data.validation_sources:
-        yield (
-            f"training.evaluate_every_steps = {training.evaluate_every_steps}, but data.validation_sources is empty; "
-            'name held-out shards or set evaluate_every_steps = "none"'
         )
 
 
@@ -251,7 +261,6 @@ def _context_rules(config: NaViLConfig) -> Iterator[str]:
         "model.language.num_query_groups / parallel.tensor_model_parallel_size",
         groups,
     )
-    yield from _divides("parallel.context_parallel_size", size, "data.pad_segments_to", config.data.pad_segments_to)
     ranks = size * parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and config.data.seq_length % ranks:
         yield (

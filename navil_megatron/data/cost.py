@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from navil_megatron.blueprint.image_plan import ScalePlan, num_patches
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the raster formats that are read; its other plugins run interpreters or need tools."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import DataCounts, Decodes, MicrobatchBuilder
 from navil_megatron.data.plan import DataPlan
@@ -168,7 +168,7 @@ class TrainLoader:
             "seed": self._config.training.seed,
             "global_batch_size": self._config.training.global_batch_size,
             "seq_length": self._config.data.seq_length,
-            "pad_segments_to": self._config.data.pad_segments_to,
+            "pad_segments_to": self._config.pad_segments_to,
             **self._fingerprints,
         }
 

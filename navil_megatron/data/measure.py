@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 
 from navil_megatron.blueprint.image_plan import ImagePlanner, Pyramids
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.cost import CostModel
 from navil_megatron.data.shards.shard_index import SourceIndex
 
@@ -44,7 +44,7 @@ class Ruler:
     def __init__(self, config: NaViLConfig) -> None:
         self.planner = ImagePlanner.from_config(config.data, config.model.vision)
         self.seq_length = config.data.seq_length
-        self.pad_segments_to = config.data.pad_segments_to
+        self.pad_segments_to = config.pad_segments_to
         self._costs = CostModel.from_config(config.model)
 
     def measure(self, index: SourceIndex, samples: np.ndarray) -> Measures:

@@ -13,7 +13,7 @@ import torch
 
 from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, visual_tokens
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.image_decode import (
@@ -101,7 +101,7 @@ class MicrobatchBuilder:
         self._decoder: ImageDecoder | None = None if decodes is None else build_image_decoder(config)
         self.row_format = RowFormat(
             seq_length=config.data.seq_length,
-            pad_segments_to=config.data.pad_segments_to,
+            pad_segments_to=config.pad_segments_to,
             pad_id=tokenizer.pad_id,
             special_token_ids=tokenizer.special_token_ids,
         )

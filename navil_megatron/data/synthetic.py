@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids, num_patches
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import decodes_of, load_run_tokenizer, open_sources
 from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import Decodes, MicrobatchBuilder

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.hf.generate import Captioner
 
 CONTEXT = SPECIAL_TOKENS.index("<IMG_CONTEXT>")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from navil_megatron.config.load import config_to_dict
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.convert import ahead
 from navil_megatron.hf.jobs import Meter, OnProgress
 from navil_megatron.hf.model_source import ModelSource, open_source

@@ -10,8 +10,9 @@ from typing import Any
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.families import FAMILIES, family_rules
 from navil_megatron.config.load import section_from_dict
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig, VisionConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.validate import model_problems
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import language_from_hf, language_problems, language_to_hf
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.files.json_file import read_json, values_of
 from navil_megatron.hf.checkpoint.folder import write_config

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from navil_megatron.config.load import config_to_dict
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.checkpoint.folder import find_checkpoint, read_config, read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_model_config
 from navil_megatron.hf.checkpoint.metadata import METADATA_FILE

@@ -10,14 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from navil_megatron.config.schema import (
-    MODALITIES,
-    SPECIAL_TOKENS,
-    LanguageConfig,
-    Modality,
-    ModelConfig,
-    VisionConfig,
-)
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.modality import MODALITIES, Modality
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.transforms import TRANSFORMS, Transform
 

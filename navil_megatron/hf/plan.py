@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.param_map import Shape, table
 from navil_megatron.hf.transforms import TRANSFORMS, Tensors
 

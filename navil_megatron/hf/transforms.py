@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 
 type Tensors = tuple[torch.Tensor, ...]
 

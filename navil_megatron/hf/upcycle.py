@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_config, read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader

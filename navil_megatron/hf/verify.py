@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.validate import model_problems
 from navil_megatron.hf.param_map import Shape, hf_shapes, mcore_shapes, table
 

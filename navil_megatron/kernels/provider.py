@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.apex_kernels import require_apex
 from navil_megatron.kernels.te_install import require_transformer_engine
 from navil_megatron.kernels.torch_kernels import Linear, RMSNorm, segment_attention
@@ -54,7 +54,7 @@ def choose_kernels(config: NaViLConfig) -> Kernels:
         require_apex()
     if config.runtime.kernels == "torch":
         return TORCH_KERNELS
-    require_transformer_engine(config.training.fp8)
+    require_transformer_engine(config.precision.fp8)
     # Imported by name: the module cannot be loaded where Transformer Engine is not installed.
     kernels: Kernels = import_module("navil_megatron.kernels.te_kernels").build_kernels(config)
     return kernels

@@ -18,7 +18,7 @@ INSTALL = (
 
 
 def require_transformer_engine(fp8: str = "none") -> None:
-    """Nothing, if Transformer Engine is installed for this torch and its GPU can do what ``training.fp8`` asks.
+    """Nothing, if Transformer Engine is installed for this torch and its GPU can do what ``precision.fp8`` asks.
 
     Raises:
         UserError: says what was found and what to do.
@@ -34,7 +34,7 @@ def require_transformer_engine(fp8: str = "none") -> None:
     if not available:
         found = f"torch is built for CUDA {torch.version.cuda}"
         raise UserError(
-            f'training.fp8 = "{fp8}" cannot run here: {" ".join(reason.split()).rstrip(".")}; {found}; set it to '
+            f'precision.fp8 = "{fp8}" cannot run here: {" ".join(reason.split()).rstrip(".")}; {found}; set it to '
             '"none" or another recipe'
         )
 

@@ -24,22 +24,22 @@ from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentSc
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from navil_megatron.config.precision import FP8_ROWS
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels import torch_kernels
 from navil_megatron.kernels.provider import Kernels
 
 ENCODER_RECIPES: Mapping[str, type[Recipe]] = {"tensorwise": Float8CurrentScaling, "blockwise": Float8BlockScaling}
-"""``training.fp8`` -> the recipe for the encoder. The decoder's are chosen by megatron-core, by the same names."""
+"""``precision.fp8`` -> the recipe for the encoder. The decoder's are chosen by megatron-core, by the same names."""
 
 
 def build_kernels(config: NaViLConfig) -> Kernels:
     """The kernels of a run, with its FP8 recipe and its fusion of gradient sums."""
-    training = config.training
+    precision = config.precision
     fused_sums = config.runtime.gradient_accumulation_fusion == "transformer_engine"
     encoder_precision, encoder_rows = nullcontext, 1
-    if training.fp8_encoder:
-        encoder_precision = partial(_fp8, ENCODER_RECIPES[training.fp8]())  # type: ignore[assignment]
-        encoder_rows = FP8_ROWS[training.fp8]
+    if precision.fp8_encoder:
+        encoder_precision = partial(_fp8, ENCODER_RECIPES[precision.fp8]())  # type: ignore[assignment]
+        encoder_rows = FP8_ROWS[precision.fp8]
     return Kernels(
         rms_norm=decoder_norm,
         segment_attention=segment_attention,

@@ -13,7 +13,7 @@ from megatron.core.utils import divide
 from torch import Tensor, nn
 
 from navil_megatron.blueprint.experts_placement import LocalExperts
-from navil_megatron.config.schema import MODALITIES, Modality
+from navil_megatron.config.modality import MODALITIES, Modality
 from navil_megatron.layers.modality_linear import LinearKernels, Offsets
 
 

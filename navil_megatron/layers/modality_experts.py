@@ -20,7 +20,7 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from navil_megatron.blueprint.experts_placement import local_experts
-from navil_megatron.config.schema import MODALITIES, Modality
+from navil_megatron.config.modality import MODALITIES, Modality
 from navil_megatron.layers.expert_linear import ExpertLinear
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import LinearKernels, Offsets

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from navil_megatron.blueprint.experts_placement import experts_side_by_side
-from navil_megatron.config.schema import MODALITIES
+from navil_megatron.config.modality import MODALITIES
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 
 MEASURED = ("tokens", "entropy", "balance_loss", "z_loss")

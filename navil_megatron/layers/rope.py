@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from navil_megatron.config.schema import LanguageConfig
+from navil_megatron.config.language import LanguageConfig
 
 
 def decoder_angles(positions: Tensor, language: LanguageConfig) -> Tensor:

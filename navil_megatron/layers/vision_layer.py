@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from navil_megatron.blueprint.segments import SegmentGroup
-from navil_megatron.config.schema import VisionConfig
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
 

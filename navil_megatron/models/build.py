@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from navil_megatron.blueprint.initial_values import initial_values
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.models.freezing import apply_phase
 from navil_megatron.models.mcore_config import build_transformer_config

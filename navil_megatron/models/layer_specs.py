@@ -8,7 +8,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from navil_megatron.config.schema import LanguageConfig, ModalityPart
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.modality import ModalityPart
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_attention import ModalityAttentionSubmodules, ModalitySelfAttention
 from navil_megatron.layers.modality_experts import ModalityExperts

@@ -4,7 +4,11 @@ import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig, Recomputed, TrainingConfig
+from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.precision import PrecisionConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.training import Recomputed, TrainingConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -16,7 +20,7 @@ def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
     ``calculate_per_token_loss`` makes core divide by the global weight and by nothing else.
     """
     language, parallel = config.model.language, config.parallel
-    dtype = DTYPES[config.training.precision]
+    dtype = DTYPES[config.precision.type]
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -50,7 +54,7 @@ def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
         **_experts(config),
         **_interleaving(parallel),
         **_recompute(config.training),
-        **_fp8(config.training),
+        **_fp8(config.precision),
     )
 
 
@@ -82,16 +86,16 @@ def _interleaving(parallel: ParallelConfig) -> dict:
     return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
 
 
-def _fp8(training: TrainingConfig) -> dict:
+def _fp8(precision: PrecisionConfig) -> dict:
     """Core enters the recipe around each layer, around the whole pass for delayed scaling, and again in recompute."""
-    if training.fp8 == "none":
+    if precision.fp8 == "none":
         return {}
     return {
-        "fp8": "e4m3" if training.fp8 == "blockwise" else "hybrid",
-        "fp8_recipe": training.fp8,
+        "fp8": "e4m3" if precision.fp8 == "blockwise" else "hybrid",
+        "fp8_recipe": precision.fp8,
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
-        "first_last_layers_bf16": training.fp8_first_last_layers_bf16,
+        "first_last_layers_bf16": precision.fp8_first_last_layers_bf16,
     }
 
 

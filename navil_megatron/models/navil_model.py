@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig, TrainingConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.training import TrainingConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.feature_gather import gather_features
 from navil_megatron.layers.loss_head import LossHead

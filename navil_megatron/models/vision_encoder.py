@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from navil_megatron.blueprint.segments import group_segments, inverse_order
 from navil_megatron.blueprint.vision_plan import VisionPlan
-from navil_megatron.config.schema import VisionConfig
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_linear import Offsets
 from navil_megatron.layers.rope import cos_sin, rotary_angles_2d

@@ -7,7 +7,8 @@ from typing import Any
 
 from navil_megatron.config.arguments import count, positive
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import NaViLConfig, ParallelConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.planner.machine import Machine
 
 Outcome = tuple[dict[str, Any], str, int]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.blueprint.parameters import expert_replicas, is_expert, is_routed, layers_of_chunks
-from navil_megatron.config.schema import MODALITIES, NaViLConfig
+from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.planner.memory import FP32, INT64, number_bytes
 
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128

@@ -8,7 +8,8 @@ from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, 
 from navil_megatron.blueprint.parameters import chunk_parameters, layers_of_chunks
 from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share
-from navil_megatron.config.schema import NaViLConfig, TrainingConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.training import TrainingConfig
 from navil_megatron.planner.communication import (
     MicrobatchSizes,
     Part,

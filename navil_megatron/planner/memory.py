@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from navil_megatron.blueprint.parameters import Sized, expert_replicas, is_expert, is_routed
 from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share, num_patches
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 
 FP32, INT64 = 4, 8
 
@@ -40,7 +40,7 @@ class StateBytes:
 
 def number_bytes(config: NaViLConfig) -> int:
     """Bytes of a number of weights and activations."""
-    return FP32 if config.training.precision == "fp32" else 2
+    return FP32 if config.precision.type == "fp32" else 2
 
 
 def state_bytes(config: NaViLConfig, parameters: Iterable[Sized], dp_size: int) -> StateBytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 from navil_megatron.blueprint.parameters import active_parameters, count_by_part
 from navil_megatron.blueprint.workload import Workload
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, StageMemory
 from navil_megatron.planner.machine import Machine
 from navil_megatron.planner.search import Candidate

@@ -7,7 +7,7 @@ gradients, of its neighbour and for the stage to be free; nothing else.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from navil_megatron.config.schema import ParallelConfig
+from navil_megatron.config.parallel import ParallelConfig
 
 _SIMULATED_ROUNDS = 4
 """Microbatches simulated, in multiples of the stages; every further one takes as long as the ones before it."""

@@ -7,7 +7,10 @@ from typing import Literal
 
 from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.errors import ConfigError
-from navil_megatron.config.schema import MODALITIES, NaViLConfig, ParallelConfig, Recomputed
+from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.training import Recomputed
 from navil_megatron.config.validate import validate
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, Estimator
 from navil_megatron.planner.machine import Machine

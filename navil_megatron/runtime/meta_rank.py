@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from navil_megatron.config.schema import ParallelConfig
+from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.runtime.mcore_on_cpu import FACTORIES, enable_megatron_core_on_cpu
 
 

@@ -13,7 +13,7 @@ from typing import Literal, Self
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import RuntimeConfig
+from navil_megatron.config.runtime import RuntimeConfig
 
 
 def _nothing_to_wait_for() -> None:

@@ -21,7 +21,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from navil_megatron.config.errors import EXIT_CODE, UserError
-from navil_megatron.config.schema import NaViLConfig, ParallelConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.mcore_on_cpu import enable_megatron_core_on_cpu
 from navil_megatron.runtime.platform import Platform

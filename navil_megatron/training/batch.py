@@ -11,7 +11,7 @@ import torch
 
 from navil_megatron.blueprint.segments import inverse_order
 from navil_megatron.blueprint.vision_plan import Grid, images_of_rank, plan_vision
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs

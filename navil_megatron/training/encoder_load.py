@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from navil_megatron.blueprint.vision_plan import encoding_cost
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import grids_of, needed_images

@@ -5,7 +5,7 @@ from itertools import batched
 
 import torch
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import FailedSample, Microbatch
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.failures import settle_failures

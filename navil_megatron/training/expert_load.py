@@ -9,7 +9,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from navil_megatron.config.schema import MODALITIES
+from navil_megatron.config.modality import MODALITIES
 from navil_megatron.layers.modality_router import MEASURED, ModalityRouter
 from navil_megatron.layers.transformer_layer import NaViLTransformerLayer
 

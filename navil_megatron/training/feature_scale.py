@@ -12,7 +12,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from navil_megatron.config.schema import MODALITIES, NaViLConfig
+from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.transformer_layer import NaViLTransformerLayer
 

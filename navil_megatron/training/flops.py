@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from navil_megatron.blueprint.flops import Term, backward_flops, forward_terms
 from navil_megatron.blueprint.workload import Workload
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.types import Microbatch
 
 

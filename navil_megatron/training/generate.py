@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor, nn
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.types import EncodedSample, PackedSequence
 from navil_megatron.models.inputs import ModelInputs

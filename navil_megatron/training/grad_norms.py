@@ -14,7 +14,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from navil_megatron.config.schema import MODALITIES
+from navil_megatron.config.modality import MODALITIES
 
 PARTS = ("encoder", "connector", *(f"decoder_{modality}" for modality in MODALITIES), "decoder_shared")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core.optimizer import ChainedOptimizer
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.source_names import source_names
 from navil_megatron.data.types import DataPlace
@@ -78,7 +78,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
-            if held_out and _due(state.step, config.training.evaluate_every_steps, total):
+            if held_out and _due(state.step, config.evaluation.every_steps, total):
                 session.watchdog.enter("evaluation")
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
@@ -118,9 +118,9 @@ def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict
     place = DataPlace(session.dp_rank, session.dp_size, session.is_first_stage)
     decodes = needed_images(config.model, session.row_rank, session.row_size)
     held_out = {}
-    if config.training.evaluate_every_steps is not None:
-        swaps = (False, True) if config.training.evaluate_swapped_images else (False,)
-        indexes = config.data.validation_sources
+    if config.evaluation.every_steps is not None:
+        swaps = (False, True) if config.evaluation.swapped_images else (False,)
+        indexes = config.evaluation.sources
         for (index, source), swap in product(zip(indexes, source_names(indexes), strict=True), swaps):
             name = "loss_swapped_images" if swap else "loss"
             name += f"/{source}" if len(indexes) > 1 else ""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.source_names import source_names
 from navil_megatron.data.types import Microbatch
 

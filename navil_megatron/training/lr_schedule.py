@@ -5,7 +5,7 @@ Paper, table 7: linear warm-up, then constant; the cosine is for the later stage
 
 import math
 
-from navil_megatron.config.schema import OptimizerConfig
+from navil_megatron.config.optimizer import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, train_steps: int) -> float:

@@ -14,7 +14,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import StepData
 from navil_megatron.data.types import FailedSample, Microbatch
 from navil_megatron.runtime.session import Session

@@ -11,7 +11,7 @@ from megatron.core.optimizer import ChainedOptimizer, distrib_optimizer, get_meg
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_model_config
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.adamw import AdamW
@@ -79,7 +79,7 @@ def set_learning_rate(optimizer: ChainedOptimizer, learning_rate: float) -> None
 
 def _core_config(config: NaViLConfig) -> core_optimizer.OptimizerConfig:
     ours = config.optimizer
-    is_bf16 = config.training.precision == "bf16"
+    is_bf16 = config.precision.type == "bf16"
     return core_optimizer.OptimizerConfig(
         optimizer="adam",
         lr=ours.lr,

@@ -19,7 +19,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session

@@ -14,7 +14,8 @@ from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict
-from navil_megatron.config.schema import LoggingConfig, NaViLConfig
+from navil_megatron.config.logging import LoggingConfig
+from navil_megatron.config.run import NaViLConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.shards.source import MAX_OPEN_FILES
 from tests.e2e.runs import records
 from tests.ranks import PRELOAD, RENDEZVOUS, start_session

@@ -17,7 +17,7 @@ BATCH = (MIXED, TEXT_ONLY, TEXT_ONLY, MIXED)
 NOT_SPLIT = {"optimizer": {"distributed": False}}
 TP2_SP = {"tp": 2, "sequence_parallel": True}
 TIED = {"language": {"tied_embeddings": True}}
-BF16 = {"training": {"precision": "bf16"}}
+BF16 = {"precision": {"type": "bf16"}}
 COMPOSED = {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}}
 
 EXPERTS = {"language": {"num_experts": 4, "experts_per_token": 2}}

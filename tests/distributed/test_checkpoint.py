@@ -96,7 +96,7 @@ def _straight_and_resumed(rank: int, world_size: int, sections: Sections, saved_
 @pytest.mark.parametrize("layout", ["tensor", "data"])
 def test_save_and_restore_equals_going_straight(layout: str, distributed: bool, precision: str, tmp_path: Path) -> None:
     world_size, changed = LAYOUTS[layout]
-    changed = {**changed, "optimizer": {"distributed": distributed}, "training": {"precision": precision}}
+    changed = {**changed, "optimizer": {"distributed": distributed}, "precision": {"type": precision}}
     run_ranks(world_size, _straight_and_resumed, _sections(tmp_path, **changed))
 
 

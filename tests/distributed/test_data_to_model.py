@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.plan import Row

@@ -9,7 +9,7 @@ import pytest
 
 from navil_megatron.blueprint.parameters import count_by_part, whole_model
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from tests.conftest import REPOSITORY
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
@@ -36,7 +36,7 @@ STATED = {
     # tables 6 to 8
     *("family num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim vocab_size".split()),
     *("qk_norm norm_epsilon composed_visual_output_projection max_image_pixels seq_length multi_scale phase".split()),
-    *("train_steps precision lr lr_schedule warmup_steps weight_decay beta1 beta2 epsilon".split()),
+    *("train_steps type lr lr_schedule warmup_steps weight_decay beta1 beta2 epsilon".split()),
     # where things lie, and on what
     *("special_token_ids tokenizer index directory initial_weights device".split()),
 }
@@ -55,7 +55,7 @@ def test_a_phase_is_the_papers(name: str) -> None:
     assert (data.max_image_pixels, data.multi_scale, data.seq_length) == (patches * 256, multi_scale, 16_384)
     assert (training.train_steps, training.phase) == (steps, PHASES[Path(name).name])
     assert (optimizer.weight_decay, optimizer.lr_schedule, optimizer.lr) == (weight_decay, schedule, lr)
-    assert training.precision == "bf16"
+    assert config.precision.type == "bf16"
     assert (optimizer.warmup_steps, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (200, 0.9, 0.95, 1e-8)
     # The paper counts samples, a run rows: its tokens a sample are 1,079 and 756 on average.
     tokens = samples * (1079 if "2b" in name else 756)
@@ -83,7 +83,7 @@ def test_the_small_recipe_is_the_papers_in_kind(stage: str) -> None:
     validate(small, 1)
     for section, name in (
         ("training", "phase"),
-        ("training", "precision"),
+        ("precision", "type"),
         ("data", "multi_scale"),
         ("optimizer", "lr_schedule"),
         ("optimizer", "weight_decay"),

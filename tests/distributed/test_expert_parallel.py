@@ -172,7 +172,8 @@ def test_frozen_experts_leave_checkpoints_those_of_one_rank(
     sections = {
         "checkpoint": {"directory": str(tmp_path), "keep_last": 10},
         "optimizer": {"distributed": distributed},
-        "training": {"phase": "s1.1", "precision": precision},
+        "training": {"phase": "s1.1"},
+        "precision": {"type": precision},
     }
     saved = []
     for number, layout in enumerate(hand_over):

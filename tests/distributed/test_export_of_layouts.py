@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.config.schema import CheckpointConfig, NaViLConfig
+from navil_megatron.config.checkpoint import CheckpointConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp

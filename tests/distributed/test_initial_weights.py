@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.models.build import build_model

@@ -25,7 +25,7 @@ CHOICES = {
         "training": {"recompute": "selective", "recompute_modules": ("attention", "mlp", "encoder")},
     },
     "full": {"training": {"recompute": "full"}},
-    "bf16": {"training": {"precision": "bf16"}},
+    "bf16": {"precision": {"type": "bf16"}},
 }
 PLACES = {
     "tp2-sp": (2, {"parallel": {"tp": 2, "sequence_parallel": True}}),

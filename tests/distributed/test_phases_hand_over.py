@@ -48,7 +48,8 @@ def phase(rank: int, world_size: int, sections: dict, before: str | None, folder
 
 def run_phase(layout: tuple[int, dict], name: str, before: Path | None, folder: Path, **options: Any) -> list[float]:
     world_size, sections = layout
-    wanted = merge_sections(sections, {"training": {"phase": name, "precision": options.get("precision", "fp32")}})
+    precision = {"type": options.get("precision", "fp32")}
+    wanted = merge_sections(sections, {"training": {"phase": name}, "precision": precision})
     start = None if before is None else str(before)
     return run_ranks(world_size, phase, wanted, start, str(folder), options.get("kept", True))[0]
 
@@ -106,5 +107,5 @@ def test_frozen_weights_do_not_move(tmp_path: Path) -> None:
 def test_state_of_another_form_is_refused(tmp_path: Path) -> None:
     first = tmp_path / "first"
     run_phase(ONE_RANK, "s1.1", None, first)
-    with pytest.raises(RankFailure, match="precision is 'fp32' there, 'bf16' here; set these alike"):
+    with pytest.raises(RankFailure, match="precision.type is 'fp32' there, 'bf16' here; set these alike"):
         run_phase(ONE_RANK, "s1.2", first, tmp_path / "second", precision="bf16")

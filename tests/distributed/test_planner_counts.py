@@ -10,7 +10,8 @@ import pytest
 from navil_megatron.blueprint.parameters import chunk_parameters
 from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.cli import main
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.dry_run import BuiltRank, build_ranks, dry_run
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import state_bytes
@@ -81,8 +82,9 @@ def meta_ranks(_rank: int, _world_size: int, runs: list[tuple[NaViLConfig, int]]
 
 
 def real_run(model: ModelConfig, **sections: Any) -> NaViLConfig:
-    training = {"precision": "bf16", "global_batch_size": 64, **sections.pop("training", {})}
-    return tiny_config(model=model, runtime={"device": "cuda"}, training=training, **sections)
+    training = {"global_batch_size": 64, **sections.pop("training", {})}
+    precision = {"type": "bf16"}
+    return tiny_config(model=model, runtime={"device": "cuda"}, training=training, precision=precision, **sections)
 
 
 def test_real_sizes_are_exact_on_the_meta_device() -> None:

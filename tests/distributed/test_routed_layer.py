@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from navil_megatron.config.schema import MODALITIES
+from navil_megatron.config.modality import MODALITIES
 from navil_megatron.hf.remote_code.modeling_language_ve import ExpertsVE, SplitVEMLP
 from navil_megatron.kernels.torch_kernels import Linear
 from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params, plan_modality_order

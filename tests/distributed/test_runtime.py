@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ParallelConfig
+from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.runtime.mcore_on_cpu import require_tested_megatron_core
 from navil_megatron.runtime.session import Session, data_parallel_size
 from tests.ranks import RankFailure, run_ranks, start_session

@@ -69,7 +69,7 @@ def test_two_tensor_parallel_ranks_equal_one() -> None:
 def test_bf16_keeps_fp32_master_weights(distributed: bool) -> None:
     """At a rate far below BF16's resolution the weights still move, because the master weights do."""
     sections = {
-        "training": {"precision": "bf16"},
+        "precision": {"type": "bf16"},
         "optimizer": {"distributed": distributed, "lr": 1e-4, "clip_grad": None},
     }
     results = run_ranks(2, _master_weights, sections)

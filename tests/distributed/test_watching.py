@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from navil_megatron.config.schema import MODALITIES, SourceConfig
+from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.modality import MODALITIES
 from navil_megatron.data.loader import StepData
 from navil_megatron.data.microbatches import DataCounts
 from navil_megatron.data.types import Microbatch, SampleId
@@ -162,7 +163,7 @@ def test_one_rank_equals_plain_torch() -> None:
 
 def test_bf16_slices_and_copies_have_the_norms_of_the_parts() -> None:
     """In bf16 the gradients hang on FP32 copies: whole ones, and each rank's slices of them."""
-    bf16 = {"training": {"precision": "bf16"}}
+    bf16 = {"precision": {"type": "bf16"}}
     split = run_ranks(2, watched, bf16)
     whole = run_ranks(2, watched, merge_sections(bf16, NOT_SPLIT))
     for (record, _), (expected, _) in zip(split, whole, strict=True):

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, set_learning_rate, wrap_ddp
 
@@ -78,7 +78,7 @@ class Run:
     def __init__(
         self, config: NaViLConfig, session: Session, frozen: bool = False, num_experts: int | None = None
     ) -> None:
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if config.precision.type == "bf16" else torch.float32
         transformer = TransformerConfig(
             num_layers=1,
             hidden_size=WIDTH,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron import pretrain
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.shards.build_shards import build_shards
 from navil_megatron.data.tokenizer import build_tokenizer
 from navil_megatron.training.loop import train
@@ -70,13 +71,13 @@ def make_run(world: World, folder: Path, **sections: dict[str, Any]) -> NaViLCon
     defaults: dict[str, dict[str, Any]] = {
         "data": {
             "train_sources": (SourceConfig(index=world.train_index),),
-            "validation_sources": (world.validation_index,),
             "tokenizer": world.tokenizer,
             "seq_length": 128,
             "min_image_pixels": 32 * 32,
             "max_image_pixels": 64 * 96,
         },
         "training": {"train_steps": 6, "global_batch_size": 2},
+        "evaluation": {"sources": (world.validation_index,)},
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "checkpoint": {"directory": str(folder / "checkpoints")},
         "logging": {"directory": str(folder / "logs"), "tensorboard": False, "progress": False},

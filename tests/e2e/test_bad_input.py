@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from navil_megatron.cli import main
+from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.errors import EXIT_CODE
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import build_tokenizer
@@ -53,7 +54,7 @@ def holds(text: str, *words: str) -> None:
         (["training.train_step=3"], ["train_step", "train_steps"]),
         (["optimiser.lr=3"], ["optimiser", "optimizer"]),
         (['training.train_steps="many"'], ["training.train_steps", "many"]),
-        (["training.precision=fp8"], ["training.precision", "fp8", "bf16", "fp32"]),
+        (["precision.type=fp8"], ["precision.type", "fp8", "bf16", "fp32"]),
         (["optimizer.lr=-1"], ["optimizer.lr", "-1"]),
         (["parallel.tensor_model_parallel_size=3", "--nproc", "3"], ["tensor_model_parallel_size = 3", "1, 2, 4"]),
         (["parallel.tensor_model_parallel_size=2", "--nproc", "3"], ["world size 3", "2"]),
@@ -176,7 +177,7 @@ def _other_phase(config: NaViLConfig) -> NaViLConfig:
 
 
 def _other_data(config: NaViLConfig) -> NaViLConfig:
-    data = replace(config.data, train_sources=(SourceConfig(index=config.data.validation_sources[0]),))
+    data = replace(config.data, train_sources=(SourceConfig(index=config.evaluation.sources[0]),))
     return replace(config, data=data)
 
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.checkpoint.sharded import saved_bytes
 from navil_megatron.config.errors import EXIT_CODE, UserError, describe
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from tests.e2e.runs import (
@@ -53,8 +53,8 @@ def _saved_and_planned(rank: int, world_size: int, config: NaViLConfig) -> tuple
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_announced_size_is_the_size(layout: str, precision: str, phase: str, tmp_path: Path) -> None:
     world_size, sections = LAYOUTS[layout]
-    training = {"phase": phase, "precision": precision}
-    config = tiny_config(**sections, training=training, checkpoint={"directory": str(tmp_path)})
+    changed = {"training": {"phase": phase}, "precision": {"type": precision}}
+    config = tiny_config(**sections, **changed, checkpoint={"directory": str(tmp_path)})
     for saved, planned in run_ranks(world_size, _saved_and_planned, config):
         assert saved == planned
 

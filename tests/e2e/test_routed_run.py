@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from navil_megatron.cli import main
+from navil_megatron.config.precision import PrecisionConfig
 from tests.e2e.runs import World, make_run, records, train_in_rank
 from tests.e2e.test_train import exported_loss, held_out_loss_in_rank
 from tests.ranks import run_ranks
@@ -13,7 +14,7 @@ from tests.tolerances import EXPORT
 
 
 def test_records_and_export(world: World, tmp_path: Path) -> None:
-    sections = {"parallel": {"ep": 2}, "training": {"train_steps": 4, "precision": "bf16"}}
+    sections = {"parallel": {"ep": 2}, "training": {"train_steps": 4}, "precision": {"type": "bf16"}}
     config = make_run(world, tmp_path, **sections)
     language = replace(config.model.language, num_experts=3, experts_per_token=2)
     config = replace(config, model=replace(config.model, language=language))
@@ -28,7 +29,7 @@ def test_records_and_export(world: World, tmp_path: Path) -> None:
             assert record[f"{modality}_router_z_loss"] > 0
     folder = Path(config.checkpoint.directory)
     assert main(["convert", "to-hf", str(folder), str(tmp_path / "hf"), "--json"]) == 0
-    in_fp32 = replace(config, training=replace(config.training, precision="fp32"))
+    in_fp32 = replace(config, precision=PrecisionConfig(type="fp32"))
     found = exported_loss(world, tmp_path / "hf")
     for expected in run_ranks(2, held_out_loss_in_rank, in_fp32, folder):
         torch.testing.assert_close(found, expected, **EXPORT)

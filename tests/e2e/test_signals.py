@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from tests.e2e.runs import World, error_lines, make_run, records, saved_steps, start, train_in_rank, write_toml
 from tests.ranks import run_ranks
@@ -45,7 +45,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(world: World, tmp_path: Path) 
         world,
         tmp_path / "stopped",
         parallel={"tp": 2, "sequence_parallel": True},
-        training={"train_steps": ENDLESS, "precision": "bf16"},
+        training={"train_steps": ENDLESS},
+        precision={"type": "bf16"},
     )
     command = ("-m", "navil_megatron.cli", "train", str(write_toml(config, tmp_path / "run.toml")), "--nproc", "2")
     with started(*command) as process:
@@ -68,7 +69,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(world: World, tmp_path: Path) 
         world,
         tmp_path / "straight",
         parallel={"tp": 2, "sequence_parallel": True},
-        training={"train_steps": last, "precision": "bf16"},
+        training={"train_steps": last},
+        precision={"type": "bf16"},
     )
     run_ranks(2, train_in_rank, straight)
     for name in ("loss", "grad_norm", "consumed_samples"):

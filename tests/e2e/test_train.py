@@ -16,7 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.cli import main
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.precision import PrecisionConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import plan_run
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace
@@ -59,7 +61,8 @@ def test_resumed_run_equals_the_straight_one(
 ) -> None:
     sections = {
         "parallel": layout,
-        "training": {"precision": precision, "train_steps": 6},
+        "training": {"train_steps": 6},
+        "precision": {"type": precision},
         "optimizer": {"lr_schedule": "cosine", "warmup_steps": 2, "lr": 1e-2, "min_lr": 1e-3},
     }
     straight = make_run(world, tmp_path / "straight", checkpoint={"save_every_steps": 3}, **sections)
@@ -83,7 +86,9 @@ def test_records_of_a_run(world: World, tmp_path: Path) -> None:
         world,
         tmp_path,
         parallel=TENSOR,
-        training={"train_steps": 7, "evaluate_every_steps": 3, "evaluate_swapped_images": True, "precision": "bf16"},
+        training={"train_steps": 7},
+        precision={"type": "bf16"},
+        evaluation={"every_steps": 3, "swapped_images": True},
         optimizer={"lr": 1e-2, "min_lr": 1e-3, "lr_schedule": "cosine", "warmup_steps": 3},
         checkpoint={"save_every_steps": 2, "keep_last": 2},
         logging={"tensorboard": True, "feature_scale_every_steps": 4},
@@ -181,7 +186,8 @@ def test_each_phase_trains_exactly_its_parameters(world: World, tmp_path: Path, 
                 world,
                 folder,
                 parallel=layout,
-                training={"phase": phase, "train_steps": 2, "precision": "bf16"},
+                training={"phase": phase, "train_steps": 2},
+                precision={"type": "bf16"},
                 optimizer={"warmup_steps": 0},
                 checkpoint={"directory": str(folder / "checkpoints")} | weights,
             )
@@ -254,7 +260,7 @@ def held_out_loss_in_rank(rank: int, world_size: int, config: NaViLConfig, check
         chunks = build_model(config, session.groups, session.device)
         CheckpointManager(config, session).load_weights(checkpoint, chunks)
         place = DataPlace(session.dp_rank, session.dp_size, is_first_stage=session.is_first_stage)
-        rows = ValidationLoader(config, config.data.validation_sources[0], place)
+        rows = ValidationLoader(config, config.evaluation.sources[0], place)
         return evaluate(config, session, chunks, rows)
 
 
@@ -286,13 +292,15 @@ def test_exported_folder_has_the_loss_of_the_engine(world: World, tmp_path: Path
         world,
         tmp_path,
         parallel=TENSOR,
-        training={"train_steps": 4, "precision": precision, "evaluate_every_steps": 4},
+        training={"train_steps": 4},
+        precision={"type": precision},
+        evaluation={"every_steps": 4},
     )
     run_ranks(2, train_in_rank, config)
     folder = Path(config.checkpoint.directory)
     assert main(["convert", "to-hf", str(folder), str(tmp_path / "hf"), "--json"]) == 0
     found = exported_loss(world, tmp_path / "hf")
-    in_fp32 = replace(config, training=replace(config.training, precision="fp32"))
+    in_fp32 = replace(config, precision=PrecisionConfig(type="fp32"))
     for expected in run_ranks(2, held_out_loss_in_rank, in_fp32, folder):
         torch.testing.assert_close(found, expected, **EXPORT)
     recorded = records(config, "evaluation")[-1]["loss"]

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from tests.conftest import REPOSITORY
 from tests.e2e.runs import World, make_run, records, saved_steps, train_in_rank, write_toml

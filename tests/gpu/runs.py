@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from navil_megatron.checkpoint.sharded import load_sharded, save_sharded
-from navil_megatron.config.schema import SPECIAL_TOKENS, LanguageConfig, ModelConfig, NaViLConfig, VisionConfig
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model
@@ -59,7 +62,8 @@ def gpu_config(**sections: Any) -> NaViLConfig:
     """A run on one GPU; ``sections`` change it field by field. Gradients stay whole and unclipped."""
     defaults: dict[str, Any] = {
         "data": {"seq_length": SEQ_LENGTH, "pad_segments_to": PAD_TO},
-        "training": {"precision": "bf16", "global_batch_size": 1},
+        "training": {"global_batch_size": 1},
+        "precision": {"type": "bf16"},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0, "epsilon": 1e-6, "distributed": False, "clip_grad": None},
         "runtime": {"device": "cuda", "cpu_threads": None},
     }

@@ -19,8 +19,8 @@ KEPT = {"fp8": "tensorwise", "fp8_first_last_layers_bf16": True}
 ENCODER = {"fp8": "tensorwise", "fp8_encoder": True}
 
 
-def training(**fields: object) -> dict:
-    return merge_sections(ENGINE, {"training": fields})
+def sections(fields: dict[str, object], **training: object) -> dict:
+    return merge_sections(ENGINE, {"precision": fields, "training": training})
 
 
 @cache
@@ -30,7 +30,7 @@ def rows() -> list[Microbatch]:
 
 
 def run_long(folder: Path, **fields: object) -> Outcome:
-    return run(gpu_config(**training(**fields)), (rows() * STEPS)[:STEPS], folder)
+    return run(gpu_config(**sections(fields)), (rows() * STEPS)[:STEPS], folder)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_loss_follows_bf16(tmp_path: Path, bf16: list[float], fields: dict) -> N
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_no_visual_token(tmp_path: Path, recipe: str, recompute: str) -> None:
-    found = run(gpu_config(**training(fp8=recipe, recompute=recompute)), [row(TEXT_ONLY), row(MIXED)], tmp_path)
+    found = run(gpu_config(**sections({"fp8": recipe}, recompute=recompute)), [row(TEXT_ONLY), row(MIXED)], tmp_path)
     assert all(torch.isfinite(torch.tensor(found.losses)))
     visual = [name for name in found.gradients if ".visual." in name]
     assert visual and not any(found.gradients[name].any() for name in visual)
@@ -66,8 +66,8 @@ def test_no_visual_token(tmp_path: Path, recipe: str, recompute: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_frozen_text_experts(tmp_path: Path, recipe: str) -> None:
     """The visual experts' gradients are those of a run that trains everything."""
-    whole = run(gpu_config(**training(fp8=recipe)), [row(MIXED)], tmp_path)
-    found = run(gpu_config(**training(fp8=recipe, phase="s1.1")), [row(MIXED)], tmp_path)
+    whole = run(gpu_config(**sections({"fp8": recipe})), [row(MIXED)], tmp_path)
+    found = run(gpu_config(**sections({"fp8": recipe}, phase="s1.1")), [row(MIXED)], tmp_path)
     assert not any(".text." in name for name in found.gradients)
     assert found.losses == pytest.approx(whole.losses, rel=FP8_LOSS)
     for name, gradient in found.gradients.items():
@@ -77,7 +77,7 @@ def test_frozen_text_experts(tmp_path: Path, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resume(tmp_path: Path, recipe: str) -> None:
     """Scales are made again after a restore, those of ``delayed`` from 1 on."""
-    config = gpu_config(**training(fp8=recipe))
+    config = gpu_config(**sections({"fp8": recipe}))
     straight = run(config, (rows() * 2)[:12], tmp_path).losses[8:]
     run(config, rows(), tmp_path, save=tmp_path / "checkpoint")
     resumed = run(config, rows()[:4], tmp_path, restore=tmp_path / "checkpoint").losses

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from navil_megatron.config.schema import RuntimeConfig
+from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Launch, Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
@@ -39,7 +39,8 @@ def waiting_is_an_error() -> Iterator[None]:
 def test_step_waits_only_in_the_optimizer(choice: str, experts: dict, overlap: bool, tmp_path: Path) -> None:
     config = oracle_config(
         model=experts,
-        training={"precision": "bf16", **CHOICES[choice]},
+        training=CHOICES[choice],
+        precision={"type": "bf16"},
         optimizer={"overlap_grad_reduce": overlap, "overlap_param_gather": overlap},
         logging={"directory": str(tmp_path)},
     )

@@ -37,7 +37,8 @@ def test_forward_allocates_what_is_planned(recompute: str) -> None:
     sections: dict[str, Any] = {
         "model": WIDE,
         "data": {"seq_length": 4096},
-        "training": {"recompute": recompute, "precision": "bf16"},
+        "training": {"recompute": recompute},
+        "precision": {"type": "bf16"},
         "runtime": {"device": "cuda"},
     }
     config = oracle_config(**sections)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from navil_megatron.config.schema import RuntimeConfig
+from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.runtime.platform import Platform
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.hf.generate import DTYPE_ARGUMENT
 from navil_megatron.hf.remote_code import modeling_navil_chat
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from navil_megatron.config.schema import VisionConfig
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.hf_config import model_config_from_hf

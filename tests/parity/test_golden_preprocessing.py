@@ -19,7 +19,7 @@ from navil_megatron.blueprint.image_plan import (
     image_token_layout,
     num_patches,
 )
-from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.dali_decode import DaliDecoder
 from navil_megatron.data.image_decode import DecodeJob, ImageDecoder, PillowDecoder, normalise, read_image_size
 from tests.tolerances import DALI_PIXELS

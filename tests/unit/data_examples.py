@@ -8,8 +8,10 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.evaluation import EvaluationConfig
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.shards.shard_index import BLOCK
 from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.shards.source import Source
@@ -72,14 +74,15 @@ def make_config(folder: Path, *indexes: Path, seq_length: int = 128, **training:
     data = replace(
         config.data,
         train_sources=tuple(SourceConfig(index=str(index)) for index in indexes),
-        validation_sources=tuple(map(str, indexes)),
         tokenizer=str(folder / "tokenizer"),
         seq_length=seq_length,
         min_image_pixels=32 * 32,
         max_image_pixels=64 * 96,
     )
     options = {"global_batch_size": 8, "micro_batch_size": 1, "seed": 7, **training}
-    return replace(config, model=model, data=data, training=replace(config.training, **options))
+    evaluation = EvaluationConfig(sources=tuple(map(str, indexes)))
+    training = replace(config.training, **options)
+    return replace(config, model=model, data=data, training=training, evaluation=evaluation)
 
 
 def damage_image(source: Source, index: int, number: int = 0) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from navil_megatron.config.families import FAMILIES as FAMILY_TRAITS
-from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.files.atomic_folder import new_folder
 from navil_megatron.hf.checkpoint.folder import write_tensors

@@ -11,17 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.errors import ConfigError, UserError, describe
-from navil_megatron.config.load import config_from_dict, config_to_dict, digest, load_config, section_from_dict
-from navil_megatron.config.schema import (
-    ModelConfig,
-    NaViLConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    SourceConfig,
-    VisionConfig,
+from navil_megatron.config.load import (
+    config_from_dict,
+    config_to_dict,
+    digest,
+    load_config,
+    section_from_dict,
+    setting_names,
 )
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.optimizer import OptimizerConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.renamed import RENAMED, with_new_names
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
+from navil_megatron.config.vision import VisionConfig
 from tests.house import REPOSITORY
 from tests.unit.config_examples import EXAMPLE_TOML, example_tables
 
@@ -61,7 +67,7 @@ def test_values_and_defaults(config_path: Path) -> None:
         ("training.phase=s1.1", "training", "phase", "s1.1"),
         ("data.tokenizer=/a/b=c", "data", "tokenizer", "/a/b=c"),
         ("data.tokenizer= with space ", "data", "tokenizer", "with space"),
-        ('data.validation_sources=["a","b"]', "data", "validation_sources", ("a", "b")),
+        ('evaluation.sources=["a","b"]', "evaluation", "sources", ("a", "b")),
         ("parallel.pipeline_layers=[3, 1]", "parallel", "pipeline_layers", (3, 1)),
         ('data.tokenizer=x"\ny = 1', "data", "tokenizer", 'x"\ny = 1'),
         ('data.tokenizer="x"\ny = 1', "data", "tokenizer", '"x"\ny = 1'),
@@ -96,14 +102,41 @@ def test_key_of_another_section(config_path: Path) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "training.precision=fp8",
-        "training.fp8=true",
+        "precision.type=fp8",
+        "precision.fp8=true",
         "model.language.moe_router_topk=2",
     ],
 )
 def test_what_this_version_cannot_do_is_refused(config_path: Path, override: str) -> None:
     """What waits for its code is refused; no setting is a silent no-op."""
     assert len(problems_of(config_path, override)) == 1
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_refused_with_the_new_one(config_path: Path, old: str, new: str) -> None:
+    section, _, name = old.partition(".")
+    said = f"{old} is not a setting; it is {new} now"
+    assert problems_of(config_path, f"{old}=1") == (f"override {old}=1: {said}",)
+    config_path.write_text(EXAMPLE_TOML.replace(f"[{section}]", f"[{section}]\n{name} = 1"))
+    assert problems_of(config_path) == (f"{config_path}: {said}",)
+
+
+def test_new_names_are_settings_and_old_ones_are_none() -> None:
+    keys = set(setting_names(NaViLConfig))
+    assert keys >= set(RENAMED.values())
+    assert not keys & set(RENAMED)
+
+
+def test_a_stored_config_is_read_under_the_names_of_today(config_path: Path) -> None:
+    config = load_config(config_path, ["precision.type=fp32", 'evaluation.sources=["a"]', "evaluation.every_steps=5"])
+    new = config_to_dict(config)
+    old = json.loads(json.dumps(new))
+    for name, section in (("precision", "precision"), ("evaluation", "evaluation")):
+        assert old.pop(name) == new[section]
+    old["training"] |= {"precision": "fp32", "fp8": "none", "evaluate_every_steps": 5}
+    old["data"]["validation_sources"] = ["a"]
+    assert config_from_dict(with_new_names(old), "navil_config.json") == config
+    assert with_new_names(new) == new
 
 
 def test_key_near_nothing_lists_the_section(config_path: Path) -> None:
@@ -126,8 +159,8 @@ def test_unknown_section(config_path: Path) -> None:
         ("optimizer.distributed=1", "optimizer.distributed: found 1, expected true or false"),
         ("data.tokenizer=5", "data.tokenizer: found 5, expected a string; quote it: 'data.tokenizer=\"...\"'"),
         (
-            "data.validation_sources=a",
-            'data.validation_sources: found "a", expected an array of strings, e.g. ["a", "b"]',
+            "evaluation.sources=a",
+            'evaluation.sources: found "a", expected an array of strings, e.g. ["a", "b"]',
         ),
         ("data.train_sources=a", 'data.train_sources: found "a", expected an array of tables [[data.train_sources]]'),
         (
@@ -135,7 +168,7 @@ def test_unknown_section(config_path: Path) -> None:
             "data.train_sources[0].wight is not a setting; the nearest is data.train_sources[0].weight",
         ),
         ("parallel.pipeline_layers=[1,true]", "parallel.pipeline_layers[1]: found true, expected an integer"),
-        ("training.precision=fp16", "training.precision: found \"fp16\", expected one of 'bf16', 'fp32'"),
+        ("precision.type=fp16", "precision.type: found \"fp16\", expected one of 'bf16', 'fp32'"),
         ("training.phase=1", "training.phase: found 1, expected one of 's1.1', 's1.2', 's2'"),
         ("training=3", "training: expected a table [training], found 3"),
         ("training.seed.deep=3", "training.seed: found a table, expected an integer"),

@@ -8,7 +8,7 @@ import pytest
 from navil_megatron.config.errors import ConfigError
 from navil_megatron.config.load import config_from_dict
 from navil_megatron.config.ranges import RANGES, Range
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from tests.unit.config_examples import example_tables
 
@@ -16,8 +16,8 @@ IDS = list(range(84, 96))
 INTERNLM2 = {"model__language__family": "internlm2", "model__language__qk_norm": False}
 LLAMA = {"model__language__family": "llama", "model__language__qk_norm": False}
 ENGINE = {"runtime__device": "cuda", "runtime__kernels": "transformer_engine"}
-TENSORWISE = {**ENGINE, "training__fp8": "tensorwise"}
-DELAYED = {**ENGINE, "training__fp8": "delayed"}
+TENSORWISE = {**ENGINE, "precision__fp8": "tensorwise"}
+DELAYED = {**ENGINE, "precision__fp8": "delayed"}
 
 
 def configured(**settings: Any) -> NaViLConfig:
@@ -63,14 +63,31 @@ def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str
         ({**ENGINE, "runtime__gradient_accumulation_fusion": "transformer_engine"}, 8),
         ({"runtime__device": "cuda", "runtime__gradient_accumulation_fusion": "apex"}, 8),
         ({**DELAYED, "training__recompute": "full"}, 8),
-        ({**TENSORWISE, "training__fp8_first_last_layers_bf16": True}, 8),
-        ({**TENSORWISE, "training__fp8_encoder": True, "model__vision__hidden_size": 48}, 8),
-        ({**ENGINE, "training__fp8": "blockwise", "data__pad_segments_to": 128}, 8),
+        ({**TENSORWISE, "precision__fp8_first_last_layers_bf16": True}, 8),
+        ({**TENSORWISE, "precision__fp8_encoder": True, "model__vision__hidden_size": 48}, 8),
+        ({**ENGINE, "precision__fp8": "blockwise"}, 8),
+        ({**ENGINE, "precision__fp8": "blockwise", "data__pad_segments_to": 256}, 8),
         ({**TENSORWISE, "parallel__tensor_model_parallel_size": 2}, 8),
     ],
 )
 def test_good_runs_pass(settings: dict[str, Any], world_size: int | None) -> None:
     validate(configured(**settings), world_size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 16),
+        ({"data__pad_segments_to": 4}, 4),
+        ({"parallel__context_parallel_size": 2}, 16),
+        (DELAYED, 16),
+        ({**TENSORWISE, "parallel__context_parallel_size": 2}, 32),
+        ({"precision__fp8": "blockwise"}, 128),
+        ({"precision__fp8": "blockwise", "parallel__context_parallel_size": 2}, 256),
+    ],
+)
+def test_padding_of_segments_follows_from_fp8_and_context_parallelism(settings: dict[str, Any], expected: int) -> None:
+    assert configured(**settings).pad_segments_to == expected
 
 
 BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
@@ -132,7 +149,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"data__seq_length": 2040},
         None,
-        "data.pad_segments_to = 16 does not divide data.seq_length = 2040; use one of 1, 2, 3, 4, 5, 6, 8,",
+        "data.seq_length = 2040 is no multiple of the 16 tokens to which segments of a row are padded (data",
     ),
     ({"data__seq_length": 65536}, None, "is more than model.language.max_position_embeddings = 32768"),
     ({"data__seq_length": 1024}, None, "lets one image take 1024 tokens, but a row has data.seq_length = 1024"),
@@ -162,7 +179,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         None,
         "optimizer.overlap_param_gather = true needs optimizer.distributed = true; switch it on, or",
     ),
-    ({"training__evaluate_every_steps": 10}, None, "data.validation_sources is empty"),
+    ({"evaluation__every_steps": 10}, None, "evaluation.sources is empty"),
     (
         {"parallel__tensor_model_parallel_size": 4},
         4,
@@ -263,7 +280,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"parallel__context_parallel_size": 2, "data__pad_segments_to": 1},
         2,
-        "context_parallel_size = 2 does not divide data.pad_segments_to = 1",
+        'data.pad_segments_to = 1: precision.fp8 = "none" on 2 context-parallel rank(s) takes segments of a multiple',
     ),
     (
         {
@@ -316,7 +333,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         8,
         'needs runtime.device = "cuda", found "cpu"; set kernels = "torch"',
     ),
-    ({**ENGINE, "training__precision": "fp32"}, 8, 'needs training.precision = "bf16", found "fp32"; change it or'),
+    ({**ENGINE, "precision__type": "fp32"}, 8, 'needs precision.type = "bf16", found "fp32"; change it or'),
     (
         {"runtime__gradient_accumulation_fusion": "transformer_engine"},
         8,
@@ -327,28 +344,32 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         8,
         'fusion = "apex" needs runtime.device = "cuda", found "cpu"',
     ),
-    ({"training__fp8": "mxfp8"}, 8, 'fp8 = "mxfp8" needs Blackwell GPUs; Hopper has no such products: use "blockwise"'),
-    ({"training__fp8": "delayed"}, 8, 'fp8 = "delayed" needs runtime.kernels = "transformer_engine", found "torch"'),
-    ({"training__fp8_encoder": True}, 8, 'fp8_encoder = true, but training.fp8 = "none"; choose a recipe or set'),
     (
-        {**DELAYED, "training__fp8_first_last_layers_bf16": True},
+        {"precision__fp8": "mxfp8"},
         8,
-        'fp8_first_last_layers_bf16 = true does not go with training.fp8 = "delayed", which updates all scales once',
+        'fp8 = "mxfp8" needs Blackwell GPUs; Hopper has no such products: use "blockwise"',
+    ),
+    ({"precision__fp8": "delayed"}, 8, 'fp8 = "delayed" needs runtime.kernels = "transformer_engine", found "torch"'),
+    ({"precision__fp8_encoder": True}, 8, 'fp8_encoder = true, but precision.fp8 = "none"; choose a recipe or set'),
+    (
+        {**DELAYED, "precision__fp8_first_last_layers_bf16": True},
+        8,
+        'fp8_first_last_layers_bf16 = true does not go with precision.fp8 = "delayed", which updates all scales once',
     ),
     (
-        {**DELAYED, "training__fp8_encoder": True, "model__vision__hidden_size": 48},
+        {**DELAYED, "precision__fp8_encoder": True, "model__vision__hidden_size": 48},
         8,
-        'training.fp8_encoder = true does not go with training.fp8 = "delayed"',
+        'precision.fp8_encoder = true does not go with precision.fp8 = "delayed"',
     ),
     (
         {**TENSORWISE, "data__pad_segments_to": 8},
         8,
-        'data.pad_segments_to = 8: training.fp8 = "tensorwise" takes segments of a multiple of 16 tokens; set it to 16',
+        '= 8: precision.fp8 = "tensorwise" on 1 context-parallel rank(s) takes segments of a multiple of 16 tokens;',
     ),
     (
-        {**ENGINE, "training__fp8": "blockwise"},
+        {**ENGINE, "precision__fp8": "blockwise", "data__pad_segments_to": 16},
         8,
-        'data.pad_segments_to = 16: training.fp8 = "blockwise" takes segments of a multiple of 128 tokens; set it to',
+        'data.pad_segments_to = 16: precision.fp8 = "blockwise" on 1 context-parallel rank(s) takes segments of a mult',
     ),
     (
         {**TENSORWISE, "parallel__tensor_model_parallel_size": 2, "model__language__ffn_hidden_size": 48},
@@ -357,7 +378,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     ),
     ({**TENSORWISE, "model__language__hidden_size": 40}, 8, "model.language.hidden_size is 40 on one of 1 tensor-"),
     (
-        {**TENSORWISE, "training__fp8_encoder": True},
+        {**TENSORWISE, "precision__fp8_encoder": True},
         8,
         "model.vision.hidden_size is 24 on one of 1 tensor-parallel ranks; FP8 takes multiples of 16",
     ),

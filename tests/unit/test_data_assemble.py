@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.assemble import MAX_PADDING_SEGMENT, RowFormat, assemble, drop_loss
 from navil_megatron.data.synthetic import synthetic_microbatch, synthetic_rows
 from navil_megatron.data.types import EncodedSample, PackedSequence, SampleId

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import drop_loss
 from navil_megatron.data.loader import MIN_SAMPLES_TO_JUDGE, StepData, TrainLoader, load_run_tokenizer
 from navil_megatron.data.shards.shard_writer import ShardWriter
@@ -304,7 +305,7 @@ def load_run_tokenizer_ids(folder: Path) -> tuple[int, ...]:
 
 
 def test_validation_covers_every_sample_once_on_any_ranks(config: NaViLConfig) -> None:
-    (index,) = config.data.validation_sources
+    (index,) = config.evaluation.sources
     for dp_size in (1, 2, 3):
         loaders = [ValidationLoader(config, index, DataPlace(rank, dp_size)) for rank in range(dp_size)]
         assert len({len(loader) for loader in loaders}) == 1
@@ -317,7 +318,7 @@ def test_validation_covers_every_sample_once_on_any_ranks(config: NaViLConfig) -
 
 
 def test_swapped_images_change_pixels_and_nothing_else(config: NaViLConfig) -> None:
-    (index,) = config.data.validation_sources
+    (index,) = config.evaluation.sources
     source = Source(index)
     swapped = swapped_pictures(source)
     for number in range(NUM_SAMPLES):

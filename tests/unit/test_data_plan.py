@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_from_dict
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import REFUSED, Ruler
 from navil_megatron.data.plan import DataPlan, Row
 from navil_megatron.data.shards.shard_index import SourceIndex

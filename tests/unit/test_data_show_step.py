@@ -9,6 +9,7 @@ from PIL import Image
 
 from navil_megatron.cli import main
 from navil_megatron.config.errors import EXIT_CODE
+from navil_megatron.config.evaluation import EvaluationConfig
 from navil_megatron.config.load import load_config
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.types import DataPlace
@@ -20,7 +21,7 @@ from tests.unit.data_examples import make_config, write_samples
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("show")
     config = make_config(folder, write_samples(folder, "train", 30))
-    return write_toml(replace(config, data=replace(config.data, validation_sources=())), folder / "run.toml")
+    return write_toml(replace(config, evaluation=EvaluationConfig()), folder / "run.toml")
 
 
 def test_it_shows_what_a_run_is_given(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer, load_tokenizer
 from navil_megatron.data.types import Content, SampleId, Turn

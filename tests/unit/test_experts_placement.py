@@ -3,7 +3,7 @@
 import pytest
 
 from navil_megatron.blueprint.experts_placement import loads_of_ranks, local_experts
-from navil_megatron.config.schema import MODALITIES
+from navil_megatron.config.modality import MODALITIES
 
 
 @pytest.mark.parametrize(("num_experts", "num_ranks"), [(1, 1), (1, 2), (4, 1), (4, 2), (4, 4), (4, 8), (3, 2), (6, 4)])

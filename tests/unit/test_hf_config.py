@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.hf_config import hf_config_from_model, model_config_from_hf
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from tests.unit.hf_examples import FAMILIES, tiny_model

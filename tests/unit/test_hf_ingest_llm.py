@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from navil_megatron.cli import main
 from navil_megatron.config.load import section_from_dict
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.checkpoint.folder import read_config, read_model_config
 from navil_megatron.hf.inspect import inspect
 from navil_megatron.hf.safetensors_io import TensorFolder

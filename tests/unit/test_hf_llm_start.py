@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
 from navil_megatron.hf.llm.start import (

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from navil_megatron.config.load import config_to_dict, section_from_dict
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.llm.start import model_config_for_llm, plan_llm_start

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navil_megatron.config.families import FAMILIES
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.param_map import table
 from navil_megatron.hf.transforms import TRANSFORMS, stack_layers, unstack_layers
 from tests.unit.hf_examples import tiny_model

@@ -77,7 +77,7 @@ def test_every_folder_is_a_package_with_a_row() -> None:
         ("hf/x.py", "from navil_megatron.data.types import Microbatch", "hf may not import data"),
         (
             "hf/remote_code/x.py",
-            "from navil_megatron.config.schema import ModelConfig",
+            "from navil_megatron.config.model import ModelConfig",
             "remote_code may not import config",
         ),
         ("pretrain.py", "import navil_megatron.hf.export", "pretrain.py may not import hf"),
@@ -126,7 +126,7 @@ def test_checker_wants_a_module_docstring() -> None:
     [
         ("config/x.py", "from navil_megatron.config.errors import ConfigError"),
         ("runtime/x.py", "import torch\ntorch.cuda.synchronize()\nbackend = 'nccl'"),
-        ("models/x.py", "from navil_megatron.config import schema\nfrom megatron.core import tensor_parallel"),
+        ("models/x.py", "from navil_megatron.config import model\nfrom megatron.core import tensor_parallel"),
         ("training/x.py", "'''gloo in a docstring'''\nmessage = 'runs on gloo ranks'"),
         ("hf/remote_code/x.py", "from .configuration_navil import NaViLConfig"),
         ("cli.py", "print('hello')\nfrom navil_megatron import doctor"),

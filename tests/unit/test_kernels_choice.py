@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig, RuntimeConfig
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.kernels import apex_kernels, te_install
 from navil_megatron.kernels.provider import TORCH_KERNELS, choose_kernels
 from tests.ranks import tiny_config

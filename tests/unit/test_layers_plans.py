@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from navil_megatron.blueprint.segments import group_segments, inverse_order
 from navil_megatron.blueprint.vision_plan import assign_images, block_order, encoding_cost, plan_vision
-from navil_megatron.config.schema import VisionConfig
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.layers.modality import plan_modality_order
 from navil_megatron.layers.reorder import Reorder
 

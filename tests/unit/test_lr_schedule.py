@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from navil_megatron.config.schema import OptimizerConfig
+from navil_megatron.config.optimizer import OptimizerConfig
 from navil_megatron.training.lr_schedule import learning_rate
 
 

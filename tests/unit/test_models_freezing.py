@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from navil_megatron.blueprint.phases import is_trainable
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.param_map import mcore_shapes
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
 

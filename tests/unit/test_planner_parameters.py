@@ -7,7 +7,8 @@ import pytest
 
 from navil_megatron.blueprint.parameters import active_parameters, chunk_parameters, count_by_part, part_of, whole_model
 from navil_megatron.blueprint.phases import is_trainable
-from navil_megatron.config.schema import ModelConfig, ParallelConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.hf.param_map import mcore_shapes
 from tests.ranks import tiny_config
 from tests.real_sizes import NAVIL_2B, NAVIL_9B

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from navil_megatron.config.schema import ParallelConfig
+from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.planner.picture import draw_schedule
 from navil_megatron.planner.schedule import ChunkTime, balanced_layers, most_in_flight, simulate, stage_order
 

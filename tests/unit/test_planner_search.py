@@ -23,7 +23,8 @@ def found_9b() -> list[Candidate]:
     config = tiny_config(
         model=NAVIL_9B,
         data={"seq_length": 16_384},
-        training={"global_batch_size": 64, "precision": "bf16"},
+        training={"global_batch_size": 64},
+        precision={"type": "bf16"},
         runtime={"device": "cuda"},
     )
     return search_layouts(config, Machine(gpus=16), typical_workload(config, 256, 1024))
@@ -34,7 +35,8 @@ def test_long_rows_are_split_and_short_ones_not(found_9b: list[Candidate]) -> No
     config = tiny_config(
         model=replace(NAVIL_9B, language=replace(NAVIL_9B.language, max_position_embeddings=65_536)),
         data={"seq_length": 65_536},
-        training={"global_batch_size": 8, "precision": "bf16"},
+        training={"global_batch_size": 8},
+        precision={"type": "bf16"},
         runtime={"device": "cuda"},
     )
     found = search_layouts(config, Machine(gpus=8), typical_workload(config, 256, 1024))
@@ -100,7 +102,8 @@ def test_several_experts_per_modality_are_planned() -> None:
     config = tiny_config(
         model=replace(NAVIL_9B, language=several),
         data={"seq_length": 8_192},
-        training={"global_batch_size": 64, "precision": "bf16"},
+        training={"global_batch_size": 64},
+        precision={"type": "bf16"},
         runtime={"device": "cuda"},
     )
     found = search_layouts(config, Machine(gpus=64), typical_workload(config, 256, 1024))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from navil_megatron.blueprint.flops import forward_terms
 from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.scaling.cost import BACKWARD, Machine, run_hours, sample_flops
 from navil_megatron.scaling.line import Line, grid_factor
 from navil_megatron.scaling.sweep import Sweep, Wanted, plan_sweep

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from navil_2b import NAVIL_2B
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import flush_folder
 from navil_megatron.hf.checkpoint.folder import write_config
 from navil_megatron.hf.checkpoint.writer import Written, finish_checkpoint, save_chunk

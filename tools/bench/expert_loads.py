@@ -20,7 +20,7 @@ import torch.multiprocessing
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_run import mixed_row, small_config, start_rank
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.layers.expert_linear import ExpertLinear
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.models.build import build_model

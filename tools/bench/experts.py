@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from turns import assert_near, ratio, show, take_turns
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams

@@ -9,7 +9,8 @@ import torch
 from gpu_scale import CHOICES, Scale, built, cut, give_back, measure, run_config
 from torch import Tensor
 
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.runtime.session import Session
@@ -61,8 +62,8 @@ def _decoder_layers(scale: Scale, size: str, choice: str) -> dict[str, Any]:
 
 def _encoder(scale: Scale, size: str, choice: str) -> dict[str, Any]:
     config = run_config(scale, cut(scale.models[size], 1, scale.encoder_layers), choice)
-    if config.training.fp8 != "none":
-        config = dataclasses.replace(config, training=dataclasses.replace(config.training, fp8_encoder=True))
+    if config.precision.fp8 != "none":
+        config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, fp8_encoder=True))
     with built(config, scale) as (chunk, inputs, microbatch):
         first = inputs.first_stage
         assert first is not None

@@ -15,7 +15,8 @@ import torch
 from turns import clock
 
 from navil_megatron.config.load import config_from_dict, config_to_dict
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
@@ -37,7 +38,7 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "engine-tensorwise": (ENGINE, {"fp8": "tensorwise"}),
     "engine-blockwise": (ENGINE, {"fp8": "blockwise"}),
 }
-"""Name -> fields of [runtime] and of [training]."""
+"""Name -> fields of [runtime] and of [precision]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +137,15 @@ REHEARSAL = Scale(
 
 def run_config(scale: Scale, model: ModelConfig, choice: str, **sections: dict[str, Any]) -> NaViLConfig:
     """A run of a model with these kernels; ``sections`` add fields to those of the config."""
-    runtime, training = CHOICES[choice]
+    runtime, precision = CHOICES[choice]
     smallest, largest = scale.image_pixels
     data = {"train_sources": [{"index": "none"}], "tokenizer": "none", "seq_length": scale.tokens}
     data |= {"min_image_pixels": smallest, "max_image_pixels": largest, "pad_segments_to": 128}
     base: dict[str, dict[str, Any]] = {
         "model": config_to_dict(model),
         "data": data,
-        "training": {"train_steps": 1, "global_batch_size": 1, **training},
+        "training": {"train_steps": 1, "global_batch_size": 1},
+        "precision": precision,
         "optimizer": {"lr": 1e-4, "warmup_steps": 0},
         "checkpoint": {"directory": "none"},
         "runtime": {"device": scale.device, **runtime},

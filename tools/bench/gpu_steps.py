@@ -26,7 +26,8 @@ from turns import clock
 
 from navil_megatron.blueprint.flops import backward_flops, head_terms, layer_terms
 from navil_megatron.blueprint.workload import typical_workload
-from navil_megatron.config.schema import ModelConfig, NaViLConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.types import DataPlace, Microbatch
 from navil_megatron.models.build import build_model

@@ -36,7 +36,7 @@ from traffic_count import CountTraffic
 from turns import quartiles, resident_bytes, restart_peak
 
 from navil_megatron.blueprint.vision_plan import plan_vision
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.communication import (

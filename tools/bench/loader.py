@@ -48,7 +48,8 @@ from photos import photo, photo_shards
 from small_run import small_config
 
 from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, image_token_ids, visual_tokens
-from navil_megatron.config.schema import NaViLConfig, SourceConfig
+from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.image_decode import DecodeJob, build_image_decoder
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer

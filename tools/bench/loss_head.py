@@ -26,7 +26,7 @@ from small_run import small_config
 from torch.nn import functional
 from turns import assert_near, peak_bytes, ratio, show, take_turns
 
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.layers.loss_head import LossHead
 from navil_megatron.runtime.session import Session
 
@@ -38,7 +38,7 @@ def compare(config: NaViLConfig, session: Session, positions: int, rounds: int) 
         AssertionError: A peer's losses are not ours.
     """
     device, language = session.device, config.model.language
-    dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if config.precision.type == "fp32" else torch.bfloat16
     head = build_head(config, session, dtype)
     generator = torch.Generator(device).manual_seed(0)
     shape = (positions, language.hidden_size)

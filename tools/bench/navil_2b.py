@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 
 _EXAMPLE = load_config(Path(__file__).resolve().parents[2] / "examples" / "navil_2b" / "stage1_1.toml")
 NAVIL_2B = _EXAMPLE.model

@@ -8,7 +8,7 @@ from typing import Any
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 from navil_megatron.config.load import config_from_dict
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
 from navil_megatron.runtime.session import Launch, Session
@@ -53,7 +53,8 @@ def small_config(
             },
         },
         "data": {"train_sources": [{"index": "none"}], "tokenizer": "none", "seq_length": tokens},
-        "training": {"train_steps": 1, "global_batch_size": 1, "precision": precision},
+        "training": {"train_steps": 1, "global_batch_size": 1},
+        "precision": {"type": precision},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0},
         "checkpoint": {"directory": "none"},
         "runtime": {"device": "cpu", "cpu_threads": threads},

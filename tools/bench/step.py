@@ -26,7 +26,7 @@ import torch.multiprocessing
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.export import mcore_to_hf
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from navil_megatron.blueprint.parameters import count_by_part
 from navil_megatron.config.load import load_config
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.llm.ingest import convert_llm
 from navil_megatron.pretrain import main as train
 from tools.study.arms import HEAD_DIM, Arm, Llm, Scale
@@ -35,7 +35,7 @@ def overrides(arm: Arm, llm: Llm, seed: int, data: dict, folder: Path) -> list[s
         "model.vision.num_attention_heads": arm.heads,
         "data.multi_scale": arm.multi_scale,
         "data.tokenizer": data["tokenizer"],
-        "data.validation_sources": [data["heldout_index"]],
+        "evaluation.sources": [data["heldout_index"]],
         "training.seed": seed,
         "checkpoint.directory": str(folder / "checkpoints"),
         "logging.directory": str(folder / "logs"),

@@ -5,7 +5,7 @@ from typing import Any
 from PIL import Image
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import NaViLConfig
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import decodes_of, load_run_tokenizer, open_sources, plan_run
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.show.rows import draw_rows

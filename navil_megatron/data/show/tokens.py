@@ -6,7 +6,7 @@ from enum import IntEnum
 import numpy as np
 
 from navil_megatron.blueprint.image_plan import num_patches
-from navil_megatron.config.schema import SPECIAL_TOKENS
+from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.show.layout import Colour
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
 

@@ -13,7 +13,7 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, section_from_dict
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.checkpoint.metadata import OPTIMIZER_PREFIX as OPTIMIZER_PREFIX
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter

@@ -4,7 +4,7 @@ Turns follow each other without a newline. Images that begin a turn stand on a l
 are. The templates are Jinja as transformers renders it, in the subset that other engines know too.
 """
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 """What a tokenizer must know for these templates to mean something."""

@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import DataConfig, ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.exported.chat_template import TURN_TOKENS
 from navil_megatron.hf.exported.portable_tokenizer import added_tokens

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.renamed import with_new_names
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 
 _ORDERS = {"raster": "row by row", "window": "window by window"}
@@ -122,7 +125,7 @@ def _training_rows(checkpoint: Path | None, consumed_tokens: int | None) -> dict
     rows = {"digest of the training config": f"sha256:{config_digest(config)} (navil_config.json as canonical JSON)"}
     if not isinstance(training, Mapping):
         return rows | {"run": "none: the weights were converted, not trained here"}
-    rows["phase, precision"] = f"{training.get('phase')}, {training.get('precision')}"
+    rows["phase, precision"] = f"{training.get('phase')}, {with_new_names(config).get('precision', {}).get('type')}"
     if step:
         rows["step"] = f"{int(step[1]):,} of {training.get('train_steps', 0):,}"
     if consumed_tokens is not None:

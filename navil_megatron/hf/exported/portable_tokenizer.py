@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json, write_json
 from navil_megatron.hf.exported.chat_template import PLACEHOLDER, TURN_TOKENS, chat_template
 

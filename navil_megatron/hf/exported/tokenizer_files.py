@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.hf.exported.portable_tokenizer import PORTABLE_CLASS
 
 TOKENIZER_FILE = "tokenizer.json"

@@ -10,7 +10,7 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, load_tables
-from navil_megatron.config.schema import TrainingConfig
+from navil_megatron.config.training import TrainingConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.files.json_file import read_json, values_of

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from navil_megatron.config.families import FAMILIES
+from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.load import section_from_dict
-from navil_megatron.config.schema import LanguageConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps")

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.load import config_to_dict, section_from_dict
-from navil_megatron.config.schema import LanguageConfig, ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.validate import model_problems
 from navil_megatron.hf.hf_config import MODEL_TYPE, ordered_ids
 from navil_megatron.hf.llm.families import HF_FAMILIES

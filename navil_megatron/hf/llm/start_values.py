@@ -9,7 +9,7 @@ import torch
 
 from navil_megatron.blueprint.initial_values import initial_values
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.schema import ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.transforms import TRANSFORMS, Tensors
 
 _ROWS_AT_ONCE = 8192

@@ -1,0 +1,25 @@
+"""``[evaluation]``: the loss on held-out samples, during a run."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """On what, and how often, a run measures its loss without learning from it."""
+
+    sources: tuple[str, ...] = ()
+    """Index files of held-out sources; empty: no evaluation."""
+    every_steps: int | None = None
+    """Steps between evaluations, and one at the end; ``None``: never."""
+    swapped_images: bool = False
+    """Evaluate a second time with each sample showing another one's picture: the loss must rise if images are read."""
+
+
+def evaluation_rules(evaluation: EvaluationConfig) -> Iterator[str]:
+    """One line for every rule that the section breaks."""
+    if evaluation.every_steps is not None and not evaluation.sources:
+        yield (
+            f"evaluation.every_steps = {evaluation.every_steps}, but evaluation.sources is empty; name held-out "
+            'shards or set every_steps = "none"'
+        )

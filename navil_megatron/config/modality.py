@@ -1,0 +1,13 @@
+"""The two modalities, and where a model can hold weights for each."""
+
+from typing import Literal
+
+Modality = Literal["text", "visual"]
+
+
+MODALITIES: tuple[Modality, Modality] = ("text", "visual")
+"""The two modalities, in the order in which a modality-major row holds them."""
+
+
+ModalityPart = Literal["attention", "ffn"]
+"""Parts of a decoder layer that can hold weights for each modality."""

@@ -1,0 +1,60 @@
+"""A whole run: one section a field, each in the file of its name."""
+
+from dataclasses import dataclass, field
+from math import lcm
+
+from navil_megatron.config.checkpoint import CheckpointConfig
+from navil_megatron.config.data import DataConfig
+from navil_megatron.config.evaluation import EvaluationConfig
+from navil_megatron.config.logging import LoggingConfig
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.optimizer import OptimizerConfig
+from navil_megatron.config.parallel import ParallelConfig
+from navil_megatron.config.precision import PrecisionConfig
+from navil_megatron.config.runtime import RuntimeConfig
+from navil_megatron.config.training import TrainingConfig
+
+_SEGMENT_MULTIPLE = 16
+"""Tokens to which segments are padded where nothing asks for more: as far as FP8 products reach."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NaViLConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    """The model."""
+    data: DataConfig
+    """Its samples."""
+    training: TrainingConfig
+    """Its length and phase."""
+    optimizer: OptimizerConfig
+    """Its update rule."""
+    checkpoint: CheckpointConfig
+    """Its state on disk."""
+    runtime: RuntimeConfig
+    """Its machine."""
+    logging: LoggingConfig
+    """Its records."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Its layout."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """Its types of numbers."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Its held-out loss."""
+
+    @property
+    def pad_segments_to(self) -> int:
+        """Each modality's segment of a row is padded to a multiple of this many tokens."""
+        needed = self.precision.segment_multiple(self.parallel.context_parallel_size)
+        return self.data.pad_segments_to or lcm(_SEGMENT_MULTIPLE, needed)
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one microbatch: its rows laid end to end."""
+        return self.training.micro_batch_size * self.data.seq_length
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of one microbatch on a context-parallel rank."""
+        return self.microbatch_tokens // self.parallel.context_parallel_size
