@@ -32,8 +32,8 @@ from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.config.training import TrainingConfig
 from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import Microbatch, SampleId
+from navil_megatron.files.checkpoint_folder import read_config
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.checkpoint.folder import read_config
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.hf_config import hf_config_from_model

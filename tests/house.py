@@ -34,13 +34,13 @@ _BELOW_TRAINING = ("blueprint", "runtime", "kernels", "layers", "models", "data"
 IMPORT_TABLE = {
     "config": Row(),
     "blueprint": Row((), ("numpy",)),
-    "files": Row((), ("torch", "xxhash")),
+    "files": Row((), ("xxhash",)),
     "runtime": Row((), _ENGINE),
     "kernels": Row(("runtime",), (*_ENGINE, "transformer_engine", "apex", "amp_C")),
     "layers": Row(("blueprint",), _ENGINE),
     "models": Row(("blueprint", "runtime", "kernels", "layers"), _ENGINE),
     "data": Row(
-        ("blueprint",),
+        ("blueprint", "files"),
         ("torch", "numpy", "PIL", "webdataset", "tokenizers", "transformers", "fsspec", "pyarrow", "nvidia.dali"),
         ("torch.distributed",),
     ),
@@ -50,12 +50,12 @@ IMPORT_TABLE = {
     "training": Row(_BELOW_TRAINING, (*_ENGINE, "rich", "wandb")),
     "hf": Row(
         ("blueprint", "files"),
-        ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers", "xxhash"),
+        ("torch", "numpy", "PIL", "safetensors", "tokenizers", "transformers"),
     ),
     "hf/remote_code": Row((), ("torch", "numpy", "PIL", "transformers")),
     "evaluation": Row(
         ("files", "hf"),
-        ("torch", "numpy", "PIL", "xxhash", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu", "matplotlib"),
+        ("torch", "numpy", "PIL", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu", "matplotlib"),
     ),
     "evaluation/adapters": Row(("evaluation", "hf"), ("torch", "PIL", "lmms_eval", "vlmeval")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
@@ -87,6 +87,11 @@ IMPORT_TABLE = {
 
 ONLY_IN = {
     "torch.cuda": "runtime",
+    "concurrent.futures.ProcessPoolExecutor": "files",
+    "fcntl": "files",
+    "os.fsync": "files",
+    "os.replace": "files",
+    "shutil.disk_usage": "files",
     "transformer_engine": "kernels",
     "apex": "kernels",
     "nvidia.dali": "data/dali_decode.py",

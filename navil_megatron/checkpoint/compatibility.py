@@ -3,7 +3,6 @@
 The resolved config lies beside the tensors as ``navil_config.json``; what differs is named field by field.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +13,7 @@ from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.renamed import with_new_names
 from navil_megatron.config.run import NaViLConfig
-
-CONFIG_FILE = "navil_config.json"
-"""The resolved config, inside each checkpoint folder."""
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config
 
 _ONLY_INITIAL = {
     "model.language.init_std",
@@ -84,7 +81,7 @@ def require_kept_optimizer(folder: Path, config: NaViLConfig) -> None:
 
 
 def _different_settings(folder: Path, config: NaViLConfig, *names: str) -> list[str]:
-    there, here = _stored(folder), config_to_dict(config)
+    there, here = with_new_names(read_config(folder)), config_to_dict(config)
     pairs = [(name, *(tree.get(section, {}).get(key) for tree in (there, here)))
              for name in names for section, key in [name.split(".")]]  # fmt: skip
     return [f"{name} is {old!r} there, {new!r} here" for name, old, new in pairs if old != new]
@@ -109,17 +106,7 @@ def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[
 
 def _stored_model(folder: Path) -> ModelConfig:
     """The checkpoint's model section; a setting that is younger than the checkpoint has its default."""
-    return section_from_dict(ModelConfig, _stored(folder).get("model", {}), str(folder / CONFIG_FILE))
-
-
-def _stored(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        return with_new_names(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({type(error).__name__}): the checkpoint is damaged; move it away to use an older one"
-        ) from None
+    return section_from_dict(ModelConfig, with_new_names(read_config(folder))["model"], str(folder / CONFIG_FILE))
 
 
 def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, str]]:

@@ -4,9 +4,7 @@ A save goes to ``step_00000100.partial`` and is renamed when every file is on di
 killed save is never read.
 """
 
-import json
 import logging
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +18,6 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from navil_megatron.checkpoint.compatibility import (
-    CONFIG_FILE,
     require_kept_optimizer,
     require_keys,
     require_same_model,
@@ -37,7 +34,16 @@ from navil_megatron.checkpoint.sharded import (
 )
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.files.disk_space import require_space
+from navil_megatron.files.atomic_file import PARTIAL, partial_of
+from navil_megatron.files.atomic_folder import commit_folder
+from navil_megatron.files.checkpoint_folder import (
+    STEP_PREFIX,
+    complete_checkpoints,
+    find_checkpoint,
+    step_folder,
+    write_config,
+)
+from navil_megatron.files.disk_space import free_bytes, require_space
 from navil_megatron.runtime.session import Session
 
 logger = logging.getLogger(__name__)
@@ -53,8 +59,6 @@ _BROKEN_FILE_ERRORS = (
     CheckpointingException,
 )
 """What the readers of torch and megatron-core raise on files that are cut short or missing."""
-_PARTIAL = ".partial"
-_STEP = "step_"
 
 
 class CheckpointManager:
@@ -80,10 +84,10 @@ class CheckpointManager:
         Raises:
             UserError: It cannot be written, for one because the disk is full; older ones stay as they are.
         """
-        final = self.directory / f"{_STEP}{step:08d}"
+        final = step_folder(self.directory, step)
         if self._agree(final.is_dir):
             return final
-        partial = final.with_name(final.name + _PARTIAL)
+        partial = partial_of(final)
         self._written(final, lambda: self._begin(partial), OSError)
         # Core raises this on every rank when one cannot write its files. What else it raises, it raises on that rank
         # alone while the others wait for it, so that is not for us to tell them of.
@@ -107,7 +111,7 @@ class CheckpointManager:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same one on every rank."""
-        return self._agree(lambda: max(self._complete(), default=None))
+        return self._agree(self._newest)
 
     def restore_latest(self, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any] | None:
         """Restores the newest complete checkpoint and gives its training state; ``None`` where there is none.
@@ -133,7 +137,7 @@ class CheckpointManager:
         Raises:
             UserError: There is no checkpoint, it holds another model, or it is damaged.
         """
-        folder = self._agree(lambda: _resolve(folder))
+        folder = self._agree(lambda: find_checkpoint(folder, "correct checkpoint.initial_weights"))
         require_same_model(folder, self.config, only_function=True)
         self._require_keys(folder, chunks)
         self._guarded(folder, lambda: load_model(folder, chunks))
@@ -145,7 +149,7 @@ class CheckpointManager:
         Raises:
             UserError: The checkpoint holds the state of another optimizer, or none, or is damaged.
         """
-        folder = self._agree(lambda: _resolve(folder))
+        folder = self._agree(lambda: find_checkpoint(folder, "correct checkpoint.initial_weights"))
         require_kept_optimizer(folder, self.config)
         self._guarded(folder, lambda: load_optimizer(folder, chunks, optimizer))
         logger.info("kept the optimizer state of %s", folder)
@@ -201,15 +205,13 @@ class CheckpointManager:
             self.session.together(attempt)
         except (UserError, SystemExit):
             if self.session.is_main:
-                shutil.rmtree(final.with_name(final.name + _PARTIAL), ignore_errors=True)
+                shutil.rmtree(partial_of(final), ignore_errors=True)
             raise
 
     def _why_not_written(self, final: Path, error: BaseException) -> str:
-        newest = max(self._complete(), default=None)
-        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
         return (
-            f"cannot write checkpoint {final} ({_cause(error)}), the disk has {free / 1e6:,.0f} MB free; mend that and "
-            f"start again: the run goes on from {newest or 'its start'}"
+            f"cannot write checkpoint {final} ({_cause(error)}), the disk has {free_bytes(final) / 1e6:,.0f} MB free; "
+            f"mend that and start again: the run goes on from {self._newest() or 'its start'}"
         )
 
     def _begin(self, partial: Path) -> None:
@@ -219,27 +221,24 @@ class CheckpointManager:
 
     def _finish(self, partial: Path, final: Path) -> None:
         if self.session.is_main:
-            (partial / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-            _commit(partial, final)
+            write_config(partial, asdict(self.config))
+            commit_folder(partial, final)
             self._delete_old()
             logger.info("saved %s", final)
 
-    def _complete(self) -> list[Path]:
-        """Committed checkpoints, in no order."""
-        if not self.directory.is_dir():
-            return []
-        return [path for path in self.directory.iterdir() if _is_complete(path)]
+    def _newest(self) -> Path | None:
+        return next(reversed(complete_checkpoints(self.directory)), None)
 
     def _clear_partial(self) -> None:
         """Removes what killed saves left behind."""
-        for path in self.directory.glob(f"{_STEP}*{_PARTIAL}"):
+        for path in self.directory.glob(f"{STEP_PREFIX}*{PARTIAL}"):
             logger.info("removing %s, left behind by a save that did not finish", path)
             shutil.rmtree(path)
 
     def _delete_old(self) -> None:
-        for path in sorted(self._complete())[: -self.config.checkpoint.keep_last]:
+        for path in complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]:
             # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
-            doomed = path.rename(path.with_name(path.name + _PARTIAL))
+            doomed = path.rename(partial_of(path))
             shutil.rmtree(doomed)
 
 
@@ -248,36 +247,3 @@ def _cause(error: BaseException) -> str:
     failures = getattr(error, "failures", None) or {0: (error,)}
     cause = next(iter(failures.values()))[0]
     return " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
-
-
-def _is_complete(path: Path) -> bool:
-    return path.is_dir() and path.name.startswith(_STEP) and path.name.removeprefix(_STEP).isdigit()
-
-
-def _resolve(folder: Path) -> Path:
-    """A checkpoint folder itself, or the newest checkpoint in a run's folder."""
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    newest = max((path for path in folder.iterdir() if _is_complete(path)), default=None) if folder.is_dir() else None
-    if newest is None:
-        raise UserError(
-            f"no checkpoint in {folder}: expected {CONFIG_FILE} or {_STEP}* folders there; "
-            "correct checkpoint.initial_weights"
-        )
-    return newest
-
-
-def _commit(partial: Path, final: Path) -> None:
-    """Makes sure that every file is on disk, then gives the folder its good name."""
-    for path in (*partial.iterdir(), partial):
-        _sync(path)
-    partial.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,11 +27,10 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from navil_megatron.files.checkpoint_folder import OPTIMIZER_PREFIX
 from navil_megatron.runtime.seeding import restore_rng_state, rng_state
 from navil_megatron.runtime.session import Session
 
-OPTIMIZER_PREFIX = "optimizer."
-"""Keys of tensors that are optimizer state."""
 _RNG_KEY = "rng_state"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer state in the shape of the weights, and without the ``chained_0.`` prefixes that depend on the layout."""

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import xxhash
 from PIL import Image
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.evaluation.predictions import Predictions, digest_of_files, digest_of_model
+from navil_megatron.evaluation.predictions import Predictions, digest_of_model
 from navil_megatron.evaluation.prompts import PromptStyle, prompt_of
 from navil_megatron.evaluation.samples import Sample, read_samples
 from navil_megatron.evaluation.scores import Scored, score
 from navil_megatron.evaluation.worst_page import write_worst_page
+from navil_megatron.files.hashes import digest, digest_of_files
+from navil_megatron.files.json_file import write_json
 from navil_megatron.hf.generate import Captioner, generate_texts, load_for_generation, open_picture
 
 type Damaged = dict[str, str]
@@ -44,7 +45,7 @@ class Settings:
     def digest(self) -> str:
         """Hash of what decides the answers; batches of any size give the same."""
         decisive = (self.max_new_tokens, self.prompts, self.dtype)
-        return xxhash.xxh3_64_hexdigest(json.dumps(decisive).encode())
+        return digest(json.dumps(decisive).encode())
 
 
 def evaluate(
@@ -86,7 +87,7 @@ def evaluate(
         "page": str(output / "worst.html"),
         "digests": marks,
     }
-    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "report.json", report, indent=1)
     return report
 
 
@@ -101,10 +102,10 @@ def _answer(
     texts: dict[str, str] = {}
     damaged: Damaged = {}
     pictures_of: dict[str, str] = {}
-    digest = cache(digest_of_files)  # questions often share their pictures
+    digest_once = cache(digest_of_files)  # questions often share their pictures
     for sample in samples:
         try:
-            pictures_of[sample.id] = digest(sample.images)
+            pictures_of[sample.id] = digest_once(sample.images)
         except OSError as error:
             damaged[sample.id] = f"{error.filename} cannot be read ({error.strerror})"
             continue

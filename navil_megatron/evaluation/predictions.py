@@ -9,13 +9,12 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import xxhash
-
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.atomic_file import append
+from navil_megatron.files.hashes import digest_of_files
 
 MARKS = ("model", "data", "settings")
 """What all lines of a file share, each as a hash."""
-_BLOCK_BYTES = 2**24
 
 
 class Predictions:
@@ -57,11 +56,7 @@ class Predictions:
             json.dumps({"id": sample_id, "text": text, "pictures": pictures, **self._marks}, ensure_ascii=False)
             for sample_id, pictures, text in rows
         ]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
         self._text_of |= {sample_id: (text, pictures) for sample_id, pictures, text in rows}
 
     def _read(self, line: bytes, number: int) -> None:
@@ -79,19 +74,6 @@ class Predictions:
                     "give another --output, or delete the file"
                 )
         self._text_of[texts["id"]] = texts["text"], texts["pictures"]
-
-
-def digest_of_files(paths: Iterable[Path], folder: Path | None = None) -> str:
-    """Hash of files' bytes, and of their names relative to ``folder`` where one is given."""
-    state = xxhash.xxh3_64()
-    for path in paths:
-        if folder is not None:
-            state.update(f"{path.relative_to(folder).as_posix()}\n".encode())
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                state.update(block)
-        state.update(f"\n{path.stat().st_size}\n".encode())
-    return state.hexdigest()
 
 
 def digest_of_model(folder: Path) -> str:

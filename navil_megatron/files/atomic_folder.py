@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.atomic_file import partial_of
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.files.file_bytes import flush
 
@@ -27,17 +28,15 @@ def new_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """
     require_new(target)
     target = target.absolute()
-    partial = target.with_name(f"{target.name}.partial")
+    partial = partial_of(target)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _held(partial):
         _empty(partial)
         try:
             require_space(partial, needed_bytes)
             yield partial
-            flush_folder(partial)
             require_new(target)
-            partial.rename(target)
-            flush(target.parent)
+            commit_folder(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -52,6 +51,13 @@ def require_new(target: Path) -> None:
     is_empty = target.is_dir() and not target.is_symlink() and not any(target.iterdir())
     if os.path.lexists(target) and not is_empty:
         raise UserError(f"{target} exists already; give a new folder, or delete it first")
+
+
+def commit_folder(partial: Path, target: Path) -> None:
+    """Makes sure that every file is on disk, then gives the folder its good name."""
+    flush_folder(partial)
+    partial.rename(target)
+    flush(target.parent)
 
 
 def flush_folder(folder: Path) -> None:

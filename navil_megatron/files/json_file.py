@@ -1,4 +1,4 @@
-"""JSON files of a Hugging Face folder or a checkpoint, whatever they hold."""
+"""JSON files that hold one object, whatever wrote them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from typing import Any
 from navil_megatron.config.errors import UserError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+def read_json(path: Path, remedy: str = "give a complete Hugging Face folder") -> dict[str, Any]:
+    """The object that a JSON file holds; ``remedy`` is what to tell where there is none.
 
     Raises:
         UserError: The file is missing or holds something else.
@@ -18,9 +18,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): expected a Hugging Face model folder") from None
+        raise UserError(f"{path} cannot be read as JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object: {remedy}")
     return content
 
 
@@ -40,6 +40,6 @@ def values_of(path: Path) -> Iterator[None]:
         raise UserError(f"{path} holds a value that is not what it should be ({reason}); correct it") from error
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], indent: int = 2) -> None:
     """Writes an object as people read it."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,8 +9,8 @@ import torch
 
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
+from navil_megatron.files.worker_pool import Meter, OnProgress
 from navil_megatron.hf.convert import ahead
-from navil_megatron.hf.jobs import Meter, OnProgress
 from navil_megatron.hf.model_source import ModelSource, open_source
 from navil_megatron.hf.verify import Signature, same_bits, type_name
 

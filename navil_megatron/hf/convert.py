@@ -17,9 +17,12 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_folder import flush_folder
-from navil_megatron.files.checksums import digest, write_checksums
-from navil_megatron.hf.jobs import Meter, OnProgress, run_shares
+from navil_megatron.files.checksums import write_checksums
+from navil_megatron.files.hashes import digest
+from navil_megatron.files.worker_pool import Meter, OnProgress, run_shares
+from navil_megatron.hf.memory import keep_freed_memory
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
+from navil_megatron.hf.tensor_bytes import raw_bytes
 from navil_megatron.hf.verify import Signature
 
 _CHECK_BYTES = 256_000_000
@@ -114,7 +117,7 @@ def run_steps(
     meter = Meter(2 * total if verify else total, on_progress)
     writer.prepare()
     work = partial(_write_share, reader=reader, writer=writer)
-    results = run_shares(work, writer.shares(steps), jobs, meter)
+    results = run_shares(work, writer.shares(steps), jobs, meter, _prepare)
     files = writer.finish(place for _, place in results)
     write_checksums(writer.folder, {name: value for digests, _ in results for name, value in digests.items()})
     if verify:
@@ -139,6 +142,12 @@ def ahead[T, R](items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T,
             del future
 
 
+def _prepare() -> None:
+    """Of a process that shares the steps."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
 def _write_share(
     number: int, steps: Sequence[Step], tell: Callable[[int], None], *, reader: Reader, writer: Writer
 ) -> tuple[dict[str, str], Any]:
@@ -151,7 +160,7 @@ def _write_share(
                 tensor = tensor.to(step.dtype).contiguous()
                 if tensor.shape != slot.shape:
                     raise RuntimeError(f"{slot.name} was to be {list(slot.shape)}, but is {list(tensor.shape)}")
-                digests[slot.name] = digest(tensor)
+                digests[slot.name] = digest(raw_bytes(tensor))
                 yield slot, tensor
                 tell(tensor.nbytes)
 
@@ -168,7 +177,7 @@ def _read_back(written: Sequence[tuple[Slot, torch.dtype]], reader: Reader, jobs
     if reader.signatures() != intended:
         raise OSError(errno.EIO, "the headers read back different from what was written; the disk may be failing")
     pieces = cut({slot: num_bytes(slot, dtype) for slot, dtype in written}, _CHECK_BYTES)
-    run_shares(partial(_check_share, reader=reader), pieces, jobs, meter)
+    run_shares(partial(_check_share, reader=reader), pieces, jobs, meter, _prepare)
 
 
 def _check_share(number: int, slots: Sequence[Slot], tell: Callable[[int], None], *, reader: Reader) -> None:

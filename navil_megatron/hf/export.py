@@ -15,8 +15,10 @@ import torch
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, read_config
 from navil_megatron.files.json_file import values_of, write_json
-from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_config, read_model_config
+from navil_megatron.files.worker_pool import OnProgress
+from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_to_hf, preprocessor_config
@@ -24,7 +26,6 @@ from navil_megatron.hf.exported.model_card import model_card
 from navil_megatron.hf.exported.portable_tokenizer import settle_tokenizer
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.param_map import table
 from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.safetensors_io import TensorFolder

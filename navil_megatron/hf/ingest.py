@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.files.json_file import read_json, values_of
-from navil_megatron.hf.checkpoint.folder import write_config
+from navil_megatron.files.worker_pool import OnProgress
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.hf_config import model_config_from_hf
-from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.param_map import table
 from navil_megatron.hf.plan import plan_ingest
 from navil_megatron.hf.safetensors_io import TensorFolder
@@ -98,7 +99,7 @@ def convert_from_hf(
     with new_folder(checkpoint, total_bytes(steps)) as partial:
         writer = CheckpointWriter(partial, targets(steps))
         run_steps(steps, reader, writer, CheckpointReader, jobs=jobs, verify=verify, on_progress=on_progress)
-        write_config(partial, model, data)
+        write_config(partial, {"model": config_to_dict(model), "data": data})
     return {
         "folder": str(folder),
         "checkpoint": str(checkpoint),

@@ -8,8 +8,9 @@ import torch
 
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
+from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, step_of
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.checkpoint.folder import find_checkpoint, read_config, read_model_config
+from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.ingest import model_of_folder
@@ -58,14 +59,13 @@ def describe_contents(report: Mapping[str, Any]) -> str:
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     model, reader = read_model_config(folder), CheckpointReader(folder)
     chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
-    step = folder.name.removeprefix("step_")
     return {
         **_counts("checkpoint", folder, model.language.family, reader.signatures(), part_of_key),
         "sizes": _sizes(model),
         "files": sorted({chunk.file for chunk in chunks}),
         "num_chunks": len(chunks),
         "most_chunks_a_layer": max((_most_in_a_layer(reader, key) for key in reader.tensors), default=0),
-        "step": int(step) if step.isdigit() else None,
+        "step": step_of(folder),
         "tokenizer": (read_config(folder).get("data") or {}).get("tokenizer"),
         "has_checksums": reader.checksums is not None,
     }

@@ -9,9 +9,9 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, is_checkpoint
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_model_config
-from navil_megatron.hf.checkpoint.metadata import METADATA_FILE
+from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.convert import targets, with_types
 from navil_megatron.hf.ingest import model_of_folder
@@ -31,8 +31,7 @@ def kind_of(path: Path) -> Kind:
     """
     if (path / "config.json").is_file():
         return "LLM folder" if is_bare_llm(read_json(path / "config.json")) else "NaViL folder"
-    marks = (CONFIG_FILE, METADATA_FILE)
-    if any((path / mark).is_file() for mark in marks) or any(path.glob("step_*")):
+    if is_checkpoint(path):
         return "checkpoint"
     raise UserError(
         f"{path} is neither a checkpoint ({CONFIG_FILE}) nor a Hugging Face folder (config.json); give the path of one"

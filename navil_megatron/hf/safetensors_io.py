@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.files.checksums import raw_bytes, read_checksums, require_digest
+from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.files.file_bytes import read_into
 from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot
+from navil_megatron.hf.tensor_bytes import raw_bytes
 from navil_megatron.hf.verify import Signature
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -98,7 +99,7 @@ class TensorFolder(Mapping[str, torch.Tensor]):
         except ValueError as error:
             raise UserError(f"{slot.key} in {place.part} is cut short ({error}): download or copy it again") from None
         if self.checksums is not None:
-            require_digest(tensor, slot.name, self.checksums, place.part)
+            require_digest(raw_bytes(tensor), slot.name, self.checksums, place.part)
         return tensor
 
     def _require_index(self, weight_map: Mapping[str, str]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from navil_megatron.files.checksums import raw_bytes
 from navil_megatron.files.file_bytes import open_files
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.safetensors_io import INDEX_FILE, SINGLE_FILE, TYPES
+from navil_megatron.hf.tensor_bytes import raw_bytes
 
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 _SHARE_BYTES = 256_000_000

@@ -6,7 +6,6 @@ experts apart.
 """
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,12 @@ import torch
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
-from navil_megatron.hf.checkpoint.folder import CONFIG_FILE, find_checkpoint, read_config, read_model_config
+from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, write_config
+from navil_megatron.files.worker_pool import OnProgress
+from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
-from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.llm.families import EXPERT_TRANSFORMS
 from navil_megatron.hf.llm.start_values import draw
 from navil_megatron.hf.plan import Slot, Step, plan_export
@@ -105,7 +105,7 @@ def convert_upcycle(
         written = CheckpointReader(partial_folder).signatures()
         config = read_config(source)
         config["model"]["language"] |= {"num_experts": num_experts, "experts_per_token": experts_per_token}
-        (partial_folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        write_config(partial_folder, config)
     return {
         "source": str(source),
         "checkpoint": str(target),

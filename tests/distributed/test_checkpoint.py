@@ -355,7 +355,7 @@ def _save_foreign(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_no_initial_weights_is_one_clear_line(tmp_path: Path) -> None:
-    assert "no checkpoint in" in _refusals(_sections(tmp_path), str(tmp_path / "nowhere"))
+    assert "holds no checkpoint" in _refusals(_sections(tmp_path), str(tmp_path / "nowhere"))
 
 
 def _processes_after_saving(rank: int, world_size: int, sections: Sections) -> list[str]:

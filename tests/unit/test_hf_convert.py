@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import queue
 import re
 from pathlib import Path
 
@@ -9,13 +10,11 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
-from navil_megatron.checkpoint import compatibility
-from navil_megatron.checkpoint import sharded as run_checkpoint
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.checkpoint import folder as checkpoint_folder
-from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
+from navil_megatron.hf.checkpoint.folder import read_tensors, read_whole_checkpoint, write_tensors
 from navil_megatron.hf.export import convert_to_hf, mcore_to_hf
 from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes, mcore_shapes, table
@@ -120,7 +119,7 @@ def test_every_tensor_problem_in_one_error_and_nothing_written(tmp_path: Path, d
         whole["extra.weight"] = torch.zeros(2)
         other = tmp_path / "broken"
         other.mkdir()
-        checkpoint_folder.write_tensors(other, whole, model, {})
+        write_tensors(other, whole, model, {})
         convert = lambda: convert_to_hf(other, target)  # noqa: E731
         names = ["connector.linear_fc1.weight", "connector.norm.bias", "extra.weight"]
     with pytest.raises(UserError) as error:
@@ -228,11 +227,6 @@ def test_code_in_a_source_folder_is_never_run(tmp_path: Path) -> None:
     convert_from_hf(tmp_path / "hf", tmp_path / "again")
 
 
-def test_names_agree_with_the_training_side() -> None:
-    assert checkpoint_folder.CONFIG_FILE == compatibility.CONFIG_FILE
-    assert checkpoint_folder.OPTIMIZER_PREFIX == run_checkpoint.OPTIMIZER_PREFIX
-
-
 KEY, SHAPE = "decoder.layers.mlp.linear_fc2.text.weight", (2, 48, 56)
 
 
@@ -251,7 +245,7 @@ def _save_piece(rank: int, world_size: int, folder: str, whole: torch.Tensor) ->
     with start_session(rank, world_size):
         state = {"model": {"weight": _piece(rank, whole[rank % 2, :, 28 * (rank // 2) : 28 * (rank // 2 + 1)].clone())}}
         moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", torch.ones(3), (0, rank, world_size))
-        run_checkpoint.filesystem_async._results_queue = run_checkpoint.queue.Queue()
+        filesystem_async._results_queue = queue.Queue()
         dist_checkpointing.save(state | {"moment": moment, "training": {"step": 3}}, folder)
 
 
@@ -265,6 +259,6 @@ def test_ranks_read_what_one_process_wrote(tmp_path: Path) -> None:
 def test_one_process_reads_what_ranks_wrote(tmp_path: Path) -> None:
     whole = torch.randn(SHAPE)
     run_ranks(4, _save_piece, str(tmp_path), whole)
-    found = checkpoint_folder.read_tensors(tmp_path)
+    found = read_tensors(tmp_path)
     assert found.keys() == {KEY}
     assert torch.equal(found[KEY], whole)

@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.files.checksums import CHECKSUMS_FILE, digest
+from navil_megatron.files.checksums import CHECKSUMS_FILE
+from navil_megatron.files.hashes import digest
 from navil_megatron.hf.checkpoint.entry import find_entry
 from navil_megatron.hf.checkpoint.metadata import read_metadata
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.inspect import describe_contents, inspect
 from navil_megatron.hf.model_source import open_source
 from navil_megatron.hf.safetensors_io import INDEX_FILE
+from navil_megatron.hf.tensor_bytes import raw_bytes
 from tests.unit.hf_examples import tiny_model, write_checkpoint
 
 TRIED, MANY_TRIED = 120, 3000
@@ -118,7 +120,7 @@ def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
 def read_all(folder: Path) -> dict[str, str]:
     """A hash of every tensor, read as a conversion reads it, with everything that it checks before."""
     source = open_source(folder)
-    found = {key: digest(tensor) for key in source.signatures() for tensor in [source.read(key)[key]]}
+    found = {key: digest(raw_bytes(tensor)) for key in source.signatures() for tensor in [source.read(key)[key]]}
     assert describe_contents(inspect(folder))
     return found
 

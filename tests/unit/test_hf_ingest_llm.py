@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from navil_megatron.cli import main
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.hf.checkpoint.folder import read_config, read_model_config
+from navil_megatron.files.checkpoint_folder import read_config
+from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.inspect import inspect
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import same_bits

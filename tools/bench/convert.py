@@ -36,9 +36,10 @@ import numpy as np
 import torch
 from navil_2b import NAVIL_2B
 
+from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import flush_folder
-from navil_megatron.hf.checkpoint.folder import write_config
+from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.hf.checkpoint.writer import Written, finish_checkpoint, save_chunk
 from navil_megatron.hf.param_map import Row, Shape, table
 
@@ -113,7 +114,7 @@ def write_checkpoint(folder: Path, model: ModelConfig, tp: int, pp: int, ep: int
     for stream in ranks:
         stream.close()
     finish_checkpoint(folder, written, "__0_1.distcp")
-    write_config(folder, model, {"tokenizer": None})
+    write_config(folder, {"model": config_to_dict(model), "data": {"tokenizer": None}})
     flush_folder(folder)
 
 

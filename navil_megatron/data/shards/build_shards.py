@@ -5,7 +5,6 @@ many processes work nor on how often they were interrupted.
 """
 
 import json
-import os
 import shutil
 import stat
 from dataclasses import astuple
@@ -24,9 +23,12 @@ from navil_megatron.data.shards.index_build import (
 )
 from navil_megatron.data.shards.index_report import report_index
 from navil_megatron.data.shards.manifest import Chunk, Manifest
-from navil_megatron.data.shards.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.parts import PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.shards.shard_writer import tar_sample, write_tar
+from navil_megatron.files.atomic_file import new_file
+from navil_megatron.files.json_file import read_json
+from navil_megatron.files.worker_pool import OnProgress, Tell
 
 type Task = tuple[Chunk, Path, PartFiles]
 """Rows, the shard that they become, and its part of the index."""
@@ -90,7 +92,7 @@ def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, to
     made_from = [manifest.version, samples_per_shard, tokenizer]
     named = f"{index.with_suffix('')}*"
     if plan.exists():
-        known = json.loads(plan.read_bytes())
+        known = read_json(plan, f"remove {named} to start anew")
         if known["made_from"] != made_from:
             raise UserError(
                 f"{index.parent} holds an unfinished build of another manifest, tokenizer or shard size than now: "
@@ -102,15 +104,9 @@ def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, to
     shutil.rmtree(plan.parent, ignore_errors=True)  # a finished build may have been killed as it tidied up
     chunks = manifest.chunks(samples_per_shard)
     plan.parent.mkdir(parents=True)
-    begun = plan.with_suffix(".partial")
-    begun.write_text(json.dumps({"made_from": made_from, "chunks": [astuple(chunk) for chunk in chunks]}))
-    os.replace(begun, plan)
+    with new_file(plan) as file:
+        file.write(json.dumps({"made_from": made_from, "chunks": [astuple(chunk) for chunk in chunks]}).encode())
     return chunks
-
-
-def _task(index: Path, chunk: Chunk) -> Task:
-    number = f"{chunk.number:06d}"
-    return chunk, index.with_name(f"{index.stem}-{number}.tar"), PartFiles(parts_folder(index) / f"{number}.index")
 
 
 def _is_done(task: Task) -> bool:
@@ -122,7 +118,7 @@ def _is_done(task: Task) -> bool:
     return not shard.num_samples or (path.exists() and path.stat().st_size == shard.num_bytes)
 
 
-def _build_one(task: Task, *, manifest: Manifest, counter: TokenCounter) -> None:
+def _build_one(_: int, task: Task, tell: Tell, *, manifest: Manifest, counter: TokenCounter) -> None:
     """Writes one shard and its part of the index; images are decoded here, once."""
     chunk, path, files = task
     rejected: list[tuple[str, str]] = []
@@ -139,6 +135,7 @@ def _build_one(task: Task, *, manifest: Manifest, counter: TokenCounter) -> None
     files.save(part, str(manifest.path), bytes.fromhex(counter.fingerprint))
     if not len(part.samples):
         path.unlink()
+    tell(1)
 
 
 def _read_row(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:

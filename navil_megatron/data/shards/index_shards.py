@@ -1,6 +1,5 @@
 """One index over WebDataset tars that exist already, e.g. img2dataset's; behind ``navil-megatron data index``."""
 
-import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.shards.index_build import TokenCounter, index_shard
 from navil_megatron.data.shards.index_report import report_index
-from navil_megatron.data.shards.parts import OnProgress, PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.parts import PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
 from navil_megatron.data.shards.shard_files import expand_shards, stored_path, version_of
+from navil_megatron.files.hashes import fingerprint
+from navil_megatron.files.worker_pool import OnProgress, Tell
 
 
 def index_shards(
@@ -55,11 +56,13 @@ def _part_files(index: Path, shard: str, counter: TokenCounter, decode: bool) ->
     except OSError as error:
         raise UserError(f"shard {shard} cannot be read ({error}): check the path and its rights") from None
     made_from = "\0".join([shard, version, counter.fingerprint, str(decode)])
-    name = hashlib.sha256(made_from.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return PartFiles(parts_folder(index) / f"{name}.index")
+    return PartFiles(parts_folder(index) / f"{fingerprint(made_from)}.index")
 
 
-def _index_one(task: tuple[str, PartFiles], *, folder: Path, counter: TokenCounter, decode: bool) -> None:
+def _index_one(
+    _: int, task: tuple[str, PartFiles], tell: Tell, *, folder: Path, counter: TokenCounter, decode: bool
+) -> None:
     shard, files = task
     name = stored_path(shard, folder)
     files.save(index_shard(shard, counter, decode=decode, name=name), name, bytes.fromhex(counter.fingerprint))
+    tell(1)

@@ -7,13 +7,9 @@ and the name says what it was made from; so a second run takes up what fits and 
 import json
 import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,8 @@ import torch
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.shards.index_build import ShardPart
 from navil_megatron.data.shards.shard_index import Shard, SourceIndex, save_index
-
-type OnProgress = Callable[[int, int], None]
-"""Called with (shards done, shards in all); whoever has a terminal draws a bar with it."""
+from navil_megatron.files.atomic_file import new_file
+from navil_megatron.files.worker_pool import Meter, OnProgress, Work, run_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +81,11 @@ def merge_parts(index: Path, parts: Sequence[PartFiles], tokenizer: bytes) -> Co
     """
     reasons: Counter[str] = Counter()
     listed = rejected_path(index)
-    partial = Path(f"{listed}.partial")
-    with partial.open("wb") as file:
+    with new_file(listed) as file:
         for part in parts:
             for line in part.rejected.read_bytes().splitlines(keepends=True):
                 file.write(line)
                 reasons[json.loads(line)["reason"]] += 1
-    os.replace(partial, listed)
     filled: list[tuple[PartFiles, Shard]] = []
     for part in parts:
         (shard,) = SourceIndex(part.index).shards
@@ -109,12 +102,12 @@ def merge_parts(index: Path, parts: Sequence[PartFiles], tokenizer: bytes) -> Co
 
 
 def run_tasks[T](
-    work: Callable[[T], None], tasks: Sequence[T], total: int, jobs: int, on_progress: OnProgress | None
+    work: Work[T, None], tasks: Sequence[T], total: int, jobs: int, on_progress: OnProgress | None
 ) -> None:
-    """Does every task, here or in so many processes; what is done tells ``on_progress``.
+    """Does every task, here or in so many processes.
 
     Args:
-        work: does one task; pickles, and is sent to a process once.
+        work: does one task and tells of it; pickles, and is sent to a process once.
         tasks: what is left to do.
         total: tasks in all, with those that an earlier run did.
         jobs: processes; 1: this one alone.
@@ -123,57 +116,15 @@ def run_tasks[T](
     Raises:
         UserError: a process was killed.
     """
-    for done, _ in enumerate(_finished(work, tasks, jobs), total - len(tasks)):
-        if on_progress is not None:
-            on_progress(done, total)
+    meter = Meter(total, on_progress)
+    meter.add(total - len(tasks))
+    try:
+        run_shares(work, tasks, jobs, meter, _prepare)
+    except ChildProcessError as error:
+        raise UserError(f"{error}, it goes on") from None
 
 
-def _finished[T](work: Callable[[T], None], tasks: Sequence[T], jobs: int) -> Iterator[None]:
-    """Yields once before the first task and after every one."""
-    yield
-    if jobs == 1 or len(tasks) < 2:
-        for task in tasks:
-            work(task)
-            yield
-        return
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, _start_worker, (work,)) as pool:
-        futures: list[Future[None]] = [pool.submit(_do, task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield
-        except BrokenExecutor:
-            raise UserError(
-                "a process was killed, perhaps for lack of memory: run the same again with fewer --jobs, it goes on"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-class _Worker:
-    """What a worker process was started with."""
-
-    work: Callable[[Any], None]
-
-
-def _start_worker(work: Callable[[Any], None]) -> None:
-    _Worker.work = staticmethod(work)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and ends the pool
+def _prepare() -> None:
+    """Of a process that shares the tasks."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Without this, workers of a killed command would go on writing."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _do(task: Any) -> None:
-    _Worker.work(task)

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.atomic_file import new_file
 
 BLOCK = 512
 """Bytes of a tar block."""
@@ -97,8 +98,7 @@ def save_index(
     header["num_samples"], header["num_images"] = sum(map(len, samples)), num_images
     header["shard_list_bytes"] = len(names)
     header["tokenizer"], header["content"] = np.void(tokenizer), np.void(digest_shards(shards))
-    partial = Path(f"{path}.partial")
-    with partial.open("wb") as file:
+    with new_file(path) as file:
         file.write(header.tobytes())
         first_image = 0
         for table, pictures in zip(samples, images, strict=True):
@@ -109,9 +109,6 @@ def save_index(
         for pictures in images:
             file.write(pictures.tobytes())
         file.write(names)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def digest_shards(shards: Sequence[Shard]) -> bytes:

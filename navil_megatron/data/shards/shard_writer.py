@@ -1,6 +1,5 @@
 """Writes tar shards: the same samples give the same bytes, and a shard has its name only once it is complete."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,22 +12,14 @@ from navil_megatron.data.image_decode import ImageDecodeError, open_image
 from navil_megatron.data.shards.index_build import MAX_PIXELS, TokenCounter
 from navil_megatron.data.shards.index_shards import index_shards
 from navil_megatron.data.types import Content
+from navil_megatron.files.atomic_file import new_file
 
 
 @contextmanager
 def write_tar(path: Path) -> Iterator[webdataset.TarWriter]:
     """A tar to write into; without an error it is moved to its name, on the disk for good."""
-    partial = Path(f"{path}.partial")
-    try:
-        with partial.open("wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                yield tar
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with new_file(path) as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+        yield tar
 
 
 def tar_sample(key: str, extension: str, text: bytes, images: Sequence[bytes]) -> dict[str, Any]:

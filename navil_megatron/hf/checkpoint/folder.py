@@ -1,62 +1,22 @@
-"""The megatron-core checkpoint folder in one plain process: which one, its config, and whole tensors in and out.
+"""A megatron-core checkpoint in one plain process: its model, and whole tensors in and out.
 
 Conversions stream through ``reader`` and ``writer``; what is here holds everything in memory, for
 models that fit.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.hf.checkpoint.metadata import OPTIMIZER_PREFIX as OPTIMIZER_PREFIX
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, read_config, write_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.plan import Slot
 from navil_megatron.hf.verify import require_valid_model
-
-CONFIG_FILE = "navil_config.json"
-"""The resolved config inside a checkpoint folder."""
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest complete one in a run's folder of checkpoints.
-
-    Raises:
-        UserError: There is none.
-    """
-    if (path / CONFIG_FILE).is_file():
-        return path
-    steps = [entry for entry in path.glob("step_*") if entry.name.removeprefix("step_").isdigit()]
-    complete = [entry for entry in steps if (entry / CONFIG_FILE).is_file()]
-    if not complete:
-        raise UserError(f"{path} holds no checkpoint: expected {CONFIG_FILE} in it, or step_* folders with one")
-    return max(complete)
-
-
-def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The resolved config of a checkpoint as plain values.
-
-    Raises:
-        UserError: The file is missing or is not JSON with a model section.
-    """
-    path = checkpoint / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): expected the config that the checkpoint was saved with"
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} has no model section: expected the config that the checkpoint was saved with")
-    if not isinstance(config.get("data") or {}, dict):
-        raise UserError(f"{path} has a data section that is no table: expected the config of the checkpoint")
-    return config
 
 
 def read_model_config(checkpoint: Path) -> ModelConfig:
@@ -69,12 +29,6 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     model = section_from_dict(ModelConfig, read_config(checkpoint)["model"], where)
     require_valid_model(model, where)
     return model
-
-
-def write_config(folder: Path, model: ModelConfig, data: Mapping[str, Any]) -> None:
-    """Leaves the model section, and what is known of the data section, in a checkpoint; complete it is then."""
-    config = {"model": config_to_dict(model), "data": dict(data)}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -114,4 +68,4 @@ def write_tensors(
     slots = {Slot(key, tuple(tensor.shape)): tensor for key, tensor in tensors.items()}
     writer = CheckpointWriter(folder, [(slot, tensor.dtype) for slot, tensor in slots.items()])
     writer.finish([writer.write(0, ((slot, tensor.contiguous()) for slot, tensor in slots.items()))])
-    write_config(folder, model, data)
+    write_config(folder, {"model": config_to_dict(model), "data": data})

@@ -14,12 +14,10 @@ import numpy as np
 import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.checkpoint_folder import METADATA_FILE, OPTIMIZER_PREFIX
 from navil_megatron.hf.checkpoint.inert_pickle import Name, Record, read_pickle
 from navil_megatron.hf.param_map import Shape
 
-METADATA_FILE = ".metadata"
-OPTIMIZER_PREFIX = "optimizer."
-"""Keys of tensors that are optimizer state."""
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128")
 _TYPES = (*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")

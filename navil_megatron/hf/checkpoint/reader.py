@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.files.checksums import raw_bytes, read_checksums, require_digest
+from navil_megatron.files.checkpoint_folder import FORMAT_FILE
+from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.files.file_bytes import read_into
 from navil_megatron.hf.checkpoint.entry import Entry, find_entry
 from navil_megatron.hf.checkpoint.metadata import Chunk, StoredTensor, read_metadata
 from navil_megatron.hf.plan import Slot
+from navil_megatron.hf.tensor_bytes import raw_bytes
 from navil_megatron.hf.verify import Signature
 
-LAYOUT_FILE = "metadata.json"
 _DAMAGED = "differs from the checksum that its archive holds"
 _BLOCK = 1 << 23
 
@@ -32,8 +33,8 @@ class CheckpointReader:
         Raises:
             UserError: The folder is not a complete checkpoint, or its metadata is damaged.
         """
-        if not (folder / LAYOUT_FILE).is_file():
-            raise UserError(f"{folder} has no {LAYOUT_FILE}: not a complete megatron-core checkpoint")
+        if not (folder / FORMAT_FILE).is_file():
+            raise UserError(f"{folder} has no {FORMAT_FILE}: not a complete megatron-core checkpoint")
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = read_metadata(folder)
         self.checksums = read_checksums(folder)
@@ -64,7 +65,7 @@ class CheckpointReader:
                 self._read_rows(slot, chunk, (first - start, last - start), window[tuple(box)])
         tensor = window.view(slot.shape)
         for name, part in self._named_parts(slot, window):
-            require_digest(part, name, self.checksums or {}, place)
+            require_digest(raw_bytes(part), name, self.checksums or {}, place)
         return tensor
 
     def _named_parts(self, slot: Slot, window: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,12 +17,11 @@ from typing import Any, BinaryIO
 
 import torch
 
-from navil_megatron.files.checksums import raw_bytes
+from navil_megatron.files.checkpoint_folder import FORMAT_FILE, METADATA_FILE
 from navil_megatron.files.file_bytes import WriteBehind
-from navil_megatron.hf.checkpoint.metadata import METADATA_FILE
-from navil_megatron.hf.checkpoint.reader import LAYOUT_FILE
 from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
+from navil_megatron.hf.tensor_bytes import raw_bytes
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
 """Where core keeps what is not a tensor: a list with one object per process that saved."""
@@ -141,8 +140,8 @@ def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str)
     storage[MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
     metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
     (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
-    (folder / LAYOUT_FILE).write_text(json.dumps(FORMAT) + "\n")
-    return [*files, common_file, METADATA_FILE, LAYOUT_FILE]
+    (folder / FORMAT_FILE).write_text(json.dumps(FORMAT) + "\n")
+    return [*files, common_file, METADATA_FILE, FORMAT_FILE]
 
 
 def _pieces(tensor: torch.Tensor, most: int) -> Iterator[tuple[int, torch.Tensor]]:

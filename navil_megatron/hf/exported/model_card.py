@@ -5,7 +5,6 @@ Written from the config alone. Licence, base model, data and evaluation are the 
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.renamed import with_new_names
 from navil_megatron.config.vision import VisionConfig
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config, step_of
 from navil_megatron.hf.llm.families import HF_FAMILIES
 
 _ORDERS = {"raster": "row by row", "window": "window by window"}
@@ -119,15 +119,15 @@ def _training_rows(checkpoint: Path | None, consumed_tokens: int | None) -> dict
     """What tells one export of a run from another; nothing that names a machine or a path."""
     if checkpoint is None:
         return {"training config": "not known"}
-    config = json.loads((checkpoint / "navil_config.json").read_text(encoding="utf-8"))
+    config = read_config(checkpoint)
     training = config.get("training")
-    step = re.fullmatch(r"step_(\d+)", checkpoint.name)
-    rows = {"digest of the training config": f"sha256:{config_digest(config)} (navil_config.json as canonical JSON)"}
+    step = step_of(checkpoint)
+    rows = {"digest of the training config": f"sha256:{config_digest(config)} ({CONFIG_FILE} as canonical JSON)"}
     if not isinstance(training, Mapping):
         return rows | {"run": "none: the weights were converted, not trained here"}
     rows["phase, precision"] = f"{training.get('phase')}, {with_new_names(config).get('precision', {}).get('type')}"
-    if step:
-        rows["step"] = f"{int(step[1]):,} of {training.get('train_steps', 0):,}"
+    if step is not None:
+        rows["step"] = f"{step:,} of {training.get('train_steps', 0):,}"
     if consumed_tokens is not None:
         rows["tokens"] = f"{consumed_tokens:,}"
     return rows

@@ -3,7 +3,6 @@
 Only fast tokenizers (``tokenizer.json``) are used. Python files of a tokenizer folder are neither run nor copied.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.files.json_file import read_json, write_json
 from navil_megatron.hf.exported.portable_tokenizer import PORTABLE_CLASS
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -97,7 +97,7 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
         UserError: The folder has no fast tokenizer, or it cannot be read.
     """
     tokenizer = _load(source / TOKENIZER_FILE)
-    config = _read_config(source / _CONFIG)
+    config = read_json(source / _CONFIG, "save the tokenizer anew") if (source / _CONFIG).is_file() else {}
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ADDED_ORDER])
@@ -105,7 +105,7 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
     ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     target.mkdir(parents=True)
     tokenizer.save(str(target / TOKENIZER_FILE))
-    _write(target / _CONFIG, _extended(config, tokenizer))
+    write_json(target / _CONFIG, _extended(config, tokenizer))
     if (source / _TEMPLATE).is_file():
         shutil.copyfile(source / _TEMPLATE, target / _TEMPLATE)
     return ids
@@ -124,18 +124,6 @@ def _load(path: Path) -> Tokenizer:
             raise
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(f"{path} cannot be read as a tokenizer ({reason}): save it anew") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): save the tokenizer anew") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _extended(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -164,7 +152,3 @@ def _name(token: Any) -> str:
 def _as_table(token: AddedToken) -> dict[str, Any]:
     flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
     return {"content": token.content} | {flag: getattr(token, flag) for flag in flags}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

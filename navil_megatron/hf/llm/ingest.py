@@ -12,14 +12,14 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, load_tables
 from navil_megatron.config.training import TrainingConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.files.json_file import read_json, values_of
-from navil_megatron.hf.checkpoint.folder import write_config
+from navil_megatron.files.worker_pool import OnProgress
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
-from navil_megatron.hf.jobs import OnProgress
 from navil_megatron.hf.llm.start import expected_llm_tensors, ignored_llm_tensors, model_config_for_llm, plan_llm_start
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import (
@@ -97,7 +97,7 @@ def convert_llm(
         run_steps(steps, reader, writer, CheckpointReader, jobs=jobs, verify=verify, on_progress=on_progress)
         named = str(checkpoint.absolute() / TOKENIZER_FOLDER)
         (partial / MODEL_FILE).write_text("\n".join(_toml("model", config_to_dict(model))) + "\n", encoding="utf-8")
-        write_config(partial, model, {"tokenizer": named})
+        write_config(partial, {"model": config_to_dict(model), "data": {"tokenizer": named}})
         written = CheckpointReader(partial).signatures()
     return {
         "folder": str(folder),

@@ -3,38 +3,40 @@
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from queue import Empty
 from typing import Any
 
-import torch
-
-from navil_megatron.hf.memory import keep_freed_memory
-
-OnProgress = Callable[[int, int], None]
-"""Is told the bytes that are done and the bytes in all."""
-Work = Callable[[int, Any, Callable[[int], None]], Any]
-"""Number of a share, the share, and whom to tell how many bytes were done -> the result. Pickles."""
+type OnProgress = Callable[[int, int], None]
+"""Is told how much is done and how much there is in all, in bytes or in shards."""
+type Tell = Callable[[int], None]
+"""Is told how much more was done."""
+type Work[S, R] = Callable[[int, S, Tell], R]
+"""Number of a share, the share, and whom to tell -> the result. Pickles."""
 _POLL_SECONDS = 0.1
 
 
 class Meter:
-    """Adds up the bytes that are done over all phases of a work."""
+    """Adds up what is done over all phases of a work."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
-        """Tells ``on_progress`` of every addition; ``total`` bytes make the whole."""
+        """Tells ``on_progress`` of every addition; ``total`` makes the whole."""
         self.total, self.done, self._told = total, 0, on_progress
 
     def add(self, count: int) -> None:
-        """So many bytes more."""
+        """So much more."""
         self.done += count
         if self._told is not None:
             self._told(self.done, self.total)
 
 
-def run_shares(work: Work, shares: Sequence[Any], jobs: int, meter: Meter) -> list[Any]:
+def run_shares[S, R](
+    work: Work[S, R], shares: Sequence[S], jobs: int, meter: Meter, prepare: Callable[[], None]
+) -> list[R]:
     """What ``work`` gives for every share, in order.
 
     Args:
@@ -42,6 +44,7 @@ def run_shares(work: Work, shares: Sequence[Any], jobs: int, meter: Meter) -> li
         shares: Each is done whole by one process.
         jobs: Processes; 1: this one alone.
         meter: Adds up what they do.
+        prepare: Is called first in every process that is started; its module is imported once for all of them.
 
     Raises:
         ChildProcessError: A process was killed.
@@ -49,20 +52,23 @@ def run_shares(work: Work, shares: Sequence[Any], jobs: int, meter: Meter) -> li
     if jobs == 1 or len(shares) < 2:
         return [work(number, share, meter.add) for number, share in enumerate(shares)]
     context = get_context("forkserver")
-    context.set_forkserver_preload(["navil_megatron.hf.convert"])
+    context.set_forkserver_preload([prepare.__module__])
     told, stop = context.Queue(), context.Event()
-    with ProcessPoolExecutor(min(jobs, len(shares)), context, _start_worker, (work, told, stop)) as pool:
-        futures: list[Future[Any]] = [pool.submit(_do_share, number, share) for number, share in enumerate(shares)]
+    with ProcessPoolExecutor(min(jobs, len(shares)), context, _start_worker, (prepare, work, told, stop)) as pool:
+        futures: list[Future[R]] = [pool.submit(_do_share, number, share) for number, share in enumerate(shares)]
         try:
-            unfinished = set(futures)
+            unfinished = deque(futures)
             while unfinished:
-                finished, unfinished = wait(unfinished, _POLL_SECONDS, FIRST_EXCEPTION)
+                running = list(islice(unfinished, 2 * jobs))  # of very many, these alone need looking at
+                wait(running, _POLL_SECONDS, FIRST_EXCEPTION)
                 _drain(told, meter)
-                for future in finished:
+                for future in filter(Future.done, running):
                     future.result()
+                while unfinished and unfinished[0].done():
+                    unfinished.popleft()
         except BrokenExecutor:
             raise ChildProcessError(
-                "a process of the conversion was killed, perhaps for lack of memory; use fewer --jobs"
+                "a process was killed, perhaps for lack of memory: run the same again with fewer --jobs"
             ) from None
         except BaseException:
             stop.set()
@@ -83,21 +89,20 @@ def _drain(told: Any, meter: Meter) -> None:
 class _Worker:
     """What a worker process was started with."""
 
-    work: Work
+    work: Work[Any, Any]
     told: Any
     stop: Any
 
 
-def _start_worker(work: Work, told: Any, stop: Any) -> None:
+def _start_worker(prepare: Callable[[], None], work: Work[Any, Any], told: Any, stop: Any) -> None:
     _Worker.work, _Worker.told, _Worker.stop = staticmethod(work), told, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent takes it and says stop
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    prepare()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Without this, workers of a killed conversion would go on writing."""
+    """Without this, workers of a killed command would go on writing."""
     parent = parent_process()
     if parent is not None:
         parent.join()
