@@ -31,6 +31,7 @@ from examples.recipe_small.smollm2 import write_smollm2
 from examples.recipe_small.summary import show_summary
 from examples.recipe_small.text_ability import measure_text_ability
 from navil_megatron.config.load import config_to_dict, load_config
+from navil_megatron.files.atomic_folder import new_folder
 
 HERE = Path(__file__).resolve().parent
 PHASES = {"s1.1": "stage1_1", "s1.2": "stage1_2", "s2": "stage2"}
@@ -60,7 +61,7 @@ def main() -> int:
     console.rule("1  a pretrained LLM becomes a NaViL")
     llm = options.llm or folder / "llm"
     if options.llm is None:
-        seconds.once("llm", llm, lambda: write_smollm2(folder / "llm.partial").rename(llm))
+        seconds.once("llm", llm, partial(write_llm, llm))
     seconds.once("start", folder / "weights", lambda: convert_llm(llm, folder))
     console.rule("2  scenes, questions and text")
     made = build_data(folder, options, seconds)
@@ -83,6 +84,12 @@ def main() -> int:
     console.rule(f"{len(PHASES) + 4}  what came out")
     show_summary(folder, summarize(folder, made, seconds), console)
     return 0
+
+
+def write_llm(folder: Path) -> None:
+    """The LLM to start from, as a Hugging Face folder."""
+    with new_folder(folder) as unfinished:
+        write_smollm2(unfinished)
 
 
 def parse_options() -> argparse.Namespace:

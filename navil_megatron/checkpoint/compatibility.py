@@ -4,7 +4,6 @@ The resolved config lies beside the tensors as ``navil_config.json``; what diffe
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,11 @@ def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = 
     Raises:
         UserError: They differ; the message lists the fields.
     """
+    # A setting that is younger than the checkpoint has its default there.
+    stored = section_from_dict(ModelConfig, with_new_names(read_config(folder))["model"], str(folder / CONFIG_FILE))
     ignored = _ONLY_INITIAL if only_function else set()
-    different = [
-        text
-        for name, text in _differences("model", config_to_dict(_stored_model(folder)), asdict(config.model))
-        if name not in ignored
-    ]
+    found = _differences("model", config_to_dict(stored), config_to_dict(config.model))
+    different = [text for name, text in found if name not in ignored]
     if different:
         raise UserError(
             f"checkpoint {folder} is of another model: {'; '.join(different)}; "
@@ -82,9 +80,8 @@ def require_kept_optimizer(folder: Path, config: NaViLConfig) -> None:
 
 def _different_settings(folder: Path, config: NaViLConfig, *names: str) -> list[str]:
     there, here = with_new_names(read_config(folder)), config_to_dict(config)
-    pairs = [(name, *(tree.get(section, {}).get(key) for tree in (there, here)))
-             for name in names for section, key in [name.split(".")]]  # fmt: skip
-    return [f"{name} is {old!r} there, {new!r} here" for name, old, new in pairs if old != new]
+    found = (pair for section in here for pair in _differences(section, there.get(section), here[section]))
+    return [text for name, text in found if name in names]
 
 
 def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
@@ -104,17 +101,11 @@ def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[
         raise UserError(f"checkpoint {folder} does not fit the model: {'; '.join(problems)}; use a matching config")
 
 
-def _stored_model(folder: Path) -> ModelConfig:
-    """The checkpoint's model section; a setting that is younger than the checkpoint has its default."""
-    return section_from_dict(ModelConfig, with_new_names(read_config(folder))["model"], str(folder / CONFIG_FILE))
-
-
 def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, str]]:
-    """Dotted name and description of every leaf that differs; JSON knows lists where the config has tuples."""
-    if isinstance(there, dict) and isinstance(here, dict):
+    """Dotted name and description of every leaf that differs; a section that is missing there is an empty one."""
+    if isinstance(here, dict):
+        there = there if isinstance(there, dict) else {}
         for key in sorted(there.keys() | here.keys()):
             yield from _differences(f"{name}.{key}", there.get(key), here.get(key))
-        return
-    here = list(here) if isinstance(here, tuple) else here
-    if there != here:
+    elif there != here:
         yield name, f"{name} is {there!r} there, {here!r} here"

@@ -4,7 +4,6 @@ Nothing here remembers where it is but the step: the plan is a pure function of 
 data-parallel size with the same global batches.
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.data.types import DataPlace, FailedSample, Microbatch
+from navil_megatron.files.hashes import fingerprint
 
 MIN_SAMPLES_TO_JUDGE = 200
 """The failed share is taken of at least this many samples, so that one bad file early on does not stop a run."""
@@ -74,9 +74,9 @@ class TrainLoader:
         ]
         planner = ImagePlanner.from_config(config.data, config.model.vision)
         self._fingerprints = {
-            "sources": _digest(mixture),
+            "sources": fingerprint(repr(mixture)),
             "tokenizer": tokenizer.fingerprint,
-            "image_plan": _digest(sorted(asdict(planner).items())),
+            "image_plan": fingerprint(repr(sorted(asdict(planner).items()))),
         }
         self._builder = MicrobatchBuilder(config, sources, tokenizer, decodes=decodes_of(place, decodes))
         self.step = start_step
@@ -246,7 +246,3 @@ def decodes_of(place: DataPlace, decodes: Decodes | None) -> Decodes | None:
     if not place.is_first_stage:
         return None
     return decodes or (lambda grids: np.ones(len(grids), dtype=bool))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]

@@ -4,7 +4,6 @@ The reference's 12 special tokens must exist under the ids of the model's config
 that start and end a turn. ``build_tokenizer`` trains a small one over given captions, for runs that start from nothing.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from navil_megatron.data.chat import (
     document_spans,
 )
 from navil_megatron.data.types import Content
+from navil_megatron.files.hashes import fingerprint
 
 PAD_TOKEN = "<pad>"
 
@@ -76,7 +76,7 @@ class SampleTokenizer:
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
         decisive = [self._backend.to_str(), str(self.end_id), str(self.pad_id), CHAT_TEMPLATE]
-        self.fingerprint = hashlib.sha256("\0".join(decisive).encode()).hexdigest()[:32]
+        self.fingerprint = fingerprint("\0".join(decisive))
         """32 hexadecimal digits that name everything that decides token ids."""
         self._turn_ids = [vocabulary[token] for token in (START_TOKEN, END_TOKEN) if token in vocabulary]
         self._answer_start = EMPTY_THOUGHT if {"<think>", "</think>"} <= vocabulary.keys() else ""

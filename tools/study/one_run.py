@@ -9,6 +9,7 @@ from pathlib import Path
 from navil_megatron.blueprint.parameters import count_by_part
 from navil_megatron.config.load import load_config
 from navil_megatron.config.run import NaViLConfig
+from navil_megatron.files.atomic_file import new_file
 from navil_megatron.hf.llm.ingest import convert_llm
 from navil_megatron.pretrain import main as train
 from tools.study.arms import HEAD_DIM, Arm, Llm, Scale
@@ -72,9 +73,8 @@ def run(scale: Scale, arm: Arm, seed: int, data: dict, llm_folder: Path, folder:
     layers = sorted(name.removeprefix("text/") for name in scales if name.startswith("text/layer_"))
     ratios = [scales[f"visual/{layer}"] / scales[f"text/{layer}"] for layer in layers]
     result = {"arm": arm.name, "seed": seed, **_sizes(config), "visual_over_text": ratios, "points": points}
-    partial = folder / (RESULT + ".part")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.rename(folder / RESULT)
+    with new_file(folder / RESULT) as file:
+        file.write(json.dumps(result).encode() + b"\n")
     for done in ("start", "checkpoints"):
         shutil.rmtree(folder / done, ignore_errors=True)
 

@@ -46,7 +46,8 @@ class PartFiles:
         """Writes the part; ``where`` names the shard in the list of rejected samples."""
         self.index.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"shard": where, "key": key, "reason": reason}) for key, reason in part.rejected]
-        self.rejected.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        with new_file(self.rejected) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
         save_index(self.index, [part.samples], [part.images], [part.shard], tokenizer)
 
 
