@@ -35,7 +35,6 @@ def new_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
         try:
             require_space(partial, needed_bytes)
             yield partial
-            require_new(target)
             commit_folder(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -54,8 +53,13 @@ def require_new(target: Path) -> None:
 
 
 def commit_folder(partial: Path, target: Path) -> None:
-    """Makes sure that every file is on disk, then gives the folder its good name."""
+    """Makes sure that every file is on disk, then gives the folder its good name.
+
+    Raises:
+        UserError: Something else has that name by now.
+    """
     flush_folder(partial)
+    require_new(target)
     partial.rename(target)
     flush(target.parent)
 

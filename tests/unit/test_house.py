@@ -91,6 +91,13 @@ def test_every_folder_is_a_package_with_a_row() -> None:
         ("kernels/x.py", "import torch\ntorch.cuda.synchronize()", "torch.cuda is named only in runtime"),
         ("layers/x.py", "from torch import cuda", "torch.cuda is imported only in runtime"),
         ("layers/x.py", "from torch.cuda.amp import autocast", "torch.cuda is imported only in runtime"),
+        ("data/x.py", "import os\nos.replace('a', 'b')", "os.replace is named only in files"),
+        ("hf/x.py", "from os import fsync", "os.fsync is imported only in files"),
+        (
+            "data/x.py",
+            "from concurrent.futures import Future, ProcessPoolExecutor",
+            "concurrent.futures.ProcessPoolExecutor is imported only in files",
+        ),
         ("training/x.py", "backend = 'nccl'", '"nccl" is named only in runtime'),
         ("training/x.py", "backend = 'cpu:gloo,cuda:other'", '"gloo" is named only in runtime'),
         ("runtime/x.py", "try:\n    import torch\nexcept ImportError:\n    torch = None", "ImportError is swallowed"),
