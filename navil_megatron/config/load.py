@@ -6,7 +6,6 @@ once. TOML has no null, so the string ``"none"`` switches off a setting that may
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,12 +86,6 @@ def section_from_dict[T](section: type[T], values: Mapping[str, Any], source: st
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config, or one section of it, as values that JSON can hold; tuples become lists."""
     return {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def digest(section: Any) -> str:
-    """Hexadecimal SHA-256 of a config or section: equal settings, equal digest, on every machine."""
-    text = json.dumps(config_to_dict(section), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _to_plain(value: Any) -> Any:

@@ -25,12 +25,14 @@ from transformers import (
 )
 from transformers.utils import is_accelerate_available
 
+from navil_megatron.config.load import config_to_dict
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.exported.model_card import config_digest
 from navil_megatron.hf.generate import DTYPE_ARGUMENT
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import same_bits
+from tests.ranks import tiny_config
 from tests.tolerances import BF16_LOGITS
 from tests.unit.hf_examples import FAMILIES, tiny_model
 from tests.unit.hf_folders import PICTURES, export_example, exported_folder
@@ -264,3 +266,10 @@ def test_card_says_what_it_is(tmp_path: Path) -> None:
     assert config_digest({"b": 1, "a": {"c": [1, 2.5], "é": None}}) == (
         "f85001983fa2a90e23eafdb5f4af7b2e85cfb19788f7d06a791e9ca37a5b81f2"
     )
+
+
+def test_digest_follows_values_alone() -> None:
+    first, second = config_to_dict(tiny_config()), config_to_dict(tiny_config(training={"seed": 5}))
+    assert config_digest(first["model"]) == config_digest(second["model"])
+    assert config_digest(first["training"]) != config_digest(second["training"])
+    assert config_digest(first) != config_digest(second)
