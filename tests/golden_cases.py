@@ -11,10 +11,10 @@ from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.hf.hf_config import model_config_from_hf
-from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import table
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.training.batch import build_model_inputs
+from tests.whole_checkpoint import hf_to_mcore
 
 TEXT, VISUAL = MODALITIES
 

@@ -1,4 +1,4 @@
-"""From checkpoint tensors to Hugging Face tensors, and from a checkpoint folder to a folder that transformers loads.
+"""From a checkpoint folder to a folder that transformers loads.
 
 The folder holds weights, config, processor settings, tokenizer, our own modelling code and a model card; it is used
 with ``trust_remote_code=True`` and needs nothing of this package.
@@ -6,19 +6,16 @@ with ``trust_remote_code=True`` and needs nothing of this package.
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, read_config
 from navil_megatron.files.json_file import values_of, write_json
 from navil_megatron.files.worker_pool import OnProgress
-from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_to_hf, preprocessor_config
@@ -26,30 +23,13 @@ from navil_megatron.hf.exported.model_card import model_card
 from navil_megatron.hf.exported.portable_tokenizer import settle_tokenizer
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.param_map import table
 from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
-from navil_megatron.hf.transforms import unstack_layers
-from navil_megatron.hf.verify import require_mcore_tensors, require_weight_type, summary, type_name
+from navil_megatron.hf.verify import read_model_config, require_mcore_tensors, require_weight_type, summary, type_name
 
 MAX_PART_BYTES = 5_000_000_000
 REMOTE_CODE = Path(__file__).parent / "remote_code"
-
-
-def mcore_to_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every HF key and its tensor, from the tensors of a checkpoint; views where nothing has to move.
-
-    Raises:
-        UserError: A tensor is missing, unknown or of another shape or type; all of them are named.
-    """
-    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    require_mcore_tensors(found, model, "the set of tensors")
-    for row in table(model):
-        whole = tensors[row.mcore_key]
-        layers = (whole,) if row.num_layers is None else unstack_layers(whole)
-        for keys, layer in zip(row.hf_keys_of_layers(), layers, strict=True):
-            yield from zip(keys, row.function.to_hf(layer, model), strict=True)
 
 
 def convert_to_hf(

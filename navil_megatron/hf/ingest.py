@@ -1,4 +1,4 @@
-"""From Hugging Face tensors to checkpoint tensors, and from an HF folder to a checkpoint folder.
+"""From a Hugging Face folder to a checkpoint folder.
 
 A folder is read as data: its Python files are never imported, and only JSON and safetensors files are opened.
 """
@@ -23,36 +23,9 @@ from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_type
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.hf_config import model_config_from_hf
-from navil_megatron.hf.param_map import table
 from navil_megatron.hf.plan import plan_ingest
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.transforms import stack_layers
 from navil_megatron.hf.verify import require_hf_tensors, require_valid_model, require_weight_type, summary
-
-
-def hf_to_mcore(
-    tensors: Mapping[str, torch.Tensor], model: ModelConfig, dtype: torch.dtype | None = None
-) -> dict[str, torch.Tensor]:
-    """Every parameter of the checkpoint, from the tensors of the HF files, all in memory.
-
-    Args:
-        tensors: HF key -> tensor, all of one model.
-        model: The model's config.
-        dtype: Type of the result; ``None``: as it is.
-
-    Raises:
-        UserError: A tensor is missing, unknown or of another shape or type; all of them are named.
-    """
-    found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    require_hf_tensors(found, model, "the set of tensors", casting=dtype is not None)
-    whole = {}
-    for row in table(model):
-        layers = [
-            row.function.to_mcore(tuple(tensors[key].to(dtype or tensors[key].dtype) for key in keys), model)
-            for keys in row.hf_keys_of_layers()
-        ]
-        whole[row.mcore_key] = layers[0].contiguous() if row.num_layers is None else stack_layers(layers)
-    return whole
 
 
 def convert_from_hf(

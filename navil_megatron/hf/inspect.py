@@ -10,14 +10,13 @@ from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, step_of
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.ingest import model_of_folder
 from navil_megatron.hf.model_source import kind_of
 from navil_megatron.hf.param_map import table
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.verify import Signature, type_name
+from navil_megatron.hf.verify import Signature, read_model_config, type_name
 
 PARTS = ("vision_encoder", "connector", "embeddings", "text_experts", "visual_experts", "norms", "head", "unknown")
 """What parameters are counted by; ``norms`` are those of the decoder that both modalities share."""

@@ -11,14 +11,13 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, is_checkpoint
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.convert import targets, with_types
 from navil_megatron.hf.ingest import model_of_folder
 from navil_megatron.hf.llm.start import is_bare_llm
 from navil_megatron.hf.plan import Slot, Step, plan_export
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.verify import Signature, require_mcore_tensors
+from navil_megatron.hf.verify import Signature, read_model_config, require_mcore_tensors
 
 Kind = Literal["checkpoint", "NaViL folder", "LLM folder"]
 

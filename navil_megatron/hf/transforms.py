@@ -4,7 +4,7 @@ Each transform turns the HF tensors of one layer into one tensor and back withou
 bit-exact. They work on meta tensors too, which is how the table derives the shapes of the HF side.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -98,13 +98,3 @@ TRANSFORMS: Mapping[str, Transform] = {
     "experts_gate_up": Transform(_concatenate_experts, _halve_experts),
 }
 """Every transform, under the name that ``param_map`` rows use."""
-
-
-def stack_layers(layers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """L tensors [...] -> [L, ...]: the checkpoint keeps the layers of one parameter in one tensor."""
-    return torch.stack(list(layers))
-
-
-def unstack_layers(tensor: torch.Tensor) -> Tensors:
-    """The inverse of ``stack_layers``; views, no copy."""
-    return tensor.unbind(0)

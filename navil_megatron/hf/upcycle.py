@@ -18,7 +18,6 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, write_config
 from navil_megatron.files.worker_pool import OnProgress
-from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
@@ -26,7 +25,7 @@ from navil_megatron.hf.llm.families import EXPERT_TRANSFORMS
 from navil_megatron.hf.llm.start_values import draw
 from navil_megatron.hf.plan import Slot, Step, plan_export
 from navil_megatron.hf.transforms import Tensors
-from navil_megatron.hf.verify import require_mcore_tensors, require_valid_model, summary
+from navil_megatron.hf.verify import read_model_config, require_mcore_tensors, require_valid_model, summary
 
 
 def plan_upcycle(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.dtype) -> list[Step]:

@@ -1,13 +1,16 @@
 """Accounting: every tensor that should be there is, under its name, shape and type, and none besides."""
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.validate import model_problems
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config
 from navil_megatron.hf.param_map import Shape, hf_shapes, mcore_shapes, table
 
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +48,18 @@ def require_valid_model(model: ModelConfig, where: str) -> None:
     problems = problems or model_problems(model)
     if problems:
         raise UserError(f"{where} describes no model that works: {'; '.join(problems)}")
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The model section of a checkpoint's config.
+
+    Raises:
+        UserError: It is missing or wrong.
+    """
+    where = str(checkpoint / CONFIG_FILE)
+    model = section_from_dict(ModelConfig, read_config(checkpoint)["model"], where)
+    require_valid_model(model, where)
+    return model
 
 
 def require_weight_type(dtype: torch.dtype | None) -> None:

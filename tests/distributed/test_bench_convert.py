@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.checkpoint.metadata import read_metadata
 from navil_megatron.hf.compare import compare
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.param_map import table
+from navil_megatron.hf.verify import read_model_config
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from tests.oracle import oracle_config

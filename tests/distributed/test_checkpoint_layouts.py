@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.hf.checkpoint.folder import read_tensors
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
@@ -16,6 +15,7 @@ from tests.oracle import global_batch, global_loss, merge_sections, oracle_confi
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import RESTORED
 from tests.whole import read_whole
+from tests.whole_checkpoint import read_tensors
 
 ONE_RANK = (1, {})
 SAVED_AFTER, STEPS = 2, 3

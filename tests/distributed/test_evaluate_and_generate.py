@@ -9,7 +9,6 @@ import torch
 from navil_megatron.blueprint.image_plan import ScalePlan
 from navil_megatron.data.assemble import RowFormat
 from navil_megatron.data.types import EncodedSample, SampleId
-from navil_megatron.hf.export import mcore_to_hf
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
@@ -22,6 +21,7 @@ from tests.oracle import SEQ_LENGTH, global_batch, merge_sections, oracle_config
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import RANKS
 from tests.whole import assemble, slices_of
+from tests.whole_checkpoint import mcore_to_hf
 
 NEW_TOKENS = 6
 GRIDS = ((4, 4), (2, 4))

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from tests.e2e.runs import World, error_lines, make_run, records, saved_steps, start, train_in_rank, write_toml
 from tests.ranks import run_ranks
+from tests.whole_checkpoint import read_whole_checkpoint
 
 ENDLESS = 100_000
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "navil_megatron.pretrain")

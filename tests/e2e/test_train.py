@@ -23,7 +23,6 @@ from navil_megatron.data.loader import plan_run
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
-from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from navil_megatron.models.build import build_model
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.grad_norms import PARTS
@@ -38,6 +37,7 @@ from tests.ranks import run_ranks, start_session
 from tests.tolerances import EXPORT, RANKS
 from tests.unit.data_examples import damage_image, write_samples
 from tests.whole import assemble, slices_of
+from tests.whole_checkpoint import read_whole_checkpoint
 
 TENSOR = {"tp": 2, "sequence_parallel": True}
 PIPELINE = {"pp": 2}

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from tests.conftest import REPOSITORY
 from tests.e2e.runs import World, make_run, records, saved_steps, train_in_rank, write_toml
 from tests.ranks import run_ranks
+from tests.whole_checkpoint import read_whole_checkpoint
 
 TRAIN_STEPS, SAVE_EVERY = 40, 10
 FIRST_SAVE = f"step_{SAVE_EVERY:08d}"

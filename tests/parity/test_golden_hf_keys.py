@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from navil_megatron.config.vision import VisionConfig
-from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.ingest import convert_from_hf
@@ -15,6 +14,7 @@ from navil_megatron.hf.param_map import hf_shapes, mcore_shapes, table
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import same_bits
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
+from tests.whole_checkpoint import read_whole_checkpoint
 
 RELEASED_ENCODER = VisionConfig(
     num_layers=32, hidden_size=1280, ffn_hidden_size=5120, num_attention_heads=16, qkv_bias=True, norm="layernorm"

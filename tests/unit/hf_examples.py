@@ -13,9 +13,8 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.files.atomic_folder import new_folder
-from navil_megatron.hf.checkpoint.folder import write_tensors
-from navil_megatron.hf.ingest import hf_to_mcore
 from navil_megatron.hf.param_map import hf_shapes
+from tests.whole_checkpoint import hf_to_mcore, write_tensors
 
 FAMILIES = tuple(FAMILY_TRAITS)
 CAPTIONS = ("a red square", "a blue circle left of a green star")

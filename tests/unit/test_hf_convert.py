@@ -14,9 +14,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.checkpoint.folder import read_tensors, read_whole_checkpoint, write_tensors
-from navil_megatron.hf.export import convert_to_hf, mcore_to_hf
-from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
+from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.param_map import hf_shapes, mcore_shapes, table
 from navil_megatron.hf.plan import cut
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
@@ -30,6 +29,7 @@ from tests.unit.hf_examples import (
     with_tokenizer,
     write_checkpoint,
 )
+from tests.whole_checkpoint import hf_to_mcore, mcore_to_hf, read_tensors, read_whole_checkpoint, write_tensors
 
 
 def same(one: dict, other: dict) -> bool:

@@ -13,10 +13,9 @@ from navil_megatron.cli import main
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import read_config
-from navil_megatron.hf.checkpoint.folder import read_model_config
 from navil_megatron.hf.inspect import inspect
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.verify import same_bits
+from navil_megatron.hf.verify import read_model_config, same_bits
 from tests.unit.hf_examples import FAMILIES
 from tests.unit.llm_examples import VISION, save_random_llm
 from tests.unit.test_hf_llm_start import saved_tokenizer

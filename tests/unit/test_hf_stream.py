@@ -21,12 +21,11 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf import safetensors_writer
 from navil_megatron.hf.checkpoint import writer as checkpoint_writer
-from navil_megatron.hf.checkpoint.folder import read_tensors
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
 from navil_megatron.hf.command import file_size
 from navil_megatron.hf.export import convert_to_hf
-from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
+from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.inspect import PARTS, inspect
 from navil_megatron.hf.param_map import hf_shapes
 from navil_megatron.hf.plan import Slot, plan_export, plan_ingest
@@ -34,6 +33,7 @@ from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
 from navil_megatron.hf.verify import same_bits
 from tests.unit.hf_examples import FAMILIES, random_hf_tensors, tiny_model, write_checkpoint
+from tests.whole_checkpoint import hf_to_mcore, read_tensors, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -269,7 +269,6 @@ def test_verify_compares_any_two(tmp_path: Path, capsys: pytest.CaptureFixture[s
     changed["decoder.layers.mlp.linear_fc2.visual.weight"][1, 2, 3] = float("nan")
     other = tmp_path / "other"
     other.mkdir()
-    from navil_megatron.hf.checkpoint.folder import write_tensors
 
     write_tensors(other, changed, model, {})
     status, report = verify("hf", "other")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 
 from navil_megatron.config.families import FAMILIES
 from navil_megatron.config.model import ModelConfig
+from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.param_map import table
-from navil_megatron.hf.transforms import TRANSFORMS, stack_layers, unstack_layers
-from tests.unit.hf_examples import tiny_model
+from navil_megatron.hf.transforms import TRANSFORMS
+from tests.unit.hf_examples import tiny_model, write_checkpoint
+from tests.whole_checkpoint import read_tensors
 
 SIZES = st.integers(min_value=1, max_value=4)
 
@@ -135,8 +139,10 @@ def test_patch_convolution_is_one_matrix() -> None:
     torch.testing.assert_close(patches.flatten(1) @ matrix.T, convolved)
 
 
-def test_layers_stack_on_the_first_axis() -> None:
-    layers = [torch.randn(2, 3) for _ in range(4)]
-    stacked = stack_layers(layers)
-    assert stacked.shape == (4, 2, 3)
-    assert all(torch.equal(one, other) for one, other in zip(layers, unstack_layers(stacked), strict=True))
+def test_layers_stack_on_the_first_axis(tmp_path: Path) -> None:
+    layers = write_checkpoint(tmp_path / "one", tiny_model())
+    convert_to_hf(tmp_path / "one", tmp_path / "hf")
+    convert_from_hf(tmp_path / "hf", tmp_path / "two")
+    names = [f"language_model.model.layers.{layer}.input_layernorm.weight" for layer in range(2)]
+    stacked = read_tensors(tmp_path / "two")["decoder.layers.input_layernorm.weight"]
+    assert torch.equal(stacked, torch.stack([layers[name] for name in names]))

@@ -8,7 +8,6 @@ import torch
 
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.checkpoint.folder import read_whole_checkpoint
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.ingest import convert_from_hf
@@ -18,6 +17,7 @@ from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.upcycle import convert_upcycle
 from tests.tolerances import GOLDEN, RANKS
 from tests.unit.hf_examples import FAMILIES, tiny_model, write_checkpoint
+from tests.whole_checkpoint import read_whole_checkpoint
 
 
 def logits_of(folder: Path, model) -> torch.Tensor:
