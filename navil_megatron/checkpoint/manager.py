@@ -156,7 +156,7 @@ class CheckpointManager:
 
     def _require_keys(self, folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
         """The checkpoint's weights must be those of all ranks together, no more and no fewer."""
-        stored = self._guarded(folder, lambda: stored_shapes(folder))
+        stored = self._agree(lambda: stored_shapes(folder))
         of_ranks: list[dict[str, tuple[int, ...]]] = [{}] * self.session.world_size
         torch.distributed.all_gather_object(of_ranks, wanted_shapes(chunks))
         require_keys(folder, stored, {key: shape for rank in of_ranks for key, shape in rank.items()})
@@ -167,10 +167,10 @@ class CheckpointManager:
         if self.session.is_main:
             try:
                 found = [look()]
-            except UserError as error:
+            except (UserError, OSError) as error:
                 found = [error]
         torch.distributed.broadcast_object_list(found, src=0)
-        if isinstance(found[0], UserError):
+        if isinstance(found[0], UserError | OSError):
             raise found[0]
         return found[0]
 

@@ -4,8 +4,10 @@ Weights and moments are megatron-core sharded tensors, so any layout reads what 
 hyperparameters only the step count is stored: the config of the resumed run decides the rest.
 """
 
+import io
 import queue
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,9 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from navil_megatron.files.checkpoint_folder import OPTIMIZER_PREFIX
+from navil_megatron.config.errors import UserError
+from navil_megatron.files.checkpoint_metadata import Place, read_metadata
 from navil_megatron.runtime.seeding import restore_rng_state, rng_state
 from navil_megatron.runtime.session import Session
 
@@ -138,7 +139,7 @@ def load_optimizer(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: C
     """
     if optimizer.is_stub_optimizer:
         return
-    stored = set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    stored = read_metadata(folder).keys
     weights = model_state(chunks)
     now = _optimizer_state(optimizer, weights, is_loading=False)
     wanted = _optimizer_state(optimizer, weights, is_loading=True)
@@ -157,14 +158,32 @@ def wanted_shapes(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[int, ...
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Key and whole shape of every weight in a checkpoint; optimizer state is left out."""
-    # By torch's reader: core's own load_tensors_metadata (strategies/torch.py) fails on torch >= 2.15.
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {
-        key: tuple(entry.size)
-        for key, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
-    }
+    """Key and whole shape of every weight in a checkpoint; optimizer state is left out.
+
+    Core un-pickles what lies in a checkpoint, whatever it names: this comes first, and refuses anything but plain data.
+
+    Raises:
+        UserError: It holds something else, or is damaged.
+    """
+    contents = read_metadata(folder)
+    for key, place in contents.objects.items():
+        _require_plain(folder, key, place)
+    return {key: tensor.shape for key, tensor in contents.weights.items()}
+
+
+def _require_plain(folder: Path, key: str, place: Place) -> None:
+    """Refuses an object that is more than plain values and tensors."""
+    with (folder / place.file).open("rb") as file:
+        file.seek(place.start)
+        content = io.BytesIO(file.read(place.length))
+    try:
+        torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damage leads to
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"holds {name[1]!r}, which is not part of such data" if name else "cannot be read"
+        raise UserError(
+            f"checkpoint {folder} is damaged: {key} in {place.file} {problem}; copy it again or use an older one"
+        ) from error
 
 
 def _layout(session: Session) -> dict[str, int]:
@@ -193,7 +212,7 @@ def _optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Any], is_lo
     return optimizer.sharded_state_dict(only_weights, is_loading=is_loading, metadata=dict(_METADATA))
 
 
-def _take_stored(wanted: Any, now: Any, stored: set[str]) -> Any:
+def _take_stored(wanted: Any, now: Any, stored: Collection[str]) -> Any:
     """The tree to load, with what lies now in the place of every tensor that is not stored."""
     if isinstance(wanted, dict):
         return {key: _take_stored(part, now[key], stored) for key, part in wanted.items()}

@@ -61,7 +61,7 @@ def _of_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         **_counts("checkpoint", folder, model.language.family, reader.signatures(), part_of_key),
         "sizes": _sizes(model),
-        "files": sorted({chunk.file for chunk in chunks}),
+        "files": sorted({chunk.place.file for chunk in chunks}),
         "num_chunks": len(chunks),
         "most_chunks_a_layer": max((_most_in_a_layer(reader, key) for key in reader.tensors), default=0),
         "step": step_of(folder),

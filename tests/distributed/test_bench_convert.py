@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.hf.checkpoint.metadata import read_metadata
+from navil_megatron.files.checkpoint_metadata import read_metadata
 from navil_megatron.hf.compare import compare
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.param_map import table
@@ -50,9 +50,9 @@ def saved_by_core(layout: str, folder: Path) -> Path:
 def test_chunks_are_those_of_a_real_save(layout: str, tmp_path: Path) -> None:
     bench = load_bench()
     checkpoint = saved_by_core(layout, tmp_path / "run")
-    stored = read_metadata(checkpoint)
+    stored = read_metadata(checkpoint).weights
     real = {
-        (int(chunk.file.removeprefix("__").partition("_")[0]), key, chunk.offsets, chunk.sizes)
+        (int(chunk.place.file.removeprefix("__").partition("_")[0]), key, chunk.offsets, chunk.sizes)
         for key, tensor in stored.items()
         for chunk in tensor.chunks
     }

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import queue
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,39 @@ def test_a_damaged_checkpoint_is_named(victim: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     message = _refusals(_sections(tmp_path, parallel={"tp": 2}))
     assert "damaged" in message and str(tmp_path / "step_00000001") in message
+
+
+class _Bomb:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def _bomb_in_metadata(folder: Path, bomb: _Bomb) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps({"bomb": bomb}))
+
+
+def _bomb_in_the_common_state(folder: Path, bomb: _Bomb) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    (place,) = (info for index, info in metadata.storage_data.items() if index.fqn.startswith("common_state"))
+    place.relative_path, place.offset = "__9_0.distcp", 0
+    torch.save([bomb], folder / place.relative_path)
+    place.length = (folder / place.relative_path).stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("hide", [_bomb_in_metadata, _bomb_in_the_common_state])
+def test_nothing_in_a_checkpoint_is_executed(hide: Callable[[Path, _Bomb], None], tmp_path: Path) -> None:
+    run_ranks(1, _train, _sections(tmp_path / "run"), [1], (1,))
+    hide(tmp_path / "run" / "step_00000001", _Bomb(tmp_path / "exploded"))
+    for sections, initial in ((_sections(tmp_path / "run"), None), (_sections(tmp_path / "new"), tmp_path / "run")):
+        message = _refusals(sections, None if initial is None else str(initial))
+        assert "holds 'posix.system', which is not part of such data" in message
+    assert not (tmp_path / "exploded").exists()
 
 
 def _weights_of(rank: int, world_size: int, sections: Sections, folder: str) -> dict[str, torch.Tensor]:

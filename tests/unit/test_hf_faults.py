@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -380,12 +381,12 @@ class _Bomb:
         return os.system, (f"touch {self.marker}",)
 
 
-def _archive_with_bomb(folder: Path) -> None:
-    """The entry of a tensor whose pickle is a bomb."""
+def _replace_entry(folder: Path, pickled: bytes, numbers: bytes) -> None:
+    """Puts an archive of its own in the place of a tensor's."""
     path = folder / "__0_9.distcp"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps(_Bomb(folder.parent / "exploded"), protocol=2))
-        archive.writestr("archive/data/0", b"\0" * 512)
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", numbers)
         archive.writestr("archive/version", "3\n")
 
     def point_to_it(metadata: Any) -> None:
@@ -393,6 +394,20 @@ def _archive_with_bomb(folder: Path) -> None:
         place.relative_path, place.offset, place.length = path.name, 0, path.stat().st_size
 
     _metadata(folder, point_to_it)
+
+
+def _archive_with_bomb(folder: Path) -> None:
+    """The entry of a tensor whose pickle is a bomb."""
+    _replace_entry(folder, pickle.dumps(_Bomb(folder.parent / "exploded"), protocol=2), b"\0" * 512)
+
+
+def _archive_beyond_its_numbers(folder: Path) -> None:
+    """The entry of a tensor that starts after the first of as many numbers as it has."""
+    saved = io.BytesIO()
+    torch.save(torch.zeros(129)[1:], saved)
+    with zipfile.ZipFile(saved) as archive:
+        pickled = archive.read("archive/data.pkl").replace(b"K\x81tq", b"K\x80tq")
+    _replace_entry(folder, pickled, b"\0" * 512)
 
 
 def _exchange(metadata: Any) -> None:
@@ -424,6 +439,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "holds 'posix.system'",
     ),
     "bomb in an entry": (_archive_with_bomb, "holds 'posix.system'"),
+    "entry beyond its numbers": (_archive_beyond_its_numbers, "describes a tensor that is larger than its numbers"),
     "file outside": (
         lambda f: _metadata(f, lambda m: setattr(_place(m), "relative_path", "../__0_0.distcp")),
         "expected file names inside the folder",

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.checkpoint_metadata import read_metadata
 from navil_megatron.files.checksums import CHECKSUMS_FILE
 from navil_megatron.files.hashes import digest
-from navil_megatron.hf.checkpoint.entry import find_entry
-from navil_megatron.hf.checkpoint.metadata import read_metadata
+from navil_megatron.hf.checkpoint.archive import find_numbers
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.inspect import describe_contents, inspect
 from navil_megatron.hf.model_source import open_source
@@ -108,12 +109,12 @@ def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
     if kind != "entries":
         return [(0, len(content))]
     found = []
-    for tensor in read_metadata(path.parent).values():
+    for tensor in read_metadata(path.parent).weights.values():
         for chunk in tensor.chunks:
-            entry = find_entry(path.parent / chunk.file, chunk, tensor.dtype)
-            after = entry.position + entry.num_stored * tensor.dtype.itemsize
-            if chunk.file == path.name:
-                found += [(chunk.start, entry.position), (after, chunk.start + chunk.length)]
+            numbers, place = find_numbers(path.parent, chunk, getattr(torch, tensor.dtype)), chunk.place
+            after = numbers.position + numbers.num_bytes
+            if place.file == path.name:
+                found += [(place.start, numbers.position), (after, place.start + place.length)]
     return found
 
 
