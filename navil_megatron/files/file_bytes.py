@@ -6,9 +6,9 @@ and spend more time on finding memory for them than the disk needs to read and w
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 _WORTH_DROPPING = 1 << 20
@@ -45,65 +45,43 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-class WriteBehind:
-    """Brings what was written to the disk while more is written, and lets go of it."""
+def write_at(descriptor: int, position: int, source: memoryview) -> None:
+    """Writes all of ``source`` at a place of an open file."""
+    done = 0
+    while done < len(source):
+        done += os.pwrite(descriptor, source[done:], position + done)
 
-    def __init__(self, stack: ExitStack) -> None:
-        """Ends with ``stack``."""
-        self._thread = stack.enter_context(ThreadPoolExecutor(1))
-        self._waiting: dict[int, int] = {}
-        self._flushing: Future[None] | None = None
 
-    def wrote(self, descriptor: int, num_bytes: int) -> None:
-        """Notes that bytes were written to an open file; waits if the disk is far behind."""
-        self._waiting[descriptor] = self._waiting.get(descriptor, 0) + num_bytes
-        if sum(self._waiting.values()) >= _LAG:
-            self.catch_up()
-            self._flushing = self._thread.submit(_flush_all, list(self._waiting))
-            self._waiting.clear()
+@contextmanager
+def write_behind() -> Iterator[Callable[[int, int], None]]:
+    """Brings what was written to the disk while more is written, and lets go of it.
 
-    def catch_up(self) -> None:
-        """Waits for what was being flushed; the disk's errors show here."""
-        if self._flushing is not None:
-            self._flushing.result()
+    Yields:
+        What to tell that so many bytes were written to an open file; it waits if the disk is far behind. The disk's
+        errors show there or at the end.
+    """
+    waiting: dict[int, int] = {}
+    flushing: Future[None] | None = None
+
+    def wrote(descriptor: int, num_bytes: int) -> None:
+        nonlocal flushing
+        waiting[descriptor] = waiting.get(descriptor, 0) + num_bytes
+        if sum(waiting.values()) >= _LAG:
+            if flushing is not None:
+                flushing.result()
+            flushing = thread.submit(_flush_all, list(waiting))
+            waiting.clear()
+
+    with ThreadPoolExecutor(1) as thread:
+        yield wrote
+        if flushing is not None:
+            flushing.result()
 
 
 def _flush_all(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.fdatasync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-class OpenFiles:
-    """Files of a folder that exist, written at any place; each is opened once."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        """Closes them with ``stack``."""
-        self._folder = folder
-        self._descriptors: dict[str, int] = {}
-        self._closing = stack.enter_context(ExitStack())
-        self._behind = WriteBehind(stack)
-        self.catch_up = self._behind.catch_up
-
-    def write(self, name: str, position: int, source: memoryview) -> None:
-        """Writes all of ``source`` at a place of a file."""
-        if name not in self._descriptors:
-            descriptor = os.open(self._folder / name, os.O_WRONLY)
-            self._closing.callback(os.close, descriptor)
-            self._descriptors[name] = descriptor
-        done = 0
-        while done < len(source):
-            done += os.pwrite(self._descriptors[name], source[done:], position + done)
-        self._behind.wrote(self._descriptors[name], len(source))
-
-
-@contextmanager
-def open_files(folder: Path) -> Iterator[OpenFiles]:
-    """``OpenFiles`` of a folder, closed at the end."""
-    with ExitStack() as stack:
-        files = OpenFiles(folder, stack)
-        yield files
-        files.catch_up()
 
 
 class FileWindow(io.RawIOBase):
@@ -113,18 +91,6 @@ class FileWindow(io.RawIOBase):
 
     def __init__(self, path: Path, start: int, length: int) -> None:
         self._path, self._start, self._length, self._position = path, start, length, 0
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes from the start of the window."""
-        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves to a place of the window."""

@@ -1,31 +1,24 @@
 """Safetensors parts, written tensor by tensor at offsets that are known before the first is read.
 
 The same tensors give the same bytes in whatever order and by however many processes they are written. Headers come
-last, so that a part that is not complete cannot be opened.
+last, so that a part that is not complete cannot be opened. The library's writer takes all tensors of a part at once.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from navil_megatron.files.file_bytes import open_files
+from navil_megatron.files.file_bytes import write_at, write_behind
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.safetensors_io import INDEX_FILE, SINGLE_FILE, TYPES
 from navil_megatron.hf.tensor_bytes import raw_bytes
 
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 _SHARE_BYTES = 256_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    name: str
-    header: bytes
-    num_bytes: int
 
 
 class SafetensorsWriter:
@@ -41,17 +34,12 @@ class SafetensorsWriter:
         """
         self.folder = folder
         self._place: dict[str, tuple[str, int]] = {}
-        self._parts: list[_Part] = []
+        self._parts: dict[str, tuple[bytes, int]] = {}  # name -> header, bytes in all
         slots = {slot.key: (slot, dtype) for slot, dtype in targets}
         parts = cut({key: num_bytes(*target) for key, target in slots.items()}, max_part_bytes)
         for number, keys in enumerate(parts, 1):
             name = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else SINGLE_FILE
             self._add_part(name, [slots[key] for key in keys])
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.num_bytes for part in self._parts)
 
     def shares(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The steps in pieces that different processes may do at the same time."""
@@ -60,24 +48,29 @@ class SafetensorsWriter:
 
     def prepare(self) -> None:
         """Makes the files at their full size; a disk or a limit that is too small shows here."""
-        for part in self._parts:
-            with (self.folder / part.name).open("wb") as file:
-                file.truncate(part.num_bytes)
+        for name, (_, size) in self._parts.items():
+            with (self.folder / name).open("wb") as file:
+                file.truncate(size)
 
     def write(self, share: int, tensors: Iterable[tuple[Slot, torch.Tensor]]) -> None:
         """Writes tensors to their places, in any order."""
-        with open_files(self.folder) as files:
+        with ExitStack() as stack, write_behind() as wrote:
+            files: dict[str, int] = {}
             for slot, tensor in tensors:
-                files.write(*self._place[slot.key], raw_bytes(tensor))
+                name, position = self._place[slot.key]
+                if name not in files:
+                    files[name] = stack.enter_context((self.folder / name).open("r+b")).fileno()
+                write_at(files[name], position, raw_bytes(tensor))
+                wrote(files[name], tensor.nbytes)
 
     def finish(self, places: Iterable[None]) -> list[str]:
         """Writes the headers and the index; gives the names of all files."""
-        with open_files(self.folder) as files:
-            for part in self._parts:
-                files.write(part.name, 0, memoryview(part.header))
-        names = [part.name for part in self._parts]
+        for name, (header, _) in self._parts.items():
+            with (self.folder / name).open("r+b") as file:
+                file.write(header)
+        names = list(self._parts)
         if len(names) > 1:
-            total = self.total_bytes - sum(len(part.header) for part in self._parts)
+            total = sum(size - len(header) for header, size in self._parts.values())
             weight_map = {key: name for key, (name, _) in self._place.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -98,4 +91,4 @@ class SafetensorsWriter:
         header = len(text).to_bytes(8, "little") + text
         for key, entry in entries.items():
             self._place[key] = (name, len(header) + entry["data_offsets"][0])
-        self._parts.append(_Part(name, header, len(header) + filled))
+        self._parts[name] = header, len(header) + filled

@@ -2,15 +2,16 @@
 
 megatron-core's ``torch_dist`` format is PyTorch's distributed checkpoint plus ``metadata.json`` and one object that
 holds the common state. Every layer is a chunk of its own, as core itself saves it, in files of about a gigabyte so that
-several processes can write at the same time.
+several processes can write at the same time. Chunks are torch's (``torch.save``), the metadata's classes too; its
+``FileSystemWriter`` would note the folder's path and a random name, so that no two conversions wrote the same bytes.
 """
 
 import io
+import itertools
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,8 @@ from typing import Any, BinaryIO
 import torch
 
 from navil_megatron.files.checkpoint_folder import FORMAT_FILE, METADATA_FILE
-from navil_megatron.files.file_bytes import WriteBehind
+from navil_megatron.files.checkpoint_metadata import Chunk, Place
+from navil_megatron.files.file_bytes import write_behind
 from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.tensor_bytes import raw_bytes
@@ -32,17 +34,13 @@ _FILE_BYTES = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A chunk that was written, and where."""
+    """A chunk that was written, and of which tensor."""
 
     key: str
     shape: Shape
     """Of the whole tensor."""
     dtype: torch.dtype
-    offsets: Shape
-    sizes: Shape
-    file: str
-    start: int
-    length: int
+    chunk: Chunk
 
 
 class CheckpointWriter:
@@ -56,17 +54,9 @@ class CheckpointWriter:
         self._targets = {slot.name: (slot, dtype) for slot, dtype in targets}
         self._file_bytes = file_bytes
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all numbers; what the format adds is about a kilobyte a tensor."""
-        return sum(num_bytes(slot, dtype) + 2048 for slot, dtype in self._targets.values())
-
     def shares(self, steps: Sequence[Step]) -> list[list[Step]]:
         """The steps in pieces that different processes may do at the same time: one file each."""
-        sizes = {
-            index: sum(num_bytes(*self._targets[slot.name]) for slot in step.targets)
-            for index, step in enumerate(steps)
-        }
+        sizes = {n: sum(num_bytes(*self._targets[slot.name]) for slot in step.targets) for n, step in enumerate(steps)}
         return [[steps[index] for index in piece] for piece in cut(sizes, self._file_bytes)]
 
     def prepare(self) -> None:
@@ -76,8 +66,7 @@ class CheckpointWriter:
         """Writes tensors, in order, as one file; says where each went."""
         name = f"__0_{share}.distcp"
         written = []
-        with (self.folder / name).open("wb") as stream, ExitStack() as stack:
-            behind = WriteBehind(stack)
+        with (self.folder / name).open("wb") as stream, write_behind() as wrote:
             for slot, tensor in tensors:
                 for first_row, piece in _pieces(tensor, self._file_bytes):
                     offsets = (first_row, *(0 for _ in slot.shape[1:])) if slot.shape else ()
@@ -87,24 +76,21 @@ class CheckpointWriter:
                         shape = (slot.num_layers or 1, *slot.shape)
                         written.append(save_chunk(stream, slot.key, shape, (slot.layer, *offsets), piece[None]))
                     stream.flush()
-                    behind.wrote(stream.fileno(), written[-1].length)
-            behind.catch_up()
+                    wrote(stream.fileno(), written[-1].chunk.place.length)
         return written
 
     def finish(self, places: Iterable[Iterable[Written]]) -> list[str]:
         """Writes what makes the files a checkpoint; gives the names of all files."""
-        shares = [list(share) for share in places]
-        return finish_checkpoint(
-            self.folder, [chunk for share in shares for chunk in share], f"__0_{len(shares)}.distcp"
-        )
+        shares = list(places)
+        return finish_checkpoint(self.folder, itertools.chain.from_iterable(shares), f"__0_{len(shares)}.distcp")
 
 
 def save_chunk(stream: BinaryIO, key: str, shape: Shape, offsets: Shape, chunk: torch.Tensor) -> Written:
     """Appends a chunk of a tensor of that shape to a file."""
     start = stream.tell()
     torch.save(_alone(chunk), stream)
-    name = Path(stream.name).name
-    return Written(key, shape, chunk.dtype, offsets, tuple(chunk.shape), name, start, stream.tell() - start)
+    place = Place(Path(stream.name).name, start, stream.tell() - start)
+    return Written(key, shape, chunk.dtype, Chunk(offsets, tuple(chunk.shape), place))
 
 
 def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str) -> list[str]:
@@ -127,14 +113,14 @@ def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str)
     (folder / common_file).write_bytes(common.getbuffer())
     entries: dict[str, Any] = {}
     storage: dict[Any, Any] = {}
-    for chunk in chunks:
+    for written in chunks:
         # A pickle stores an object once, so names that went through another process must become one again.
-        key, file = sys.intern(chunk.key), sys.intern(chunk.file)
+        key, chunk, place = sys.intern(written.key), written.chunk, written.chunk.place
         if key not in entries:
-            properties = TensorProperties(dtype=chunk.dtype)
-            entries[key] = TensorStorageMetadata(properties, torch.Size(chunk.shape), [])
+            properties = TensorProperties(dtype=written.dtype)
+            entries[key] = TensorStorageMetadata(properties, torch.Size(written.shape), [])
         entries[key].chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-        storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(file, chunk.start, chunk.length)
+        storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(sys.intern(place.file), place.start, place.length)
     files = sorted({info.relative_path for info in storage.values()})
     entries[COMMON_STATE_KEY] = BytesStorageMetadata()
     storage[MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
@@ -144,13 +130,12 @@ def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str)
     return [*files, common_file, METADATA_FILE, FORMAT_FILE]
 
 
-def _pieces(tensor: torch.Tensor, most: int) -> Iterator[tuple[int, torch.Tensor]]:
+def _pieces(tensor: torch.Tensor, most: int) -> Iterable[tuple[int, torch.Tensor]]:
     """The tensor as blocks of rows of about so many bytes, with the first row of each."""
-    if tensor.nbytes <= most or not tensor.dim():
-        yield 0, tensor
-        return
-    rows = max(1, most // (tensor.nbytes // tensor.shape[0]))
-    yield from ((first, tensor[first : first + rows]) for first in range(0, tensor.shape[0], rows))
+    if tensor.nbytes <= most:
+        return [(0, tensor)]
+    rows = max(1, most * len(tensor) // tensor.nbytes)
+    return zip(range(0, len(tensor), rows), tensor.split(rows), strict=True)
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
