@@ -6,7 +6,6 @@ once. TOML has no null, so the string ``"none"`` switches off a setting that may
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,17 +65,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
-def config_from_dict(values: Mapping[str, Any], source: str) -> NaViLConfig:
-    """The config that ``config_to_dict`` wrote; ``source`` names it in errors.
-
-    Raises:
-        ConfigError: a key or value is wrong.
-    """
-    return section_from_dict(NaViLConfig, values, source)
-
-
 def section_from_dict[T](section: type[T], values: Mapping[str, Any], source: str) -> T:
-    """One section, e.g. ``ModelConfig``, from plain values.
+    """One section, e.g. ``ModelConfig``, or a whole ``NaViLConfig`` as ``config_to_dict`` gave it.
+
+    Args:
+        section: The dataclass to make.
+        values: Its plain values.
+        source: Names them in errors.
 
     Raises:
         ConfigError: a key or value is wrong.
@@ -87,12 +82,6 @@ def section_from_dict[T](section: type[T], values: Mapping[str, Any], source: st
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config, or one section of it, as values that JSON can hold; tuples become lists."""
     return {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def digest(section: Any) -> str:
-    """Hexadecimal SHA-256 of a config or section: equal settings, equal digest, on every machine."""
-    text = json.dumps(config_to_dict(section), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _to_plain(value: Any) -> Any:

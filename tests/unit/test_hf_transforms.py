@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navil_megatron.config.families import FAMILIES
+from navil_megatron.config.language import FAMILIES
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.param_map import table
 from navil_megatron.hf.transforms import TRANSFORMS, stack_layers, unstack_layers
