@@ -34,11 +34,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> NaViLConfig:
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong. ``validate`` checks what spans sections.
     """
-    tables = _read_toml(Path(path))
     reader = _Reader(NaViLConfig, str(path))
-    for override in overrides:
-        reader.override(tables, override)
-    return reader.read(tables)
+    return reader.read(reader.tables(Path(path), overrides))
 
 
 def load_tables(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -47,10 +44,8 @@ def load_tables(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, A
     Raises:
         ConfigError: the file cannot be read, or an override has no place.
     """
-    tables = {} if path is None else _read_toml(path)
     reader = _Reader(NaViLConfig, str(path))
-    for override in overrides:
-        reader.override(tables, override)
+    tables = reader.tables(path, overrides)
     if reader.problems:
         raise ConfigError(reader.problems)
     return tables
@@ -109,7 +104,14 @@ class _Reader[T]:
             raise ConfigError(self.problems)
         return config
 
-    def override(self, tables: dict[str, Any], text: str) -> None:
+    def tables(self, path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+        """What a file and its overrides say."""
+        tables = {} if path is None else _read_toml(path)
+        for override in overrides:
+            self._override(tables, override)
+        return tables
+
+    def _override(self, tables: dict[str, Any], text: str) -> None:
         """Sets one ``section.field=value`` in ``tables``."""
         key, equals, value = text.partition("=")
         names = [name.strip() for name in key.split(".")]

@@ -28,10 +28,10 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         """As an error message says it: ``at least 1``, ``more than 0 and at most 1``."""
-        low = f"{'more than' if self.above else 'at least'} {self.low:g}"
+        low = f"{'more than' if self.above else 'at least'} {self.low:,}"
         if self.high == float("inf"):
             return low
-        return f"{low} and {'less than' if self.below else 'at most'} {self.high:g}"
+        return f"{low} and {'less than' if self.below else 'at most'} {self.high:,}"
 
 
 # Bounds that many fields have; others are written out, as ``Annotated[float, Range(0, 1)]``.

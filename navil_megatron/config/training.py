@@ -9,6 +9,8 @@ from navil_megatron.config.parallel import ParallelConfig
 
 Recomputed = Literal["attention", "mlp", "encoder"]
 """Parts of the model whose activations can be computed again in the backward pass."""
+SEED = Range(0, 2**31, below=True)
+"""Of the generators of torch and NumPy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,7 @@ class TrainingConfig:
     phase: Literal["s1.1", "s1.2", "s2"] = "s2"
     """Stage of the recipe, which decides what is trainable (paper, tables 7 and 8): ``s1.1`` encoder, connector,
     visual experts and special tokens; ``s1.2`` also the text attention; ``s2`` everything."""
-    seed: Annotated[int, Range(0, 2**31, below=True)] = 1234
+    seed: Annotated[int, SEED] = 1234
     """Decides initial weights and data order."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: none, those of ``recompute_modules``, or those of every layer of

@@ -404,6 +404,7 @@ def test_every_broken_rule_at_once() -> None:
     [
         ({"model__language__num_query_groups": 0}, "model.language.num_query_groups = 0: expected at least 1"),
         ({"optimizer__lr": 0.0}, "optimizer.lr = 0.0: expected more than 0"),
+        ({"training__seed": -1}, "training.seed = -1: expected at least 0 and less than 2,147,483,648"),
         ({"optimizer__lr": float("nan")}, "optimizer.lr = nan: expected more than 0"),
         ({"optimizer__lr": float("inf")}, "optimizer.lr = inf: expected more than 0"),
         ({"optimizer__beta1": 1.0}, "optimizer.beta1 = 1.0: expected at least 0 and less than 1"),
