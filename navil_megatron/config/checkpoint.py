@@ -1,7 +1,10 @@
 """``[checkpoint]``: state on disk."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from navil_megatron.config.numbers import Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,12 +13,21 @@ class CheckpointConfig:
 
     directory: str
     """Folder that holds the run's checkpoints."""
-    save_every_steps: int | None = None
+    save_every_steps: Count | None = None
     """Steps between saves; ``None``: only at the end and on SIGTERM."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Newest checkpoints kept; older ones are deleted after a good save."""
     initial_weights: str | None = None
     """Checkpoint whose weights (and not its data state) start a run that has no checkpoint of its own."""
     initial_optimizer: Literal["fresh", "kept"] = "fresh"
     """Optimizer state of such a start. ``kept``: moments and FP32 weights of ``initial_weights``; parameters that were
     frozen there start with clean moments. Steps, learning rate and data start anew either way."""
+
+
+def checkpoint_rules(checkpoint: CheckpointConfig) -> Iterator[str]:
+    """One line for every rule that the section breaks."""
+    if checkpoint.initial_optimizer == "kept" and checkpoint.initial_weights is None:
+        yield (
+            'checkpoint.initial_optimizer = "kept", but checkpoint.initial_weights names no checkpoint to keep it '
+            'from; name one or set initial_optimizer = "fresh"'
+        )

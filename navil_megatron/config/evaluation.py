@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from navil_megatron.config.numbers import Count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
@@ -10,7 +12,7 @@ class EvaluationConfig:
 
     sources: tuple[str, ...] = ()
     """Index files of held-out sources; empty: no evaluation."""
-    every_steps: int | None = None
+    every_steps: Count | None = None
     """Steps between evaluations, and one at the end; ``None``: never."""
     swapped_images: bool = False
     """Evaluate a second time with each sample showing another one's picture: the loss must rise if images are read."""

@@ -34,11 +34,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> NaViLConfig:
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong. ``validate`` checks what spans sections.
     """
-    tables = _read_toml(Path(path))
     reader = _Reader(NaViLConfig, str(path))
-    for override in overrides:
-        reader.override(tables, override)
-    return reader.read(tables)
+    return reader.read(reader.tables(Path(path), overrides))
 
 
 def load_tables(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -47,10 +44,8 @@ def load_tables(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, A
     Raises:
         ConfigError: the file cannot be read, or an override has no place.
     """
-    tables = {} if path is None else _read_toml(path)
     reader = _Reader(NaViLConfig, str(path))
-    for override in overrides:
-        reader.override(tables, override)
+    tables = reader.tables(path, overrides)
     if reader.problems:
         raise ConfigError(reader.problems)
     return tables
@@ -65,17 +60,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
-def config_from_dict(values: Mapping[str, Any], source: str) -> NaViLConfig:
-    """The config that ``config_to_dict`` wrote; ``source`` names it in errors.
-
-    Raises:
-        ConfigError: a key or value is wrong.
-    """
-    return section_from_dict(NaViLConfig, values, source)
-
-
 def section_from_dict[T](section: type[T], values: Mapping[str, Any], source: str) -> T:
-    """One section, e.g. ``ModelConfig``, from plain values.
+    """One section, e.g. ``ModelConfig``, or a whole ``NaViLConfig`` as ``config_to_dict`` gave it.
+
+    Args:
+        section: The dataclass to make.
+        values: Its plain values.
+        source: Names them in errors.
 
     Raises:
         ConfigError: a key or value is wrong.
@@ -113,7 +104,14 @@ class _Reader[T]:
             raise ConfigError(self.problems)
         return config
 
-    def override(self, tables: dict[str, Any], text: str) -> None:
+    def tables(self, path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+        """What a file and its overrides say."""
+        tables = {} if path is None else _read_toml(path)
+        for override in overrides:
+            self._override(tables, override)
+        return tables
+
+    def _override(self, tables: dict[str, Any], text: str) -> None:
         """Sets one ``section.field=value`` in ``tables``."""
         key, equals, value = text.partition("=")
         names = [name.strip() for name in key.split(".")]

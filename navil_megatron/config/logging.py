@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from navil_megatron.config.numbers import Count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingConfig:
@@ -13,7 +15,7 @@ class LoggingConfig:
     """Write TensorBoard event files."""
     progress: bool = True
     """Show a progress bar on the terminal of rank 0."""
-    feature_scale_every_steps: int | None = None
+    feature_scale_every_steps: Count | None = None
     """Steps between measurements of the decoder's hidden states, text and visual apart, layer by layer; ``None``: none.
     They are written with the next record (``training.log_every_steps``)."""
     wandb_project: str | None = None

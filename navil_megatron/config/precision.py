@@ -6,8 +6,10 @@ can be known without a GPU is refused here; what the machine must offer is asked
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
+from navil_megatron.config.data import DataConfig
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.config.runtime import RuntimeConfig
@@ -16,6 +18,8 @@ FP8_DIMENSION = 16
 """Both dimensions of every FP8 matrix are multiples of this."""
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 """Recipe -> multiple of the rows of a modality's segment."""
+_SEGMENT_MULTIPLE = 16
+"""Tokens to which segments are padded where nothing asks for more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +38,22 @@ class PrecisionConfig:
     fp8_encoder: bool = False
     """Run the encoder's layers in FP8 too; not with ``delayed``."""
 
-    def segment_multiple(self, context_parallel_size: int) -> int:
+    def segment_multiple(self, parallel: ParallelConfig) -> int:
         """Tokens of which each modality's segment of a row holds a multiple, so that every rank's share fits FP8."""
-        return FP8_ROWS.get(self.fp8, 1) * context_parallel_size
+        return FP8_ROWS.get(self.fp8, 1) * parallel.context_parallel_size
+
+
+def padding_of_segments(precision: PrecisionConfig, data: DataConfig, parallel: ParallelConfig) -> int:
+    """Each modality's segment of a row is padded to a multiple of this many tokens."""
+    return data.pad_segments_to or lcm(_SEGMENT_MULTIPLE, precision.segment_multiple(parallel))
 
 
 def precision_rules(
-    precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig, runtime: RuntimeConfig
+    precision: PrecisionConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    parallel: ParallelConfig,
+    runtime: RuntimeConfig,
 ) -> Iterator[str]:
     """One line for every rule about types of numbers that the run breaks."""
     if runtime.kernels == "transformer_engine" and precision.type != "bf16":
@@ -48,6 +61,29 @@ def precision_rules(
             f'runtime.kernels = "transformer_engine" needs precision.type = "bf16", found "{precision.type}"; '
             'change it or set kernels = "torch"'
         )
+    yield from _segment_rules(precision, data, parallel)
+    yield from _fp8_rules(precision, model, runtime)
+    if precision.fp8 in FP8_ROWS:
+        yield from _fp8_sizes(precision, model, parallel.tensor_model_parallel_size)
+
+
+def _segment_rules(precision: PrecisionConfig, data: DataConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Segments fill rows, and FP8 and context-parallel ranks take them whole."""
+    needed, padded = precision.segment_multiple(parallel), padding_of_segments(precision, data, parallel)
+    if padded % needed:
+        yield (
+            f'data.pad_segments_to = {padded}, but precision.fp8 = "{precision.fp8}" and '
+            f"parallel.context_parallel_size = {parallel.context_parallel_size} take multiples of {needed} tokens; "
+            "leave it out"
+        )
+    if data.seq_length % padded:
+        yield (
+            f"data.seq_length = {data.seq_length} is no multiple of the {padded} tokens to which segments of a row are "
+            "padded (data.pad_segments_to, precision.fp8, parallel.context_parallel_size); make it one"
+        )
+
+
+def _fp8_rules(precision: PrecisionConfig, model: ModelConfig, runtime: RuntimeConfig) -> Iterator[str]:
     flags = [name for name in ("fp8_first_last_layers_bf16", "fp8_encoder") if getattr(precision, name)]
     if precision.fp8 == "none":
         for flag in flags:
@@ -75,7 +111,6 @@ def precision_rules(
                 f'precision.{flag} = true does not go with precision.fp8 = "delayed", which updates all scales once a '
                 'pass through the decoder; use "tensorwise" or "blockwise"'
             )
-    yield from _fp8_sizes(precision, model, parallel.tensor_model_parallel_size)
 
 
 def _fp8_sizes(precision: PrecisionConfig, model: ModelConfig, tensor: int) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """A whole run: one section a field, each in the file of its name."""
 
 from dataclasses import dataclass, field
-from math import lcm
 
 from navil_megatron.config.checkpoint import CheckpointConfig
 from navil_megatron.config.data import DataConfig
@@ -10,12 +9,9 @@ from navil_megatron.config.logging import LoggingConfig
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.optimizer import OptimizerConfig
 from navil_megatron.config.parallel import ParallelConfig
-from navil_megatron.config.precision import PrecisionConfig
+from navil_megatron.config.precision import PrecisionConfig, padding_of_segments
 from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.config.training import TrainingConfig
-
-_SEGMENT_MULTIPLE = 16
-"""Tokens to which segments are padded where nothing asks for more: as far as FP8 products reach."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +42,7 @@ class NaViLConfig:
     @property
     def pad_segments_to(self) -> int:
         """Each modality's segment of a row is padded to a multiple of this many tokens."""
-        needed = self.precision.segment_multiple(self.parallel.context_parallel_size)
-        return self.data.pad_segments_to or lcm(_SEGMENT_MULTIPLE, needed)
+        return padding_of_segments(self.precision, self.data, self.parallel)
 
     @property
     def microbatch_tokens(self) -> int:

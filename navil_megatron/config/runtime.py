@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.modality import ModalityPart
+from navil_megatron.config.numbers import Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +20,9 @@ class RuntimeConfig:
     gradient_accumulation_fusion: Literal["none", "apex", "transformer_engine"] = "none"
     """What adds weight gradients to the FP32 sums inside the matrix product: ``apex`` in megatron-core's own layers
     (the LM head), ``transformer_engine`` in the linear layers of those kernels."""
-    collective_timeout_seconds: int = 600
+    collective_timeout_seconds: Count = 600
     """A collective that does not come back within this time ends the run."""
-    cpu_threads: int | None = None
+    cpu_threads: Count | None = None
     """Threads of one CPU rank; ``None``: cores divided by local ranks."""
 
 

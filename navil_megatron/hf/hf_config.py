@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.families import FAMILIES, family_rules
+from navil_megatron.config.language import FAMILIES, family_rules
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.validate import model_problems

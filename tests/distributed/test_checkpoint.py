@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from navil_megatron.checkpoint.compatibility import require_same_model
+from navil_megatron.checkpoint.compatibility import require_same_model, require_same_optimizer
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.errors import UserError
 from navil_megatron.training.state import TrainingState
@@ -301,6 +301,17 @@ def test_a_setting_younger_than_the_checkpoint_has_its_default(tmp_path: Path) -
     del stored["model"]["language"]["qkv_bias"]
     path.write_text(json.dumps(stored))
     require_same_model(path.parent, tiny_config())
+
+
+def test_a_checkpoint_older_than_the_name_of_a_setting_goes_on(tmp_path: Path) -> None:
+    run_ranks(1, _train, _sections(tmp_path), [1], (1,))
+    path = tmp_path / "step_00000001" / "navil_config.json"
+    stored = json.loads(path.read_text())
+    stored["training"]["precision"] = stored.pop("precision")["type"]
+    path.write_text(json.dumps(stored))
+    require_same_optimizer(path.parent, tiny_config())
+    with pytest.raises(UserError, match="precision.type is 'fp32' there, 'bf16' here"):
+        require_same_optimizer(path.parent, tiny_config(precision={"type": "bf16"}))
 
 
 def test_another_phase_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Outcome:
 def gpu_config(**sections: Any) -> NaViLConfig:
     """A run on one GPU; ``sections`` change it field by field. Gradients stay whole and unclipped."""
     defaults: dict[str, Any] = {
-        "data": {"seq_length": SEQ_LENGTH, "pad_segments_to": PAD_TO},
+        "data": {"seq_length": SEQ_LENGTH, "max_image_pixels": 65_536, "pad_segments_to": PAD_TO},
         "training": {"global_batch_size": 1},
         "precision": {"type": "bf16"},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0, "epsilon": 1e-6, "distributed": False, "clip_grad": None},

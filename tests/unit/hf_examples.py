@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from navil_megatron.config.families import FAMILIES as FAMILY_TRAITS
+from navil_megatron.config.language import FAMILIES as FAMILY_TRAITS
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.vision import VisionConfig

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.errors import ConfigError, UserError, describe
 from navil_megatron.config.load import (
-    config_from_dict,
     config_to_dict,
     load_config,
     section_from_dict,
@@ -134,7 +133,7 @@ def test_a_stored_config_is_read_under_the_names_of_today(config_path: Path) -> 
         assert old.pop(name) == new[section]
     old["training"] |= {"precision": "fp32", "fp8": "none", "evaluate_every_steps": 5}
     old["data"]["validation_sources"] = ["a"]
-    assert config_from_dict(with_new_names(old), "navil_config.json") == config
+    assert section_from_dict(NaViLConfig, with_new_names(old), "navil_config.json") == config
     assert with_new_names(new) == new
 
 
@@ -215,7 +214,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_dictionary_round_trip(config_path: Path) -> None:
     config = load_config(config_path, ["parallel.pipeline_layers=[3, 1]", "optimizer.clip_grad=none"])
     text = json.dumps(config_to_dict(config))
-    assert config_from_dict(json.loads(text), "navil_config.json") == config
+    assert section_from_dict(NaViLConfig, json.loads(text), "navil_config.json") == config
     model = section_from_dict(ModelConfig, json.loads(text)["model"], "navil_config.json")
     assert model == config.model
 
@@ -257,7 +256,7 @@ def test_config_error_crosses_processes() -> None:
 
 
 def test_config_is_frozen() -> None:
-    config = config_from_dict(example_tables(), "example")
+    config = section_from_dict(NaViLConfig, example_tables(), "example")
     assert isinstance(config, NaViLConfig)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.training.seed = 1  # type: ignore[misc]

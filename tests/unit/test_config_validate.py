@@ -1,13 +1,13 @@
-"""config/validate.py: each rule that spans settings, broken one at a time."""
+"""config/validate.py and the sections: each rule, broken one at a time."""
 
 import dataclasses
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from navil_megatron.config.errors import ConfigError
-from navil_megatron.config.load import config_from_dict
-from navil_megatron.config.ranges import RANGES, Range
+from navil_megatron.config.load import section_from_dict
+from navil_megatron.config.numbers import Count, Range, bound_of
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from tests.unit.config_examples import example_tables
@@ -29,7 +29,7 @@ def configured(**settings: Any) -> NaViLConfig:
         for section in sections:
             table = table.setdefault(section, {})
         table[name] = value
-    return config_from_dict(tables, "example")
+    return section_from_dict(NaViLConfig, tables, "example")
 
 
 def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str, ...]:
@@ -280,7 +280,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"parallel__context_parallel_size": 2, "data__pad_segments_to": 1},
         2,
-        'data.pad_segments_to = 1: precision.fp8 = "none" on 2 context-parallel rank(s) takes segments of a multiple',
+        'data.pad_segments_to = 1, but precision.fp8 = "none" and parallel.context_parallel_size = 2 take multiples',
     ),
     (
         {
@@ -310,7 +310,7 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {"parallel__pipeline_model_parallel_size": 2, "parallel__pipeline_layers": [-1, 5]},
         2,
-        "parallel.pipeline_layers = [-1, 5] holds a negative number",
+        "parallel.pipeline_layers[0] = -1: expected at least 0",
     ),
     (
         {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2},
@@ -364,12 +364,12 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     (
         {**TENSORWISE, "data__pad_segments_to": 8},
         8,
-        '= 8: precision.fp8 = "tensorwise" on 1 context-parallel rank(s) takes segments of a multiple of 16 tokens;',
+        'data.pad_segments_to = 8, but precision.fp8 = "tensorwise" and parallel.context_parallel_size = 1 take mult',
     ),
     (
         {**ENGINE, "precision__fp8": "blockwise", "data__pad_segments_to": 16},
         8,
-        'data.pad_segments_to = 16: precision.fp8 = "blockwise" on 1 context-parallel rank(s) takes segments of a mult',
+        "parallel.context_parallel_size = 1 take multiples of 128 tokens; leave it out",
     ),
     (
         {**TENSORWISE, "parallel__tensor_model_parallel_size": 2, "model__language__ffn_hidden_size": 48},
@@ -404,6 +404,7 @@ def test_every_broken_rule_at_once() -> None:
     [
         ({"model__language__num_query_groups": 0}, "model.language.num_query_groups = 0: expected at least 1"),
         ({"optimizer__lr": 0.0}, "optimizer.lr = 0.0: expected more than 0"),
+        ({"training__seed": -1}, "training.seed = -1: expected at least 0 and less than 2,147,483,648"),
         ({"optimizer__lr": float("nan")}, "optimizer.lr = nan: expected more than 0"),
         ({"optimizer__lr": float("inf")}, "optimizer.lr = inf: expected more than 0"),
         ({"optimizer__beta1": 1.0}, "optimizer.beta1 = 1.0: expected at least 0 and less than 1"),
@@ -415,20 +416,34 @@ def test_number_out_of_range(settings: dict[str, Any], expected: str) -> None:
     assert problems_of(configured(**settings)) == (expected,)
 
 
-def numbers_of(section: type[Any], key: str = "") -> set[str]:
-    """Dotted names of every setting that holds one number."""
+def numbers_without_bound(section: type[Any], key: str = "") -> set[str]:
+    """Dotted names of every setting that holds a number, or an array of them, and no bound."""
     found = set()
-    for name, hint in get_type_hints(section).items():
+    for name, hint in get_type_hints(section, include_extras=True).items():
         dotted = f"{key}.{name}" if key else name
-        if dataclasses.is_dataclass(hint):
-            found |= numbers_of(hint, dotted)
-        elif hint in (int, float, int | None, float | None):
+        plain = [hint, *get_args(hint)]
+        for inner in filter(dataclasses.is_dataclass, plain):
+            found |= numbers_without_bound(inner, dotted)
+        if bound_of(hint) is None and {int, float} & {*plain, *(leaf for part in plain for leaf in get_args(part))}:
             found.add(dotted)
     return found
 
 
-def test_every_number_of_the_schema_has_a_range() -> None:
-    assert set(RANGES) == numbers_of(NaViLConfig)
+def test_every_number_has_a_bound_at_its_field() -> None:
+    # What these may hold depends on another setting: rules say it.
+    assert numbers_without_bound(NaViLConfig) == {"model.special_token_ids", "model.vision.full_attention_layers"}
+
+
+def test_a_number_without_bound_is_found() -> None:
+    @dataclasses.dataclass
+    class Section:
+        bounded: Count
+        free: int
+        off: float | None
+        many: tuple[int, ...] | None
+        flag: bool
+
+    assert numbers_without_bound(Section) == {"free", "off", "many"}
 
 
 def test_range_reads_as_it_checks() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.load import config_from_dict
+from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import REFUSED, Ruler
 from navil_megatron.data.plan import DataPlan, Row
@@ -25,7 +25,7 @@ BATCH = 16
 def make_config(**data: object) -> NaViLConfig:
     tables = example_tables()
     tables["data"] |= {"seq_length": 512, "min_image_pixels": 1024, "max_image_pixels": 65_536, **data}
-    return config_from_dict(tables, "a test")
+    return section_from_dict(NaViLConfig, tables, "a test")
 
 
 @pytest.fixture(scope="module")

@@ -25,15 +25,17 @@ from transformers import (
 )
 from transformers.utils import is_accelerate_available
 
-from navil_megatron.config.load import config_to_dict
+from navil_megatron.config.load import config_to_dict, section_from_dict
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.export import convert_to_hf
-from navil_megatron.hf.exported.model_card import config_digest
+from navil_megatron.hf.exported.model_card import config_digest, model_card
 from navil_megatron.hf.generate import DTYPE_ARGUMENT
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import same_bits
 from tests.ranks import tiny_config
 from tests.tolerances import BF16_LOGITS
+from tests.unit.config_examples import example_tables
 from tests.unit.hf_examples import FAMILIES, tiny_model
 from tests.unit.hf_folders import PICTURES, export_example, exported_folder
 
@@ -250,6 +252,19 @@ def test_the_cards_code_runs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") >= 2
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["", "older-than-the-name-of-a-setting"])
+def test_card_says_how_it_was_trained(tmp_path: Path, older: bool) -> None:
+    stored = config_to_dict(section_from_dict(NaViLConfig, example_tables(), "example"))
+    if older:
+        stored["training"]["precision"] = stored.pop("precision")["type"]
+    checkpoint = tmp_path / "step_00000300"
+    checkpoint.mkdir()
+    (checkpoint / "navil_config.json").write_text(json.dumps(stored))
+    card = model_card(tiny_model("qwen3"), 1, True, checkpoint=checkpoint, consumed_tokens=5)
+    assert "| phase, precision | s2, bf16 |" in card
+    assert "| step | 300 of 1,000 |" in card
 
 
 def test_card_says_what_it_is(tmp_path: Path) -> None:

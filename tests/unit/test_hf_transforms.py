@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navil_megatron.config.families import FAMILIES
+from navil_megatron.config.language import FAMILIES
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.ingest import convert_from_hf

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from turns import clock
 
-from navil_megatron.config.load import config_from_dict, config_to_dict
+from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
@@ -151,7 +151,9 @@ def run_config(scale: Scale, model: ModelConfig, choice: str, **sections: dict[s
         "runtime": {"device": scale.device, **runtime},
         "logging": {"directory": tempfile.gettempdir()},
     }
-    config = config_from_dict({name: {**base[name], **sections.get(name, {})} for name in base}, "the benchmark")
+    config = section_from_dict(
+        NaViLConfig, {name: {**base[name], **sections.get(name, {})} for name in base}, "the benchmark"
+    )
     validate(config, 1)
     return config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
-from navil_megatron.config.load import config_from_dict
+from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
@@ -61,7 +61,9 @@ def small_config(
         "logging": {"directory": "none"},
         "parallel": {},
     }
-    return config_from_dict({name: {**base[name], **sections.get(name, {})} for name in base}, "the benchmark")
+    return section_from_dict(
+        NaViLConfig, {name: {**base[name], **sections.get(name, {})} for name in base}, "the benchmark"
+    )
 
 
 def mixed_row(config: NaViLConfig, seed: int = 0, grid: tuple[int, int] = (32, 32)) -> Microbatch:

@@ -21,7 +21,7 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One family. What its decoder computes is in ``config.families``, under the same name."""
+    """One family. What its decoder computes is in ``config.language``, under the same name."""
 
     title: str
     """Name for readers."""

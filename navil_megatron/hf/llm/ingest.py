@@ -10,7 +10,7 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, load_tables
-from navil_megatron.config.training import TrainingConfig
+from navil_megatron.config.training import SEED, TrainingConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.files.disk_space import require_space
@@ -118,8 +118,8 @@ def _seed(tables: Mapping[str, Any]) -> int:
     training = tables.get("training", {})
     default = TrainingConfig.__dataclass_fields__["seed"].default
     seed = training.get("seed", default) if isinstance(training, Mapping) else None
-    if type(seed) is not int or not 0 <= seed < 2**31:
-        raise UserError(f"training.seed is {seed!r}, expected a whole number from 0 on")
+    if type(seed) is not int or not SEED.holds(seed):
+        raise UserError(f"training.seed is {seed!r}, expected a whole number, {SEED}")
     return seed
 
 

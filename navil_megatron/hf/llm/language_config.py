@@ -8,8 +8,7 @@ which the model refuses anyway, so it is read as none.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from navil_megatron.config.families import FAMILIES
-from navil_megatron.config.language import LanguageConfig
+from navil_megatron.config.language import FAMILIES, LanguageConfig
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.hf.llm.families import HF_FAMILIES
 
