@@ -44,6 +44,9 @@ bench-gpu: $(ON_GPU) ## speed on a GPU, into benchmarks/results; fails where the
 test-transformers: $(VENV)/.test ## exported folders under the lowest and other transformers (downloads them)
 	tools/test_transformers.sh 4.51.0 4.57.6 5.0.0
 
+test-versions: $(VENV)/.test ## the core of the suite with the lowest and newest torch, megatron-core and transformers
+	$(BIN)/python tools/test_versions.py
+
 peers: $(VENV)/.peers ## install what the benchmarks measure against, beside all of the above
 
 lock: $(VENV)/.test ## write requirements/ anew, by tools/lock.sh, which takes uv's options (--upgrade)

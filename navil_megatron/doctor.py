@@ -78,16 +78,16 @@ def diagnose(python_version: "tuple[int, ...]" = sys.version_info[:3]) -> "list[
 
 
 def read_requirements() -> "tuple[str, dict[str, Requirement]]":
-    """Bounds of Python, and requirements by name: as pip noted them; setup.py's own where nothing is installed."""
-    for distribution in metadata.distributions(name=PROJECT):
-        python, lines = distribution.metadata["Requires-Python"], distribution.requires or []
-        break
-    else:
-        setup = ast.parse((Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8"))
-        given = {word.arg: word.value for word in ast.walk(setup) if isinstance(word, ast.keyword)}
+    """Bounds of Python, and requirements by name: those of a checkout's setup.py, else as pip noted them of it."""
+    setup = Path(__file__).parents[1] / "setup.py"
+    text = setup.read_text(encoding="utf-8") if setup.is_file() else ""
+    if f'name="{PROJECT}"' in text:
+        given = {word.arg: word.value for word in ast.walk(ast.parse(text)) if isinstance(word, ast.keyword)}
         python, lines = ast.literal_eval(given["python_requires"]), ast.literal_eval(given["install_requires"])
         for extra, names in ast.literal_eval(given["extras_require"]).items():
             lines += [f'{name}; extra == "{extra}"' for name in names]
+    else:
+        python, lines = metadata.metadata(PROJECT)["Requires-Python"], metadata.requires(PROJECT) or []
     requirements: dict[str, Requirement] = {}
     for line in lines:
         found = re.match(r"([\w.-]+)(\[.*?\])?([^;]*)(?:;.*extra == .([\w-]+))?", line)

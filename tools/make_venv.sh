@@ -3,7 +3,11 @@
 # tools/make_venv.sh quickstart|recipe-small|test|peers. Does nothing where the set's lock and setup.py are installed.
 set -eu
 cd "$(dirname "$0")/.."
-set_name=${1:?which set of requirements/: quickstart, recipe-small, test or peers}
+set_name=${1:-}
+case $set_name in
+quickstart | recipe-small | test | peers) ;;
+*) echo "error: found the set '$set_name', expected quickstart, recipe-small, test or peers" >&2; exit 2 ;;
+esac
 venv=${VENV:-.venv}
 venv=${venv%/}
 

@@ -47,19 +47,6 @@ PACKAGES_OF_OTHERS = ("apex", "nvidia-dali", "navil")
 """On PyPI these are a web toolkit, a placeholder and a gateway."""
 
 
-NOTED = [
-    "Requires-Python: <3.14,>=3.12",
-    *(f"Requires-Dist: {name}" for name in GOOD if name not in ("torch", "megatron-core")),
-    "Requires-Dist: torch<2.16,>=2.11",
-    "Requires-Dist: megatron-core<0.20,>=0.19",
-    'Requires-Dist: transformer-engine[pytorch]<2.21,>=2.20; extra == "gpu"',
-    'Requires-Dist: nvidia-dali-cuda130<2.5,>=2.4; extra == "dali"',
-    'Requires-Dist: wandb>=0.31; extra == "wandb"',
-    'Requires-Dist: navil_megatron[dali,wandb]; extra == "test"',
-]
-"""What setuptools writes of a setup.py."""
-
-
 def install(folder: Path, name: str, version: str, *lines: str) -> None:
     """What pip would leave of a distribution: its metadata."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -83,7 +70,6 @@ def examine(folder: Path, checkout: Path = REPOSITORY) -> dict[str, Any]:
 
 @pytest.fixture
 def good_install(tmp_path: Path) -> Path:
-    install(tmp_path, "navil_megatron", "0.1.0", *NOTED)
     for name, version in GOOD.items():
         install(tmp_path, name, version)
     return tmp_path
@@ -98,13 +84,8 @@ def test_good_install(good_install: Path) -> None:
         assert checks[name]["status"] == "absent"
 
 
-def test_nothing_installed_in_a_checkout(tmp_path: Path) -> None:
-    """Then setup.py itself is read, and says the same as what pip would have noted of it."""
-    checkout = tmp_path / "checkout"
-    (checkout / "navil_megatron").mkdir(parents=True)
-    for name in ("setup.py", "navil_megatron/__init__.py", "navil_megatron/doctor.py"):
-        shutil.copy(REPOSITORY / name, checkout / name)
-    report = examine(tmp_path / "nothing", checkout)
+def test_nothing_installed(tmp_path: Path) -> None:
+    report = examine(tmp_path)
     assert report["ok"] is False
     required = SETUP["install_requires"]
     assert [check["name"] for check in report["checks"][1 : 1 + len(required)]] == [_name(line) for line in required]
@@ -114,6 +95,29 @@ def test_nothing_installed_in_a_checkout(tmp_path: Path) -> None:
         assert check["advice"].endswith(f'pip install "{line}"')
     assert "waits for ever: pip install" in report["by_name"]["psutil"]["advice"]
     assert report["by_name"]["dali"]["advice"] == f'pip install "{SETUP["extras_require"]["dali"][0]}"'
+
+
+def test_outside_a_checkout_the_bounds_are_those_that_pip_noted(good_install: Path) -> None:
+    (good_install / "navil_megatron").mkdir()
+    for name in ("__init__.py", "doctor.py"):
+        shutil.copy(REPOSITORY / "navil_megatron" / name, good_install / "navil_megatron" / name)
+    noted = [
+        "Requires-Python: <3.12,>=3.9",
+        "Requires-Dist: torch<2.10,>=2.9",
+        "Requires-Dist: psutil",
+        'Requires-Dist: transformer-engine[pytorch]<2.21,>=2.20; extra == "gpu"',
+        'Requires-Dist: nvidia-dali-cuda130<2.5,>=2.4; extra == "dali"',
+        'Requires-Dist: wandb>=0.31; extra == "wandb"',
+        'Requires-Dist: navil_megatron[dali,wandb]; extra == "test"',
+    ]
+    install(good_install, "navil_megatron", "0.1.0", *noted)
+    install(good_install, "wandb", "0.30.0")
+    checks = examine(good_install, good_install)["by_name"]
+    assert checks["python"]["advice"].startswith("expected >=3.9,<3.12: ")
+    assert checks["torch"]["advice"] == 'expected >=2.9,<2.10: pip install "torch>=2.9,<2.10"'
+    assert checks["psutil"]["status"] == "ok"
+    assert checks["wandb"]["advice"] == 'expected >=0.31: pip install "wandb>=0.31"'
+    assert "megatron-core" not in checks and "navil_megatron" not in checks
 
 
 @pytest.mark.parametrize(
