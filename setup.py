@@ -34,7 +34,7 @@ setup(
     package_data={"navil_megatron.hf": ["remote_code/*"], "navil_megatron.scaling": ["*.json"]},
     install_requires=[
         "torch>=2.11,<2.16",
-        "megatron-core>=0.19,<0.20",
+        "megatron-core>=0.19.2,<0.20",
         # megatron-core's checkpoint writer needs psutil and does not declare it: without it a save waits for ever.
         "psutil",
         "numpy",

@@ -123,8 +123,8 @@ def test_outside_a_checkout_the_bounds_are_those_that_pip_noted(good_install: Pa
 @pytest.mark.parametrize(
     ("name", "version", "advice"),
     [
-        ("megatron-core", "0.16.1", 'expected >=0.19,<0.20: pip install "megatron-core>=0.19,<0.20"'),
-        ("megatron-core", "0.20.0", 'expected >=0.19,<0.20: pip install "megatron-core>=0.19,<0.20"'),
+        ("megatron-core", "0.16.1", 'expected >=0.19.2,<0.20: pip install "megatron-core>=0.19.2,<0.20"'),
+        ("megatron-core", "0.20.0", 'expected >=0.19.2,<0.20: pip install "megatron-core>=0.19.2,<0.20"'),
         ("torch", "2.9.1", 'expected >=2.11,<2.16: pip install "torch>=2.11,<2.16"'),
         ("torch", "2.16.0", 'expected >=2.11,<2.16: pip install "torch>=2.11,<2.16"'),
         ("wandb", "0.30.1", 'expected >=0.31: pip install "wandb>=0.31"'),
