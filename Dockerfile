@@ -42,19 +42,20 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc python3-dev && rm -rf /var/lib/apt/lists/*
 
-# What changes least comes first. The constraint keeps pip from replacing the torch that the wheels were built for.
+# What changes least comes first: the lock of what goes in beside the base's own torch (make lock), by hash.
+WORKDIR /opt/navil_megatron
+COPY requirements/image-py312.txt requirements/
+RUN pip install --require-hashes --no-deps --requirement requirements/image-py312.txt
+# The constraint keeps pip from replacing the torch that the wheels were built for, and what the lock brought.
 ARG TRANSFORMER_ENGINE=2.20.2
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
-    python3 -c 'import torch; print(f"torch=={torch.__version__}")' >/constraints.txt && \
+    pip list --format=freeze >/constraints.txt && \
     pip install --constraint /constraints.txt /wheels/*.whl "transformer-engine[core-cu13]==${TRANSFORMER_ENGINE}"
-# DALI's name carries its CUDA; the package called nvidia-dali is a placeholder.
-RUN pip install --constraint /constraints.txt "megatron-core>=0.19,<0.20" "nvidia-dali-cuda130>=2.4,<2.5"
 
-WORKDIR /opt/navil_megatron
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY navil_megatron navil_megatron
 COPY examples examples
-RUN pip install --constraint /constraints.txt ".[dali,evaluate,parquet,study,wandb]" && rm -rf build ./*.egg-info
+RUN pip install --no-deps --no-build-isolation . && rm -rf build ./*.egg-info
 
 # Fails the build if anything is missing, wrong, or was built for another torch. Needs no GPU: the toolkit's stub stands
 # in for the driver's library, which only a node has.

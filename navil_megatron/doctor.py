@@ -14,26 +14,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-PYTHON = (3, 12)
-"""Oldest Python: megatron-core 0.19 needs it, and pip silently resolves an older core on an older Python."""
-
-REQUIRED = {
-    "torch": ">=2.11",
-    "megatron-core": ">=0.19,<0.20",
-    "psutil": "",
-    "numpy": "",
-    "transformers": ">=5",
-    "tokenizers": "",
-    "safetensors": "",
-    "webdataset": "",
-    "pillow": "",
-    "rich": "",
-    "xxhash": "",
-    "tensorboard": "",
-    "jinja2": "",
-}
-"""Distribution -> versions that work; setup.py installs the same."""
-
+PROJECT = "navil_megatron"
 WHY = {"psutil": "without it a checkpoint save of megatron-core waits for ever"}
 """What goes wrong without a distribution, where that is not plain."""
 
@@ -41,8 +22,30 @@ INSTALL_APEX = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation git+https://github.com/NVIDIA/apex "
     "(needs a CUDA build of torch and nvcc)"
 )
-INSTALL_TRANSFORMER_ENGINE = 'pip install --no-build-isolation "transformer-engine[pytorch]" (needs a CUDA torch, nvcc)'
-INSTALL_DALI = 'pip install "nvidia-dali-cuda130>=2.4,<2.5"'
+TRANSFORMER_ENGINE, DALI = "transformer-engine", "nvidia-dali-cuda130"
+"""What extras ask for and the doctor looks into, beyond the version."""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A distribution that setup.py lists."""
+
+    name: str
+    """Its name."""
+    parts: str
+    """Extras of its own, such as ``[pytorch]``."""
+    bounds: str
+    """Versions that were tried, such as ``>=2.11,<2.16``; empty: any."""
+    extra: str
+    """The extra of ours that asks for it; empty: always needed."""
+
+    @property
+    def install(self) -> str:
+        """The line that installs it."""
+        asked = f'"{self.name}{self.parts}{self.bounds}"'
+        if self.name == TRANSFORMER_ENGINE:
+            return f"pip install --no-build-isolation {asked} (needs a CUDA torch, nvcc)"
+        return f"pip install {asked}"
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,34 @@ class Check:
         return self.status in ("missing", "wrong")
 
 
-def diagnose(python_version: tuple[int, ...] = sys.version_info[:3]) -> list[Check]:
+def diagnose(python_version: "tuple[int, ...]" = sys.version_info[:3]) -> "list[Check]":
     """Every check, in the order in which to mend what they find."""
-    checks = [check_python(python_version)]
-    checks += [check_required(name, wanted) for name, wanted in REQUIRED.items()]
-    checks += [check_cuda(), check_gpu(), check_transformer_engine(), check_apex(), check_dali()]
-    return checks
+    python_bounds, requirements = read_requirements()
+    checks = [check_python(python_version, python_bounds)]
+    checks += [check_required(wanted) for wanted in requirements.values() if not wanted.extra]
+    checks += [check_cuda(), check_gpu(requirements["torch"])]
+    checks += [check_transformer_engine(requirements[TRANSFORMER_ENGINE]), check_apex(), check_dali(requirements[DALI])]
+    return checks + check_extras(requirements)
+
+
+def read_requirements() -> "tuple[str, dict[str, Requirement]]":
+    """Bounds of Python, and requirements by name: those of a checkout's setup.py, else as pip noted them of it."""
+    setup = Path(__file__).parents[1] / "setup.py"
+    text = setup.read_text(encoding="utf-8") if setup.is_file() else ""
+    if f'name="{PROJECT}"' in text:
+        given = {word.arg: word.value for word in ast.walk(ast.parse(text)) if isinstance(word, ast.keyword)}
+        python, lines = ast.literal_eval(given["python_requires"]), ast.literal_eval(given["install_requires"])
+        for extra, names in ast.literal_eval(given["extras_require"]).items():
+            lines += [f'{name}; extra == "{extra}"' for name in names]
+    else:
+        python, lines = metadata.metadata(PROJECT)["Requires-Python"], metadata.requires(PROJECT) or []
+    requirements: dict[str, Requirement] = {}
+    for line in lines:
+        found = re.match(r"([\w.-]+)(\[.*?\])?([^;]*)(?:;.*extra == .([\w-]+))?", line)
+        if found is not None and found[1] != PROJECT:
+            wanted = Requirement(found[1], found[2] or "", _in_order(found[3]), found[4] or "")
+            requirements.setdefault(wanted.name, wanted)
+    return _in_order(python), requirements
 
 
 def as_json(checks: list[Check]) -> dict[str, object]:
@@ -87,28 +112,32 @@ def as_table(checks: list[Check]) -> str:
     return "\n".join(lines)
 
 
-def check_python(version: tuple[int, ...]) -> Check:
-    """The interpreter's age."""
+def check_python(version: "tuple[int, ...]", bounds: str) -> Check:
+    """The interpreter's age. On one that is too old, pip silently resolves an older megatron-core."""
     found = ".".join(map(str, version))
-    if version[:2] >= PYTHON:
+    if satisfies(found, bounds):
         return Check("python", "ok", found)
-    wanted = ".".join(map(str, PYTHON))
-    advice = (
-        f"expected {wanted} or newer: apt-get install python{wanted} python{wanted}-venv, or pyenv install {wanted}"
-    )
-    return Check("python", "wrong", found, advice)
+    take = "apt-get install python3.12 python3.12-venv, or pyenv install 3.12"
+    return Check("python", "wrong", found, f"expected {bounds}: {take}")
 
 
-def check_required(name: str, wanted: str) -> Check:
-    """A distribution that setup.py lists."""
-    found = installed_version(name)
-    install = f'pip install "{name}{wanted}"'
+def check_required(wanted: Requirement) -> Check:
+    """A distribution that everything needs."""
+    found = installed_version(wanted.name)
     if found is None:
-        because = f"{WHY[name]}: " if name in WHY else ""
-        return Check(name, "missing", "not installed", because + install)
-    if not satisfies(found, wanted):
-        return Check(name, "wrong", found, f"expected {wanted}: {install}")
-    return Check(name, "ok", found)
+        because = f"{WHY[wanted.name]}: " if wanted.name in WHY else ""
+        return Check(wanted.name, "missing", "not installed", because + wanted.install)
+    if not satisfies(found, wanted.bounds):
+        return Check(wanted.name, "wrong", found, f"expected {wanted.bounds}: {wanted.install}")
+    return Check(wanted.name, "ok", found)
+
+
+def check_extras(requirements: "dict[str, Requirement]") -> "list[Check]":
+    """What other extras ask for and is installed in a version that was never tried."""
+    looked_into = (TRANSFORMER_ENGINE, DALI)
+    optional = [wanted for wanted in requirements.values() if wanted.extra and wanted.name not in looked_into]
+    checks = [check_required(wanted) for wanted in optional if installed_version(wanted.name) is not None]
+    return [check for check in checks if check.is_problem]
 
 
 def check_cuda() -> Check:
@@ -125,7 +154,7 @@ def check_cuda() -> Check:
     return Check("cuda", "absent", 'torch is a CPU build: runtime.device = "cpu" only')
 
 
-def check_gpu() -> Check:
+def check_gpu(torch: Requirement) -> Check:
     """The GPUs that the driver lists."""
     command = shutil.which("nvidia-smi")
     if command is None:
@@ -137,18 +166,19 @@ def check_gpu() -> Check:
         return Check("gpu", "wrong", f"nvidia-smi lists none: {said}", "check the driver: nvidia-smi -L")
     found = f"{len(names)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
     if check_cuda().status != "ok":
-        return Check("gpu", "wrong", found, 'torch cannot use it: pip install --force-reinstall "torch>=2.11"')
+        again = torch.install.replace("install", "install --force-reinstall")
+        return Check("gpu", "wrong", found, f"torch cannot use it: {again}")
     return Check("gpu", "ok", found)
 
 
-def check_transformer_engine() -> Check:
+def check_transformer_engine(wanted: Requirement) -> Check:
     """Transformer Engine and its part for torch."""
-    found = installed_version("transformer-engine")
+    found = installed_version(wanted.name)
     if found is None and find_spec("transformer_engine") is None:
-        return Check("transformer-engine", "absent", 'not installed: runtime.kernels = "torch" only')
+        return Check(wanted.name, "absent", 'not installed: runtime.kernels = "torch" only')
     if find_spec("transformer_engine_torch") is None:
-        return Check("transformer-engine", "wrong", f"{found} without its torch part", INSTALL_TRANSFORMER_ENGINE)
-    return Check("transformer-engine", "ok", str(found))
+        return Check(wanted.name, "wrong", f"{found} without its torch part", wanted.install)
+    return check_required(wanted)
 
 
 def check_apex() -> Check:
@@ -168,7 +198,7 @@ def check_apex() -> Check:
     return Check("apex", "ok", str(version))
 
 
-def check_dali() -> Check:
+def check_dali(wanted: Requirement) -> Check:
     """DALI, told apart from the placeholder ``nvidia-dali``."""
     names = sorted({str(found.name) for found in metadata.distributions() if found.name})
     real = [name for name in names if re.fullmatch(r"nvidia[-_.]dali[-_.]cuda\d+", name, re.IGNORECASE)]
@@ -176,10 +206,13 @@ def check_dali() -> Check:
     if fake is not None:
         found = f"nvidia-dali {fake}: a placeholder on PyPI, not DALI"
         # Both unpack into the same folder, so removing the placeholder may take files of the real one along.
-        return Check("dali", "wrong", found, f"pip uninstall nvidia-dali; if DALI is wanted: {INSTALL_DALI}")
+        return Check("dali", "wrong", found, f"pip uninstall nvidia-dali; if DALI is wanted: {wanted.install}")
     if not real:
-        return Check("dali", "absent", 'not installed: data.image_decoder = "pillow" only', INSTALL_DALI)
-    return Check("dali", "ok", f"{real[0]} {installed_version(real[0])}")
+        return Check("dali", "absent", 'not installed: data.image_decoder = "pillow" only', wanted.install)
+    version = str(installed_version(real[0]))
+    if not satisfies(version, wanted.bounds):
+        return Check("dali", "wrong", f"{real[0]} {version}", f"expected {wanted.bounds}: {wanted.install}")
+    return Check("dali", "ok", f"{real[0]} {version}")
 
 
 def installed_version(name: str) -> "str | None":
@@ -198,6 +231,11 @@ def satisfies(version: str, wanted: str) -> bool:
         if bound.startswith("<") and not release < _release(bound[1:]):
             return False
     return True
+
+
+def _in_order(bounds: str) -> str:
+    """``<2.16,>=2.11``, as pip notes bounds, with the lower one first."""
+    return ",".join(sorted((bound.strip() for bound in bounds.split(",")), reverse=True))
 
 
 def _release(version: str) -> "tuple[int, ...]":

@@ -1,21 +1,30 @@
 #!/bin/sh
-# Makes or completes .venv with this project and its quickstart, study and dev extras. `make` calls it when setup.py is newer.
+# Makes or completes the environment that VENV names (.venv) with this project and a set of requirements/:
+# tools/make_venv.sh quickstart|recipe-small|test|peers. Does nothing where the set's lock and setup.py are installed.
 set -eu
 cd "$(dirname "$0")/.."
+set_name=${1:-}
+case $set_name in
+quickstart | recipe-small | test | peers) ;;
+*) echo "error: found the set '$set_name', expected quickstart, recipe-small, test or peers" >&2; exit 2 ;;
+esac
+venv=${VENV:-.venv}
+venv=${venv%/}
 
 # Two makes at once must not fill one folder: the second waits, then finds everything installed.
 if [ "${NAVIL_VENV_LOCKED:-}" != 1 ] && command -v flock >/dev/null; then
     export NAVIL_VENV_LOCKED=1
-    exec flock .venv.lock "$0" "$@"
+    exec flock "$venv.lock" "$0" "$@"
 fi
 
-is_new_enough() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1
+lock_for() { # lock_for PYTHON: the lock of the set for that Python's version; fails where there is none
+    lock=$("$1" -c 'import sys; print("requirements/%s-py%d%d.txt" % (sys.argv[1], *sys.version_info[:2]))' "$set_name" \
+        2>/dev/null) && [ -e "$lock" ] && echo "$lock"
 }
 
 find_python() {
-    for candidate in ${PYTHON:-} python3.12 python3.13 python3 "$HOME"/.pyenv/versions/3.1[2-9]*/bin/python; do
-        is_new_enough "$candidate" || continue
+    for candidate in ${PYTHON:-} python3.12 python3.13 python3 "$HOME"/.pyenv/versions/3.1[23]*/bin/python; do
+        lock_for "$candidate" >/dev/null || continue
         seen=$candidate
         if "$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; then
             echo "$candidate"
@@ -26,20 +35,27 @@ find_python() {
         version=$("$seen" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         echo "error: $seen cannot make virtual environments; run: apt-get install python$version-venv" >&2
     else
-        echo "error: found no Python >= 3.12 (tried python3.12, python3.13, python3 and pyenv's versions); run:" \
+        echo "error: found no Python 3.12 or 3.13 (tried python3.12, python3.13, python3 and pyenv's versions); run:" \
             "apt-get install python3.12 python3.12-venv, or: pyenv install 3.12, or: make PYTHON=/path/to/python" >&2
     fi
     return 1
 }
 
 # A folder that an interrupted run left half made, or whose Python is gone, is made again from nothing.
-if ! is_new_enough .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+if ! lock_for "$venv/bin/python" >/dev/null || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+        echo "error: $venv is no virtual environment; name another folder: make VENV=/path/to/folder" >&2
+        exit 2
+    fi
     python=$(find_python)
-    echo "making .venv with $("$python" --version)"
-    "$python" -m venv --clear .venv
+    echo "making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv"
 fi
-if [ ! -e .venv/.installed ] || [ setup.py -nt .venv/.installed ]; then
-    rm -f .venv/.installed
-    .venv/bin/python -m pip install --editable '.[quickstart,study,dev]'
-    touch .venv/.installed
+lock=$(lock_for "$venv/bin/python")
+wanted=$(cksum "$lock" setup.py)
+if [ "$(cat "$venv/.$set_name" 2>/dev/null)" != "$wanted" ]; then
+    rm -f "$venv/.$set_name"
+    "$venv/bin/python" -m pip install --require-hashes --no-deps --requirement "$lock"
+    "$venv/bin/python" -m pip install --no-index --no-deps --no-build-isolation --editable .
 fi
+echo "$wanted" >"$venv/.$set_name"

@@ -2,12 +2,12 @@
 # Tests exported folders under other versions of transformers: tools/test_transformers.sh 4.51.0 4.57.6 5.0.0
 #
 # Each version is installed with accelerate into a temporary environment that takes everything else (torch, pytest, ...)
-# from PYTHON's, by default .venv's. Folders are exported under PYTHON's transformers and used under the other one, and
-# the other way round.
+# from PYTHON's, by default VENV's (.venv). Folders are exported under PYTHON's transformers and used under the other
+# one, and the other way round.
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
-python=$(command -v "$python") || { echo "error: no Python at ${PYTHON:-.venv/bin/python}; run make venv" >&2; exit 2; }
+named=${PYTHON:-${VENV:-.venv}/bin/python}
+python=$(command -v "$named") || { echo "error: no Python at $named; run make venv" >&2; exit 2; }
 [ $# -gt 0 ] || { echo "error: name versions of transformers, for example: $0 4.51.0 5.0.0" >&2; exit 2; }
 
 work=$(mktemp -d)

@@ -166,6 +166,8 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
     if not Path(folder).is_dir():
         raise UserError(f"tokenizer folder {folder} is missing: set data.tokenizer to a saved Hugging Face tokenizer")
     try:
+        if not [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]:
+            raise FileNotFoundError("no tokenizer.json in it")  # transformers 5.0 makes a tokenizer of its own up
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many types for a broken folder
         reason = str(error).strip().split("\n", 1)[0]

@@ -242,7 +242,7 @@ def require_tested_megatron_core(version: str = megatron_core_version) -> None:
     if not version.startswith(TESTED_MEGATRON_CORE):
         raise RuntimeError(
             f"megatron-core {version} was not tested on CPU ranks (tested: {TESTED_MEGATRON_CORE}x); "
-            "install 'megatron-core>=0.19,<0.20' or run on CUDA"
+            "install 'megatron-core>=0.19.2,<0.20' or run on CUDA"
         )
 
 

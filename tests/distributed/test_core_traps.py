@@ -24,8 +24,8 @@ waits for gathered weights of called modules alone   test_overlap_equals_none
 its metadata reader fails on torch 2.15              test_a_new_process_resumes_bit_for_bit
 a save spawns a server process                       test_a_save_starts_no_process
 a spawned process imports the main module again      test_importing_a_script_does_nothing
-a save waits for ever without undeclared psutil      test_doctor_and_setup_want_the_same
-apex, nvidia-dali and navil on PyPI are others'      test_doctor_and_setup_want_the_same
+a save waits for ever without undeclared psutil      test_nothing_installed
+apex, nvidia-dali and navil on PyPI are others'      test_setup_asks_for_no_package_of_others
 one expert a token needs moe_router_pre_softmax      test_layout_equals_one_rank[ep2]
 experts with tensor need sequence parallelism        test_broken_rule
 traps of FP8, Transformer Engine, learned routers    test_what_this_version_cannot_do_is_refused

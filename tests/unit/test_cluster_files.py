@@ -41,7 +41,7 @@ SBATCH = {
 
 
 def lint(program: str, *files: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """What a linter that the ``dev`` extra installs says; it lies beside this Python."""
+    """What a linter that the ``test`` extra installs says; it lies beside this Python."""
     command = [str(Path(sysconfig.get_path("scripts")) / program), *map(str, files)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
