@@ -34,13 +34,13 @@ _BELOW_TRAINING = ("blueprint", "runtime", "kernels", "layers", "models", "data"
 IMPORT_TABLE = {
     "config": Row(),
     "blueprint": Row((), ("numpy",)),
-    "files": Row((), ("torch", "xxhash")),
+    "files": Row((), ("torch", "xxhash", "PIL", "jinja2")),
     "runtime": Row((), _ENGINE),
     "kernels": Row(("runtime",), (*_ENGINE, "transformer_engine", "apex", "amp_C")),
     "layers": Row(("blueprint",), _ENGINE),
     "models": Row(("blueprint", "runtime", "kernels", "layers"), _ENGINE),
     "data": Row(
-        ("blueprint",),
+        ("blueprint", "files"),
         (
             "torch",
             "numpy",
