@@ -92,17 +92,21 @@ def shown_rows(
         start, length = microbatch.sample_starts[number - 1], len(sample.input_ids)
         own = kinds[start : start + length]
         images = [[next(pictures) for _ in scales] for scales in sample.scales]
-        learned = np.count_nonzero(own == TokenKind.LEARNED)
+        learned = int(np.count_nonzero(own == TokenKind.LEARNED))
         texts = _text_runs(sample, own, tokenizer)
         samples.append(ShownSample(number, name_of(sample.sample), length, learned, images, texts))
     ends, shown, begin = np.cumsum(microbatch.segment_lengths), [], 0
     for row_number, row in enumerate(rows, first_row):
         stop = begin + row.seq_length
         segments = np.diff(ends[(ends > begin) & (ends <= stop)], prepend=begin)
-        own, samples = samples[: len(row.samples)], samples[len(row.samples) :]
+        of_row, samples = samples[: len(row.samples)], samples[len(row.samples) :]
         counts = dict(zip(*map(np.ndarray.tolist, np.unique(kinds[begin:stop], return_counts=True)), strict=True))
-        title = f"Row {row_number}: {sum(s.num_tokens for s in own) / row.seq_length:.1%} full, {len(own)} samples"
-        shown.append(ShownRow(title, _cost(row, segments), counts, _lines(range(begin, stop), kinds, microbatch), own))
+        title = (
+            f"Row {row_number}: {sum(s.num_tokens for s in of_row) / row.seq_length:.1%} full, {len(of_row)} samples"
+        )
+        shown.append(
+            ShownRow(title, _cost(row, segments), counts, _lines(range(begin, stop), kinds, microbatch), of_row)
+        )
         begin = stop
     return shown
 
