@@ -14,9 +14,6 @@ from jinja2 import Environment
 from navil_megatron.blueprint.chat_template import PLACEHOLDER, TURN_TOKENS
 from navil_megatron.data.types import Turn
 
-type _Shape = tuple[tuple[str, tuple[bool, ...]], ...]
-"""Of each turn the role, and for each part whether it is an image."""
-
 
 class Span(NamedTuple):
     """A stretch of a sample that is tokenised as one string, or stands for something else."""
@@ -52,9 +49,9 @@ def conversation_spans(turns: Sequence[Turn], template: str) -> Iterator[Span]:
         turns: the conversation.
         template: how it reads.
     """
-    contents = [(turn.role, _parts(turn)) for turn in turns]
-    shape = tuple((role, tuple(part is None for part in parts)) for role, parts in contents)
-    texts = (part for _, parts in contents for part in parts if part is not None)
+    contents = [(turn.role, _ANSWER if turn.role == "assistant" else _TEXT, _parts(turn)) for turn in turns]
+    shape = tuple((role, *(None if part is None else text for part in parts)) for role, text, parts in contents)
+    texts = (part for *_, parts in contents for part in parts if part is not None)
     for span in _laid_out(template, shape):
         yield span._replace(text=re.sub(f"[{_TEXT}{_ANSWER}]", lambda _: next(texts), span.text))
 
@@ -66,17 +63,11 @@ def _parts(turn: Turn) -> list[str | None]:
 
 
 @lru_cache(maxsize=4096)
-def _laid_out(template: str, shape: _Shape) -> tuple[Span, ...]:
-    """The spans of all conversations of one shape, with stand-ins for their texts."""
+def _laid_out(template: str, shape: tuple[tuple[str | None, ...], ...]) -> tuple[Span, ...]:
+    """The spans of all conversations of one shape: of each turn the role, and a stand-in for every text."""
     messages = [
-        {
-            "role": role,
-            "content": [
-                {"type": "image"} if is_image else {"type": "text", "text": _ANSWER if role == "assistant" else _TEXT}
-                for is_image in parts
-            ],
-        }
-        for role, parts in shape
+        {"role": role, "content": [{"type": "text" if text else "image", "text": text} for text in parts]}
+        for role, *parts in shape
     ]
     spans, learned = [], False
     for piece in filter(None, _CUTS.split(_compiled(template).render(messages=messages))):

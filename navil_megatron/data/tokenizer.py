@@ -74,12 +74,7 @@ class SampleTokenizer:
         self.fingerprint = hashlib.sha256("\0".join(decisive).encode()).hexdigest()[:32]
         """32 hexadecimal digits that name everything that decides token ids."""
         turn_ids = [vocabulary[token] for token in TURN_TOKENS if token in vocabulary]
-        self._ids_of_kind = {
-            "image": [],
-            "end": [self.end_id],
-            "turn_start": turn_ids[:1],
-            "turn_end": turn_ids[1:],
-        }
+        self._ids_of_kind = {"image": [], "end": [self.end_id], "turn_start": turn_ids[:1], "turn_end": turn_ids[1:]}
         around = self._backend.encode("x")
         self._first_ids = around.ids[: around.special_tokens_mask.index(0)]
         """What the tokenizer puts in front of every text: a BOS token, or nothing."""

@@ -31,7 +31,8 @@ class Example(NamedTuple):
     tokenizer: SampleTokenizer
 
     def shown(self) -> list[ShownRow]:
-        return shown_rows(self.rows, self.microbatch, self.tokenizer, 16, 2, "source {0.source}, {0.number}".format)
+        names = {sample: f"sample {sample.number}" for sample in self.microbatch.samples}
+        return shown_rows(self.rows, self.microbatch, self.tokenizer, 16, 2, names)
 
     def page(self, title: str = "seed 7, step 3") -> str:
         return render_rows(self.shown(), title, 32)

@@ -69,7 +69,7 @@ _BODY = """
 <figure>
 <div class="grid" style="width: {{ width }}px; height: {{ height }}px;
 --block: {{ width / across }}px {{ height / down }}px"><img src="{{ address_of(scale) }}" alt=""></div>
-<figcaption><i style="background: rgb{{ kinds[[first_scale + loop.index0, last_scale] | min][1] }}"></i>
+<figcaption><i style="background: rgb{{ kinds[[scales[0] + loop.index0, scales[-1]] | min][1] }}"></i>
 {{- scale.width }} × {{ scale.height }}<br>{{ across }} × {{ down }} tokens</figcaption>
 </figure>
 {% endfor %}
@@ -99,15 +99,7 @@ def render_rows(rows: Sequence[ShownRow], title: str, merge_block: int, notes: S
         merge_block: side of what one visual token stands for, in pixels.
         notes: what went wrong.
     """
-    values = {
-        "rows": rows,
-        "notes": notes,
-        "block": merge_block,
-        "kinds": KINDS,
-        "first_scale": int(TokenKind.FIRST_SCALE),
-        "last_scale": int(TokenKind.LAST_SCALE),
-        "weight_colour": WEIGHT_COLOUR,
-        "address_of": address_of,
-        "size_on_page": size_on_page,
-    }
-    return render_page(title, _STYLE, _BODY, values)
+    told = {"rows": rows, "notes": notes, "block": merge_block, "kinds": KINDS, "weight_colour": WEIGHT_COLOUR}
+    scales = range(TokenKind.FIRST_SCALE, TokenKind.LAST_SCALE + 1)
+    drawn = {"scales": scales, "address_of": address_of, "size_on_page": size_on_page}
+    return render_page(title, _STYLE, _BODY, told | drawn)

@@ -4,7 +4,7 @@ A row is a strip of cells, wrapped into lines; under it a thin strip holds the l
 scale from the very patches that the model is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,6 +29,10 @@ _MOST_GROWN = 3.0
 _TRACK: Colour = (236, 239, 243)
 WEIGHT_COLOUR: Colour = (18, 96, 64)
 _ABSENT: Colour = (212, 217, 226)
+
+
+type Line = tuple[Image.Image, list[tuple[int, int]]]
+"""Cells, and the samples that begin among them: pixels from the left, number."""
 
 
 class TextRun(NamedTuple):
@@ -60,8 +64,7 @@ class ShownRow(NamedTuple):
     cost: str
     counts: dict[int, int]
     """Tokens of each kind."""
-    lines: list[tuple[Image.Image, list[tuple[int, int]]]]
-    """Cells, and the samples that begin among them: pixels from the left, number."""
+    lines: list[Line]
     samples: list[ShownSample]
 
 
@@ -71,7 +74,7 @@ def shown_rows(
     tokenizer: SampleTokenizer,
     patch_size: int,
     merge_size: int,
-    name_of: Callable[[SampleId], str],
+    names: Mapping[SampleId, str],
     first_row: int = 0,
 ) -> list[ShownRow]:
     """The rows of one microbatch.
@@ -82,7 +85,7 @@ def shown_rows(
         tokenizer: the run's.
         patch_size: side of a patch, in pixels.
         merge_size: patches along one side of a merge block.
-        name_of: what to call a sample, e.g. shard and key.
+        names: what to call the samples, e.g. by their keys.
         first_row: number of the first row in its batch.
     """
     kinds = token_kinds(rows, microbatch, tokenizer.special_token_ids, merge_size)
@@ -94,19 +97,17 @@ def shown_rows(
         images = [[next(pictures) for _ in scales] for scales in sample.scales]
         learned = int(np.count_nonzero(own == TokenKind.LEARNED))
         texts = _text_runs(sample, own, tokenizer)
-        samples.append(ShownSample(number, name_of(sample.sample), length, learned, images, texts))
+        samples.append(ShownSample(number, names[sample.sample], length, learned, images, texts))
     ends, shown, begin = np.cumsum(microbatch.segment_lengths), [], 0
     for row_number, row in enumerate(rows, first_row):
         stop = begin + row.seq_length
         segments = np.diff(ends[(ends > begin) & (ends <= stop)], prepend=begin)
         of_row, samples = samples[: len(row.samples)], samples[len(row.samples) :]
         counts = dict(zip(*map(np.ndarray.tolist, np.unique(kinds[begin:stop], return_counts=True)), strict=True))
-        title = (
-            f"Row {row_number}: {sum(s.num_tokens for s in of_row) / row.seq_length:.1%} full, {len(of_row)} samples"
-        )
-        shown.append(
-            ShownRow(title, _cost(row, segments), counts, _lines(range(begin, stop), kinds, microbatch), of_row)
-        )
+        fill = sum(sample.num_tokens for sample in of_row) / row.seq_length
+        title = f"Row {row_number}: {fill:.1%} full, {len(of_row)} samples"
+        lines = _lines(range(begin, stop), kinds, microbatch)
+        shown.append(ShownRow(title, _cost(row, segments), counts, lines, of_row))
         begin = stop
     return shown
 
@@ -148,7 +149,7 @@ def size_on_page(scale: Image.Image, largest: Image.Image) -> tuple[int, int]:
     return max(1, round(scale.width * factor)), max(1, round(scale.height * factor))
 
 
-def _lines(tokens: range, kinds: np.ndarray, microbatch: Microbatch) -> list[tuple[Image.Image, list[tuple[int, int]]]]:
+def _lines(tokens: range, kinds: np.ndarray, microbatch: Microbatch) -> list[Line]:
     """The lines of the row that holds these tokens of the microbatch."""
     cell_width = min(max(LINE_WIDTH // len(tokens), _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
     weights, lines = microbatch.loss_weights, []

@@ -42,22 +42,14 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, out
         f"step {step}, rows {first_row} to {first_row + len(rows) - 1} of {len(batch)}, seed {config.training.seed}: "
         f"{fill:.1%} full, {sum(row.cost for row in rows) / len(rows):.3g} FLOPs a row"
     )
-    vision = config.model.vision
-    shown = shown_rows(
-        sequences,
-        microbatch,
-        tokenizer,
-        vision.patch_size,
-        vision.merge_size,
-        lambda sample: sources[sample.source].key(sample.number),
-        first_row,
-    )
+    patch, merge = config.model.vision.patch_size, config.model.vision.merge_size
+    names = {sample: sources[sample.source].key(sample.number) for row in rows for sample in row.samples}
+    shown = shown_rows(sequences, microbatch, tokenizer, patch, merge, names, first_row)
     if output.suffix == ".png":
         draw_rows(shown, title).save(output, "PNG")
     else:
         notes = [f"{failed.shard}: {failed.key}: {failed.reason}; blank, and without loss" for failed in failures]
-        page = render_rows(shown, title, vision.patch_size * vision.merge_size, notes)
-        output.write_text(page, encoding="utf-8")
+        output.write_text(render_rows(shown, title, patch * merge, notes), encoding="utf-8")
     return {
         "step": step,
         "rows": len(rows),
