@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import SampleId
@@ -25,6 +26,7 @@ MAX_NEW_TOKENS = 48
 def main() -> int:
     """Writes what was generated and how much of it is exactly right."""
     hf_folder, data_folder, output = (Path(word) for word in sys.argv[1:4])
+    disable_progress_bar()  # of loading: this script has one of its own
     model = AutoModelForImageTextToText.from_pretrained(hf_folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(hf_folder, trust_remote_code=True)
     source = Source(data_folder / "heldout.index")

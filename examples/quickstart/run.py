@@ -49,7 +49,7 @@ def main() -> int:
     console.print(f"[dim]{scenes['attribution']}[/dim]")
 
     overrides = run_overrides(folder, scenes, options.steps)
-    console.rule("2  training on two ranks, tensor and sequence parallel, stopped in the middle")
+    console.rule("2  training on two ranks, tensor and sequence parallel, stopped halfway")
     training_started = time.perf_counter()
     stopped_at = train_and_stop(folder, overrides)
     console.rule(f"3  resumed from the checkpoint of step {stopped_at}")

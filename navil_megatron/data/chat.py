@@ -1,80 +1,76 @@
 """How a sample reads: images and text in order, turn by turn, before any of it is a token.
 
-The reference's prompt (MPT style): turns follow each other without a newline, images that begin a turn stand on a line
-each, later ones stand where they are. The exported processor writes the same.
+A conversation is cut from the very template that exported folders carry. It is rendered once for each order of roles,
+texts and images, with a stand-in for every text, so nothing that a text says can look like a turn or an image.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
+from jinja2 import Environment
+
+from navil_megatron.blueprint.chat_template import PLACEHOLDER, TURN_TOKENS
 from navil_megatron.data.types import Turn
 
-START_TOKEN = "<|im_start|>"
-END_TOKEN = "<|im_end|>"
 
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-"""What every answer follows in the chats of a tokenizer that knows thoughts (Qwen3), as in the authors' 9B."""
+class Span(NamedTuple):
+    """A stretch of a sample that is tokenised as one string, or stands for something else."""
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% set turn = namespace(leading=true) %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{% set turn.leading = false %}{{ part['text'] }}"
-    "{% elif turn.leading %}<image>\n{% else %}<image>{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""The same for transformers, with ``<image>`` where an image stands."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A stretch of a sample that is tokenised as one string, or an image."""
-
+    kind: Literal["text", "image", "turn_start", "turn_end", "end"]
     text: str = ""
-    opens: bool = False
-    """The token that starts a turn comes before the text."""
-    closes: bool = False
-    """The token that ends a turn, or a document, comes after it."""
-    loss: bool = False
+    learned: bool = False
     """The model learns to say it."""
-    image: bool = False
 
 
-IMAGE = Span(image=True)
+_KINDS: dict[str, Literal["image", "turn_start", "turn_end"]] = {
+    PLACEHOLDER: "image",
+    TURN_TOKENS[0]: "turn_start",
+    TURN_TOKENS[1]: "turn_end",
+}
+_TEXT, _ANSWER = "\ufdd0", "\ufdd1"
+"""Stand for a text while the template is rendered; the second for one that is learned."""
+_CUTS = re.compile(f"({'|'.join(map(re.escape, _KINDS))}|{_ANSWER})")
+_compiled = lru_cache(Environment(trim_blocks=True, lstrip_blocks=True).from_string)  # as transformers does
 
 
 def document_spans(text: str, num_images: int) -> list[Span]:
     """Images, then the text, which is learned with its end."""
-    return [IMAGE] * num_images + [Span(text, closes=True, loss=True)]
+    return [Span("image")] * num_images + [Span("text", text, learned=True), Span("end", learned=True)]
 
 
-def conversation_spans(turns: tuple[Turn, ...], answer_start: str) -> Iterator[Span]:
+def conversation_spans(turns: Sequence[Turn], template: str) -> Iterator[Span]:
     """Turn by turn; what the assistant says is learned with its end, and cut off from the header before it.
 
     At inference the header ends the prompt, so the tokens of an answer must not depend on it.
 
     Args:
         turns: the conversation.
-        answer_start: text between the header of an assistant's turn and what is said.
+        template: how it reads.
     """
-    for turn in turns:
-        if turn.role == "assistant":
-            yield Span(f"assistant\n{answer_start}", opens=True)
-            yield Span("".join(part for part in turn.parts if part is not None), closes=True, loss=True)
-        else:
-            yield from _prompt_spans(turn)
+    contents = [(turn.role, _ANSWER if turn.role == "assistant" else _TEXT, _parts(turn)) for turn in turns]
+    shape = tuple((role, *(None if part is None else text for part in parts)) for role, text, parts in contents)
+    texts = (part for *_, parts in contents for part in parts if part is not None)
+    for span in _laid_out(template, shape):
+        yield span._replace(text=re.sub(f"[{_TEXT}{_ANSWER}]", lambda _: next(texts), span.text))
 
 
-def _prompt_spans(turn: Turn) -> Iterator[Span]:
-    """A turn that is not learned, cut where images stand."""
-    text, opens, leading = f"{turn.role}\n", True, True
-    for part in turn.parts:
-        if part is None:
-            yield Span(text, opens=opens)
-            yield IMAGE
-            text, opens = "\n" if leading else "", False
-        else:
-            text, leading = text + part, False
-    yield Span(text, opens=opens, closes=True)
+def _parts(turn: Turn) -> list[str | None]:
+    """Texts that say something, and ``None`` where an image stands; an answer is one text."""
+    parts = [part for part in turn.parts if part != ""]
+    return ["".join(part or "" for part in parts)] if turn.role == "assistant" else parts
+
+
+@lru_cache(maxsize=4096)
+def _laid_out(template: str, shape: tuple[tuple[str | None, ...], ...]) -> tuple[Span, ...]:
+    """The spans of all conversations of one shape: of each turn the role, and a stand-in for every text."""
+    messages = [
+        {"role": role, "content": [{"type": "text" if text else "image", "text": text} for text in parts]}
+        for role, *parts in shape
+    ]
+    spans, learned = [], False
+    for piece in filter(None, _CUTS.split(_compiled(template).render(messages=messages))):
+        learned = piece == _ANSWER or (learned and piece == TURN_TOKENS[1])
+        spans.append(Span(_KINDS[piece], learned=learned) if piece in _KINDS else Span("text", piece, learned))
+    return tuple(spans)

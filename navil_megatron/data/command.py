@@ -79,15 +79,15 @@ def _add_show(add_verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser = add_verb(
         "show",
         run_show,
-        "draw rows of a step as a run will see them: tokens, images, loss weights, padding",
-        "navil-megatron data show run.toml --step 100 --rows 2 --output rows.png",
+        "show rows of a step as a run will see them: tokens, images, texts, loss weights, padding",
+        "navil-megatron data show run.toml --step 100 --rows 2 --output rows.html",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings to change, in TOML")
     parser.add_argument("--step", type=int, default=0, metavar="N", help="which step, from 0 (0)")
     parser.add_argument("--first-row", type=int, default=0, metavar="N", help="of the global batch, from 0 (0)")
     parser.add_argument("--rows", type=_count, default=2, metavar="N", help="how many rows (2)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the picture to write, as rows.png")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the page to write, as rows.html")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +145,7 @@ def run_inspect(options: argparse.Namespace, on_progress: OnProgress) -> Outcome
 
 
 def run_show(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
-    """Draws rows."""
+    """Shows rows."""
     from navil_megatron.config.load import load_config
     from navil_megatron.config.validate import validate
     from navil_megatron.data.show.step import show_step
@@ -154,8 +154,7 @@ def run_show(options: argparse.Namespace, on_progress: OnProgress) -> Outcome:
     validate(config)
     if options.step < 0 or options.first_row < 0:
         raise UserError(f"--step {options.step} --first-row {options.first_row}: expected numbers from 0")
-    page, report = show_step(config, options.step, options.first_row, options.rows)
-    page.save(options.output, "PNG")
+    report = show_step(config, options.step, options.first_row, options.rows, options.output)
     text = f"{options.output}: {report['rows']} rows with {report['samples']} samples, {report['fill']:.1%} full"
     return report | {"output": str(options.output)}, text, 0
 

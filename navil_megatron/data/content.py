@@ -7,11 +7,9 @@ One parser for the index and for reading, so that both see the same sample. A do
 import json
 from typing import Any, Literal
 
+from navil_megatron.blueprint.chat_template import PLACEHOLDER
 from navil_megatron.data.shards.shard_index import KIND_CONVERSATION, KIND_JSON, KIND_TEXT
 from navil_megatron.data.types import Content, Turn
-
-IMAGE_MARK = "<image>"
-"""Where an image stands in the text of a user's turn."""
 
 _ROLES: dict[Any, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -120,7 +118,7 @@ def _turn(name: Any, content: Any) -> Turn:
 def _split_at_marks(text: str) -> tuple[str | None, ...]:
     """Text and images; the newline after an image that begins the turn belongs to its mark."""
     parts: list[str | None] = []
-    first, *others = text.split(IMAGE_MARK)
+    first, *others = text.split(PLACEHOLDER)
     leading = not first
     parts.append(first)
     for other in others:

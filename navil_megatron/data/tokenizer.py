@@ -12,17 +12,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from navil_megatron.blueprint.chat_template import TURN_TOKENS, chat_template
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS
-from navil_megatron.data.chat import (
-    CHAT_TEMPLATE,
-    EMPTY_THOUGHT,
-    END_TOKEN,
-    START_TOKEN,
-    Span,
-    conversation_spans,
-    document_spans,
-)
+from navil_megatron.data.chat import Span, conversation_spans, document_spans
 from navil_megatron.data.types import Content
 from navil_megatron.files.hashes import fingerprint
 
@@ -75,15 +68,17 @@ class SampleTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
-        decisive = [self._backend.to_str(), str(self.end_id), str(self.pad_id), CHAT_TEMPLATE]
+        self._template = chat_template(vocabulary)
+        # Whether answers follow a thought is in the vocabulary: one template stands for how conversations read.
+        decisive = [self._backend.to_str(), str(self.end_id), str(self.pad_id), chat_template(TURN_TOKENS) or ""]
         self.fingerprint = fingerprint("\0".join(decisive))
         """32 hexadecimal digits that name everything that decides token ids."""
-        self._turn_ids = [vocabulary[token] for token in (START_TOKEN, END_TOKEN) if token in vocabulary]
-        self._answer_start = EMPTY_THOUGHT if {"<think>", "</think>"} <= vocabulary.keys() else ""
+        turn_ids = [vocabulary[token] for token in TURN_TOKENS if token in vocabulary]
+        self._ids_of_kind = {"image": [], "end": [self.end_id], "turn_start": turn_ids[:1], "turn_end": turn_ids[1:]}
         around = self._backend.encode("x")
         self._first_ids = around.ids[: around.special_tokens_mask.index(0)]
         """What the tokenizer puts in front of every text: a BOS token, or nothing."""
-        self._refuse_control_tokens_in_text()
+        self._refuse_control_tokens_in_text({*self.special_token_ids, self.end_id, self.pad_id, *turn_ids})
 
     def __reduce__(self) -> tuple[type["SampleTokenizer"], tuple[PreTrainedTokenizerFast, str]]:
         """A copy in another process is made anew: a pickled backend would read control tokens out of text again."""
@@ -102,11 +97,10 @@ class SampleTokenizer:
         Raises:
             UserError: a conversation, but the tokenizer has no tokens for turns.
         """
-        start, end = self._turn_ends(content)
         pieces = [Piece(self._first_ids, loss=False)] if self._first_ids else []
         for span in self._spans(content, num_images):
-            ids = [start] * span.opens + self.encode(span.text) + [end] * span.closes
-            pieces.append(Piece(ids, span.loss, span.image))
+            ids = self.encode(span.text) if span.kind == "text" else self._ids_of_kind[span.kind]
+            pieces.append(Piece(ids, span.learned, span.kind == "image"))
         return pieces
 
     def count(self, contents: Sequence[Content], num_images: Sequence[int]) -> np.ndarray:
@@ -115,11 +109,12 @@ class SampleTokenizer:
         texts: list[str] = []
         owners: list[int] = []
         for number, (content, images) in enumerate(zip(contents, num_images, strict=True)):
-            self._turn_ends(content)
             for span in self._spans(content, images):
-                counts[number] += span.opens + span.closes
-                texts.append(span.text)
-                owners.append(number)
+                if span.kind == "text":
+                    texts.append(span.text)
+                    owners.append(number)
+                else:
+                    counts[number] += len(self._ids_of_kind[span.kind])
         for first in range(0, len(texts), _SPANS_AT_ONCE):
             batch = texts[first : first + _SPANS_AT_ONCE]
             encodings = self._backend.encode_batch_fast(batch, add_special_tokens=False)
@@ -133,21 +128,15 @@ class SampleTokenizer:
     def _spans(self, content: Content, num_images: int) -> Iterable[Span]:
         if isinstance(content, str):
             return document_spans(content, num_images)
-        return conversation_spans(content, self._answer_start)
-
-    def _turn_ends(self, content: Content) -> tuple[int, int]:
-        """The ids that start and end a turn; a document has an end alone."""
-        if isinstance(content, str):
-            return self.end_id, self.end_id
-        if len(self._turn_ids) < 2:
+        if self._template is None:
             raise UserError(
-                f"tokenizer {self._folder} has no {START_TOKEN} and {END_TOKEN}, which conversations need: "
+                f"tokenizer {self._folder} has no {' and '.join(TURN_TOKENS)}, which conversations need: "
                 "add them as special tokens and save it"
             )
-        return self._turn_ids[0], self._turn_ids[1]
+        return conversation_spans(content, self._template)
 
-    def _refuse_control_tokens_in_text(self) -> None:
-        control = {*self.special_token_ids, self.end_id, self.pad_id, *self._turn_ids, *self._first_ids}
+    def _refuse_control_tokens_in_text(self, control: set[int]) -> None:
+        control = control.union(self._first_ids)
         names = self.hugging_face.convert_ids_to_tokens(sorted(control))
         found = [name for name in names if control.intersection(self.encode(f"a {name} b"))]
         if found:
@@ -207,12 +196,12 @@ def build_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int = 102
     backend.train_from_iterator(captions, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        eos_token=END_TOKEN,
+        eos_token=TURN_TOKENS[1],
         pad_token=PAD_TOKEN,
         # transformers 5 calls it extra_special_tokens and takes the name that 4 knows, too.
-        additional_special_tokens=[START_TOKEN, *SPECIAL_TOKENS],
+        additional_special_tokens=[TURN_TOKENS[0], *SPECIAL_TOKENS],
         clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template(TURN_TOKENS),
     )
     tokenizer.save_pretrained(str(folder))
     return load_tokenizer(folder)

@@ -1,10 +1,11 @@
 """What a sample looks like to a model: the images as a caption's start, or a question in a user's turn."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+from navil_megatron.blueprint.chat_template import PLACEHOLDER
 from navil_megatron.config.errors import UserError
 from navil_megatron.evaluation.samples import Sample
-from navil_megatron.hf.exported.chat_template import PLACEHOLDER
 
 PromptStyle = Literal["auto", "plain", "chat"]
 """``auto``: a question becomes a turn where the model knows turns; what has no question is never one."""
@@ -16,14 +17,22 @@ def prompt_of(sample: Sample, processor: Any, style: PromptStyle) -> str:
     Raises:
         UserError: Turns are asked for and the folder has no chat template.
     """
-    parts = content_of(sample)
+    style = "plain" if style == "auto" and not sample.question else style
+    return write_prompt([{"role": "user", "content": content_of(sample)}], processor, style)
+
+
+def write_prompt(messages: Sequence[dict[str, Any]], processor: Any, style: PromptStyle) -> str:
+    """The prompt for the next turn, with an ``<image>`` for each image; ``plain`` strings images and text together.
+
+    Raises:
+        UserError: Turns are asked for and the folder has no chat template.
+    """
     knows_turns = bool(getattr(processor, "chat_template", None))
     if style == "chat" and not knows_turns:
         raise UserError("the folder has no chat template: ask with --prompts plain")
-    if style == "chat" or (style == "auto" and knows_turns and sample.question):
-        turns = [{"role": "user", "content": parts}]
-        return str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    return "".join(part.get("text", PLACEHOLDER) for part in parts)
+    if style == "plain" or not knows_turns:
+        return "".join(part.get("text", PLACEHOLDER) for message in messages for part in message["content"])
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def content_of(sample: Sample) -> list[dict[str, str]]:

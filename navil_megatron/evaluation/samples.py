@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from navil_megatron.blueprint.chat_template import PLACEHOLDER
 from navil_megatron.config.errors import ConfigError, UserError
-from navil_megatron.hf.exported.chat_template import PLACEHOLDER
 
 MAX_PROBLEMS = 20
 """Problems that are told one by one."""

@@ -1,17 +1,11 @@
-"""A page of the samples that a model did worst on: pictures, question, what was expected and what came.
+"""A page of the samples that a model did worst on: pictures, question, what was expected and what came."""
 
-One file without references to others, so that it can be mailed and kept.
-"""
-
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from navil_megatron.evaluation.scores import Scored
+from navil_megatron.files.html_page import address_of, render_page
 from navil_megatron.hf.generate import open_picture
 
 _THUMBNAIL_SIDE = 240
@@ -20,22 +14,14 @@ _MAX_PICTURES = 4
 _NAMES = {"cider": "CIDEr", "bleu": "BLEU", "anls": "ANLS"}
 _TITLES = {"caption": "Captions", "qa": "Answers"}
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1c1c }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+_STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }
-article { border: 1px solid #d5d5d5; border-radius: 6px; padding: .8rem; overflow-wrap: anywhere }
 img { max-width: 100%; background: #eee; margin: 0 .3rem .3rem 0 }
 dl { margin: .3rem 0 0; display: grid; grid-template-columns: auto 1fr; gap: .2rem .7rem }
-dt { color: #666 } dd { margin: 0; white-space: pre-wrap } .found { font-weight: 600 }
+dt { color: #666 } dd { margin: 0; white-space: pre-wrap; unicode-bidi: plaintext } .found { font-weight: 600 }
 footer { color: #666; font-size: .85rem; margin-top: .5rem }
-</style>
-<h1>{{ title }}</h1>
+"""
+_BODY = """
 {% for task in tasks %}
 <h2>{{ task.title }}: {{ task.summary }}</h2>
 <p>The worst {{ task.cases|length }} of {{ task.num }}.</p>
@@ -55,7 +41,6 @@ footer { color: #666; font-size: .85rem; margin-top: .5rem }
 {% endfor %}
 </div>
 {% endfor %}
-</html>
 """
 
 
@@ -70,8 +55,7 @@ def write_worst_page(
         tasks.append(
             {"title": _TITLES[task], "summary": _points(means), "num": values["num"], "cases": list(map(_case, worst))}
         )
-    page = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE).render(title=title, tasks=tasks)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(render_page(title, _STYLE, _BODY, {"tasks": tasks}), encoding="utf-8")
 
 
 def describe_scores(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -103,6 +87,4 @@ def _thumbnail(path: Path) -> str:
     """The picture as an address that holds it."""
     picture = open_picture(path)
     picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return address_of(picture)

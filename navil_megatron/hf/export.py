@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.chat_template import default_system_message
 from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_folder import new_folder, require_new
 from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, read_config
@@ -67,7 +68,8 @@ def convert_to_hf(
     require_new(folder)
     source = find_checkpoint(checkpoint)
     model = read_model_config(source)
-    data = read_config(source).get("data") or {}
+    written = read_config(source)
+    data = written.get("data") or {}
     reader = CheckpointReader(source)
     found = reader.signatures()
     require_mcore_tensors(found, model, f"checkpoint {source}")
@@ -92,7 +94,9 @@ def convert_to_hf(
         has_chat_template = False
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
-            has_chat_template = settle_tokenizer(partial, model)
+            has_chat_template = settle_tokenizer(
+                partial, default_system_message(model, trained_here="training" in written)
+            )
         card = model_card(
             model,
             counts["num_parameters"],

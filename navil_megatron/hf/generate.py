@@ -12,6 +12,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from navil_megatron.config.errors import UserError
 
@@ -47,6 +48,7 @@ def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: 
             f"{folder} lacks {', '.join(missing)}: give a folder that `convert to-hf` made with a tokenizer"
         )
     settings = {"trust_remote_code": True, "local_files_only": True}
+    disable_progress_bar()  # gone in a moment, and two lines in a log
     # "auto" takes the type that the weights were stored with.
     model = AutoModelForImageTextToText.from_pretrained(folder, **{DTYPE_ARGUMENT: dtype or "auto"}, **settings)
     processor = AutoProcessor.from_pretrained(folder, **settings)

@@ -1,6 +1,7 @@
 """The quickstart's driver, whole but short: every step leaves what it promises. The thresholds need a full run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     printed, stderr = process.communicate()
     assert process.returncode == 0, printed + stderr
     assert error_lines(stderr) == []
+    # The log is readable from top to bottom: nothing of other libraries, no title that is cut off.
+    foreign = re.compile(r"Warning|deprecat|site-packages|Loading weights|\[transformers\]|\[W\d|…")
+    assert [line for line in (printed + stderr).splitlines() if foreign.search(line)] == []
     return folder, printed
 
 

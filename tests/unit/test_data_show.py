@@ -1,5 +1,8 @@
-"""Packed rows as a picture: cells in the colours of their tokens, images as the model sees them, always the same."""
+"""Packed rows as a page or picture: cells in the colours of their tokens, images as the model sees them, the texts."""
 
+import base64
+import io
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,12 +13,15 @@ from PIL import Image
 
 from navil_megatron.blueprint.image_plan import ImagePlanner, image_grid_thw, visual_tokens
 from navil_megatron.data.encode import encode_sample
-from navil_megatron.data.show.rows import CELL_HEIGHT, PAGE_WIDTH, draw_cells, draw_rows, unpatchify
-from navil_megatron.data.show.tokens import COLOURS, TokenKind, token_kinds
+from navil_megatron.data.show.page import render_rows
+from navil_megatron.data.show.picture import draw_rows
+from navil_megatron.data.show.rows import CELL_HEIGHT, LINE_WIDTH, ShownRow, draw_cells, shown_rows, unpatchify
+from navil_megatron.data.show.tokens import KINDS, TokenKind, token_kinds
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.data.types import Content, Microbatch, PackedSequence, SampleId, Turn
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor
 
+COLOURS = [colour for _, colour in KINDS]
 BOUNDS = {"min_pixels": 32 * 32, "max_pixels": 128 * 128}
 
 
@@ -24,11 +30,12 @@ class Example(NamedTuple):
     microbatch: Microbatch
     tokenizer: SampleTokenizer
 
-    def draw(self, title: str = "seed 7, step 3") -> Image.Image:
-        tokenizer = self.tokenizer
-        return draw_rows(
-            self.rows, self.microbatch, tokenizer.hugging_face.decode, tokenizer.special_token_ids, 16, 2, title
-        )
+    def shown(self) -> list[ShownRow]:
+        names = {sample: f"sample {sample.number}" for sample in self.microbatch.samples}
+        return shown_rows(self.rows, self.microbatch, self.tokenizer, 16, 2, names)
+
+    def page(self, title: str = "seed 7, step 3") -> str:
+        return render_rows(self.shown(), title, 32)
 
     def kinds(self) -> np.ndarray:
         return token_kinds(self.rows, self.microbatch, self.tokenizer.special_token_ids, 2)
@@ -109,7 +116,8 @@ def test_every_token_has_its_kind(example: Example) -> None:
     said = ["a red apple", "left of a key", "a red apple"]
     assert np.count_nonzero(kinds == TokenKind.LEARNED) == sum(len(tokenizer.encode(text)) + 1 for text in said) - 1
     assert np.count_nonzero(kinds == TokenKind.VISUAL_PADDING) == 32
-    assert np.count_nonzero(kinds >= TokenKind.FIRST_SCALE) + 3 + 32 == example.microbatch.visual_token_mask.sum()
+    scale_tokens = (kinds >= TokenKind.FIRST_SCALE) & (kinds <= TokenKind.LAST_SCALE)
+    assert np.count_nonzero(scale_tokens) + 3 + 32 == example.microbatch.visual_token_mask.sum()
 
 
 def test_cells_have_the_share_of_their_tokens(example: Example) -> None:
@@ -125,30 +133,61 @@ def test_cells_have_the_share_of_their_tokens(example: Example) -> None:
     assert np.array_equal(bars, np.repeat(weights * 8, 4))
 
 
-def test_the_page_holds_every_cell_and_is_the_same_every_time(example: Example) -> None:
-    page = example.draw()
-    assert page.tobytes() == example.draw().tobytes()
-    assert page.width <= 2400
-    pixels, kinds = np.asarray(page), example.kinds()
-    cell = PAGE_WIDTH // 192
-    for row in range(2):
-        line = np.array(COLOURS, dtype=np.uint8)[kinds[row * 192 : (row + 1) * 192]].repeat(cell, axis=0)
-        stands = (pixels[:, 40 : 40 + len(line)] == line).all(axis=(1, 2))
-        assert stands.sum() == CELL_HEIGHT
-    assert example.draw("seed 7, step 4").tobytes() != page.tobytes()
+def pictures_of(page: str, kind: str) -> list[np.ndarray]:
+    found = re.findall(rf'src="data:image/{kind};base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))) for content in found]
+
+
+def test_page_and_picture_hold_every_cell_and_are_the_same_every_time(example: Example) -> None:
+    page, kinds, cell = example.page(), example.kinds(), LINE_WIDTH // 192
+    assert page == example.page() != example.page("seed 7, step 4")
+    picture = draw_rows(example.shown(), "seed 7, step 3")
+    assert picture.tobytes() == draw_rows(example.shown(), "seed 7, step 3").tobytes()
+    assert picture.tobytes() != draw_rows(example.shown(), "seed 7, step 4").tobytes()
+    lines = pictures_of(page, "png")
+    assert len(lines) == 2
+    for row, cells in enumerate(lines):
+        of_row = slice(row * 192, (row + 1) * 192)
+        expected = draw_cells(kinds[of_row], example.microbatch.loss_weights[of_row], cell, 1.0)
+        assert np.array_equal(cells, expected)
+        stands = (np.asarray(picture)[:, 12 : 12 + expected.width] == cells[CELL_HEIGHT - 1]).all(axis=(1, 2))
+        assert stands.sum() >= 3  # numbers of samples are written on the cells above
+    assert [scale.shape[:2] for scale in pictures_of(page, "jpeg")] == [
+        (height * 16, width * 16) for _, height, width in example.microbatch.image_grid_thw
+    ]
+    for row, counts in enumerate(shown.counts for shown in example.shown()):
+        assert counts == {kind: np.count_nonzero(kinds[row * 192 : (row + 1) * 192] == kind) for kind in counts}
+
+
+def text_of(page: str, sample: int) -> str:
+    return re.findall(r'<p class="text">(.*?)</p>', page, re.S)[sample - 1]
+
+
+def test_texts_of_every_script_are_shown_with_what_is_learned(example: Example) -> None:
+    captions = ["一只红狐狸 🦊👨‍👩‍👧", "تفاحة خضراء (3)", "no <|im_end|> & no <b>"]
+    chat = (Turn("user", (None, "红 or أخضر?")), Turn("assistant", ("🦊 أخضر",)))
+    rows = [[(captions[0], []), (captions[1], [noise(64, 64)]), (captions[2], []), (chat, [noise(64, 64)])]]
+    page = lay_out(example.tokenizer, rows, 512, **BOUNDS).page()
+    end, image = '<mark><b dir="ltr">&lt;|im_end|&gt;</b></mark>', '<b dir="ltr">image</b>'
+    assert text_of(page, 1) == f"<mark>{captions[0]}</mark>{end}"
+    assert text_of(page, 2) == f"{image}<mark>{captions[1]}</mark>{end}"
+    assert text_of(page, 3) == f"<mark>no &lt;|im_end|&gt; &amp; no &lt;b&gt;</mark>{end}"
+    asked = f'<b dir="ltr">&lt;|im_start|&gt;</b>user\n{image}\n红 or أخضر?'
+    header = '<b dir="ltr">&lt;|im_end|&gt;&lt;|im_start|&gt;</b>assistant\n'
+    assert text_of(page, 4) == f"{asked}{header}<mark>🦊 أخضر</mark>{end}"
 
 
 def test_long_rows_wrap_and_absent_pixels_are_grey(example: Example) -> None:
-    tokenizer = example.tokenizer
-    long = lay_out(tokenizer, [[("a red apple " * 700, [noise(90, 90)]), ("a key " * 200, [])]], 4096, **BOUNDS)
-    page = long.draw()
-    assert page.width <= 2400
-    learned = (np.asarray(page) == COLOURS[TokenKind.LEARNED]).all(axis=2).sum()
-    assert learned >= np.count_nonzero(long.kinds() == TokenKind.LEARNED) * 3 * CELL_HEIGHT
-    bare = Example(long.rows, long.microbatch, tokenizer)
-    object.__setattr__(bare.microbatch, "has_pixels", np.zeros_like(long.microbatch.has_pixels))
-    object.__setattr__(bare.microbatch, "pixel_values", None)
-    assert bare.draw().size == page.size
+    long = lay_out(example.tokenizer, [[("a red apple " * 700, [noise(90, 90)]), ("a key " * 200, [])]], 4096, **BOUNDS)
+    page = long.page()
+    lines = pictures_of(page, "png")
+    assert len(lines) > 5 and all(line.shape[1] <= LINE_WIDTH for line in lines)
+    learned = sum((line == COLOURS[TokenKind.LEARNED]).all(axis=2).sum() for line in lines)
+    assert learned == np.count_nonzero(long.kinds() == TokenKind.LEARNED) * 3 * CELL_HEIGHT
+    object.__setattr__(long.microbatch, "has_pixels", np.zeros_like(long.microbatch.has_pixels))
+    object.__setattr__(long.microbatch, "pixel_values", None)
+    assert all(len(np.unique(scale)) <= 12 for scale in pictures_of(long.page(), "jpeg"))
+    assert draw_rows(long.shown(), "").width <= 2400
 
 
 def test_unpatchify_gives_the_padded_picture_back() -> None:

@@ -1,27 +1,19 @@
-"""Samples as tokens: as the exported processor writes them, control tokens in a text stay text, misfits are refused."""
+"""Samples as tokens: control tokens in a text stay text, misfits are refused."""
 
 import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS
-from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer, load_tokenizer
-from navil_megatron.data.types import Content, SampleId, Turn
-from navil_megatron.hf.exported.chat_template import chat_template
-from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
-from tests.unit.hf_examples import tiny_model
+from navil_megatron.data.types import Content, Turn
 
 CAPTIONS = ["a red apple left of a bicycle", "a bicycle above a red apple"] * 3
 CONTROL = (*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>", "<pad>")
@@ -99,64 +91,6 @@ def test_counts_are_those_of_the_pieces_and_no_text_forges_a_control_token(
         text = tokenizer.hugging_face.decode([token for piece in sample for token in piece.ids if token not in found])
         parts = [content] if isinstance(content, str) else [part for turn in content for part in turn.parts if part]
         assert all(part in text for part in parts)
-
-
-def with_extras(folder: Path, target: Path, bos: bool, thoughts: bool) -> SampleTokenizer:
-    """The tokenizer with what InternLM2 and Llama (a BOS token) or Qwen3 (thoughts, no special tokens) bring along."""
-    loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    if bos:
-        loaded.add_special_tokens({"bos_token": "<s>"})
-        loaded.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", loaded.bos_token_id)]
-        )
-    if thoughts:
-        loaded.add_tokens(["<think>", "</think>"])
-    loaded.save_pretrained(str(target))
-    return load_tokenizer(target)
-
-
-@pytest.mark.parametrize("system", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_prompts_are_those_of_the_exported_processor(folder: Path, tmp_path: Path, family: str, system: bool) -> None:
-    tokenizer = with_extras(folder, tmp_path, bos=family == "llama", thoughts=family == "qwen3")
-    processor = NaViLProcessor(
-        NaViLImageProcessor(min_pixels=1024, max_pixels=8192),
-        tokenizer.hugging_face,
-        chat_template=chat_template(tiny_model(family)),
-    )
-    planner = ImagePlanner(
-        patch_size=16, merge_size=2, min_pixels=1024, max_pixels=8192, multi_scale=True, scale_ratio=0.7071
-    )
-    pictures = [Image.new("RGB", size) for size in ((100, 66), (40, 100), (33, 33), (64, 64))]
-    scales = planner.plan_images([(picture.height, picture.width) for picture in pictures])
-    turns = [
-        Turn("system", ("Be brief.\n",)),
-        Turn("user", (None, None, "which is\n redder, 左 or right?")),
-        Turn("assistant", ("The left\n\none. ",)),
-        Turn("user", ("and ", None, "", " beside", None, "\n it")),
-        Turn("assistant", ("An apple",)),
-    ][not system :]
-    places = iter(pictures)
-    chat = [
-        {
-            "role": turn.role,
-            "content": [
-                {"type": "image", "image": next(places)} if part is None else {"type": "text", "text": part}
-                for part in turn.parts
-            ],
-        }
-        for turn in turns[:-1]
-    ]
-    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
-    encoded = encode_sample(SampleId(0, 0), tuple(turns), scales, tokenizer, merge_size=2)
-    answer = [*tokenizer.encode("An apple"), tokenizer.end_id]
-    assert encoded.input_ids.tolist() == inputs["input_ids"][0].tolist() + answer
-    assert np.array_equal(inputs["image_grid_thw"], [(1, s.grid_height, s.grid_width) for i in scales for s in i])
-    learned = encoded.input_ids[encoded.loss_weights > 0]
-    assert learned.tolist() == [*tokenizer.encode("The left\n\none. "), tokenizer.end_id, *answer]
-    document = encode_sample(SampleId(0, 1), "a red apple", scales[:2], tokenizer, merge_size=2)
-    caption = processor(images=pictures[:2], text="a red apple<|im_end|>")
-    assert document.input_ids.tolist() == caption["input_ids"][0].tolist()
 
 
 def test_conversations_need_the_tokens_of_turns(folder: Path, tmp_path: Path) -> None:

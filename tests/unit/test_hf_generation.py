@@ -12,7 +12,7 @@ import torch
 from navil_megatron.config.errors import UserError
 from navil_megatron.hf.generate import generate_captions, load_for_generation
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
-from navil_megatron.hf.remote_code.modeling_navil_chat import CONTEXT, NaViL
+from navil_megatron.hf.remote_code.modeling_navil_chat import CACHE, CONTEXT, NaViL
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
 from tests.unit.hf_examples import FAMILIES
 from tests.unit.hf_folders import PICTURES, exported_folder, picture
@@ -60,6 +60,7 @@ print(json.dumps(tokens[0, inputs["input_ids"].shape[1]:].tolist()))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
     captioner = load_for_generation(exported)
     inputs = captioner.processor(images=picture(64, 90), text="<image>")
     expected = captioner.model.generate(**inputs, max_new_tokens=5, do_sample=False)
@@ -77,9 +78,18 @@ def test_cached_steps_equal_the_whole_row(model: NaViL, processor: NaViLProcesso
         output = model(**inputs, use_cache=True)
         steps = [output.logits]
         for token in generated[0]:
-            output = model(token.view(1, 1), past_key_values=output.past_key_values, use_cache=True)
+            output = model(token.view(1, 1), use_cache=True, **{CACHE: output[CACHE]})
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
+
+
+def test_generation_computes_each_token_once(model: NaViL, processor: NaViLProcessor) -> None:
+    inputs = processor(images=PICTURES[0], text=PROMPTS[1])
+    lengths: list[int] = []
+    hook = model.language_model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+    hook.remove()
+    assert lengths == [inputs["input_ids"].shape[1], 1, 1, 1]
 
 
 def test_chunks_after_the_prompt_equal_the_whole_row(model: NaViL, processor: NaViLProcessor) -> None:
@@ -87,7 +97,7 @@ def test_chunks_after_the_prompt_equal_the_whole_row(model: NaViL, processor: Na
     with torch.no_grad():
         whole = model(ids).logits
         first = model(ids[:, :3], use_cache=True)
-        second = model(ids[:, 3:], past_key_values=first.past_key_values, use_cache=True).logits
+        second = model(ids[:, 3:], use_cache=True, **{CACHE: first[CACHE]}).logits
     torch.testing.assert_close(torch.cat([first.logits, second], 1), whole, **CLOSE)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from navil_megatron.blueprint.chat_template import TURN_TOKENS, chat_template
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.exported.chat_template import chat_template
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_from_hf
-from navil_megatron.hf.exported.portable_tokenizer import added_tokens, settle_tokenizer
+from navil_megatron.hf.exported.portable_tokenizer import settle_tokenizer, vocabulary
 from tests.unit.hf_examples import tiny_model, tiny_tokenizer
 
 MODEL = tiny_model("qwen2")
@@ -32,13 +32,13 @@ def test_class_and_key_of_version_5_become_those_that_version_4_knows(folder: Pa
     ids = AutoTokenizer.from_pretrained(folder)("<img>a red square</img>")["input_ids"]
     config = folder / "tokenizer_config.json"
     kept = json.loads(config.read_text())
-    names = [*added_tokens(folder)]
+    names = [entry["content"] for entry in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]]
     for settings in (
         {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": names},
         {"tokenizer_class": "Their", "auto_map": {"AutoTokenizer": ["their.Their", None]}, "extra_special_tokens": {}},
     ):
         config.write_text(json.dumps({"eos_token": kept["eos_token"], "pad_token": kept["pad_token"], **settings}))
-        settle_tokenizer(folder, MODEL)
+        settle_tokenizer(folder)
         written = json.loads(config.read_text())
         assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert "auto_map" not in written
@@ -50,13 +50,13 @@ def test_class_and_key_of_version_5_become_those_that_version_4_knows(folder: Pa
 
 def test_a_tokenizer_keeps_its_own_template_for_text(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(OWN)
-    assert settle_tokenizer(folder, MODEL)
+    assert settle_tokenizer(folder)
     shutil.copytree(folder, folder.parent / "again")
     for place in (folder, folder.parent / "again"):
-        assert settle_tokenizer(place, MODEL)
+        assert settle_tokenizer(place)
         tokenizer = AutoTokenizer.from_pretrained(place)
         assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "[user]a red"
-        assert json.loads((place / "chat_template.json").read_text()) == {"chat_template": chat_template(MODEL)}
+        assert json.loads((place / "chat_template.json").read_text()) == {"chat_template": chat_template(TURN_TOKENS)}
         assert not (place / "chat_template.jinja").exists()
 
 
@@ -66,7 +66,7 @@ def test_a_tokenizer_without_a_template_shares_the_processors(folder: Path) -> N
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert settle_tokenizer(folder, MODEL)
+    assert settle_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "<|im_start|>user\na red<|im_end|>"
 
@@ -74,13 +74,13 @@ def test_a_tokenizer_without_a_template_shares_the_processors(folder: Path) -> N
 def test_no_template_where_the_tokenizer_knows_no_turns(folder: Path) -> None:
     tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     change(folder / "tokenizer.json", added_tokens=[t for t in tokens if t["content"] != "<|im_start|>"])
-    assert not settle_tokenizer(folder, MODEL)
+    assert not settle_tokenizer(folder)
     assert not (folder / "chat_template.jinja").exists()
     assert not (folder / "chat_template.json").exists()
 
 
 def test_where_decoding_stops(folder: Path) -> None:
-    end = added_tokens(folder)["<|im_end|>"]
+    end = vocabulary(folder)["<|im_end|>"]
     greedy = {"do_sample": False, "max_new_tokens": 1024}
     assert generation_config({}) == greedy
     known = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}

@@ -1,1 +1,1 @@
-"""Packed rows as a picture that a person looks at."""
+"""Packed rows as people look at them."""

@@ -1,105 +1,115 @@
-"""Packed rows as one picture that a person looks at: every token a cell, the images as the model sees them.
+"""Packed rows as people look at them: every token a cell, the images as the model sees them, what is said and learned.
 
-A row is a strip of cells, wrapped into lines; under it a thin strip holds the loss weights. Below a line stand the
-samples that begin in it, with their images at every scale, rebuilt from the patches, and their first words.
+A row is a strip of cells, wrapped into lines; under it a thin strip holds the loss weights. Images are rebuilt at every
+scale from the very patches that the model is given.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import batched, pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from navil_megatron.config.model import SPECIAL_TOKENS
-from navil_megatron.data.show.layout import (
-    BACKGROUND,
-    INK,
-    MUTED,
-    Colour,
-    TextRun,
-    draw_badge,
-    draw_text,
-    flow,
-    stack,
-    with_margin,
-)
-from navil_megatron.data.show.tokens import COLOURS, LEGEND, SCALE_COLOURS, TokenKind, token_kinds
+from navil_megatron.data.show.tokens import KINDS, Colour, TokenKind, token_kinds
+from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
 
-PAGE_WIDTH = 1760
-"""Pixels between the margins."""
-CELL_HEIGHT = 24
+LINE_WIDTH = 1184
+"""Pixels of the longest line of cells."""
+CELL_HEIGHT = 22
 _CELL_WIDTHS = (3, 12)
 """Narrowest and widest cell; short rows get wide cells."""
 _LOSS_HEIGHT = 8
-_MARGIN = 40
-_THUMBNAIL = (300, 160)
+_THUMBNAIL = (320, 220)
 """Largest width and height of an image's largest scale; its others are drawn to the same measure."""
-_CARD_WIDTHS = (250, PAGE_WIDTH - 20)
-_TEXT_WIDTH = 1000
-_CARD_LINES = 5
-"""Lines of a sample's text."""
+_MOST_GROWN = 3.0
+"""Small images are drawn larger, to so many times their size."""
 _TRACK: Colour = (236, 239, 243)
-_WEIGHT: Colour = (18, 96, 64)
-_FRAME: Colour = (212, 217, 226)
+WEIGHT_COLOUR: Colour = (18, 96, 64)
+_ABSENT: Colour = (212, 217, 226)
 
 
-class _Card(NamedTuple):
-    """One sample on the page."""
-
-    start: int
-    """First token, counted in the microbatch."""
-    stop: int
-    """The token after its last."""
-    badge: str
-    picture: Image.Image
+type Line = tuple[Image.Image, list[tuple[int, int]]]
+"""Cells, and the samples that begin among them: pixels from the left, number."""
 
 
-def draw_rows(
+class TextRun(NamedTuple):
+    """A stretch of a sample's text."""
+
+    text: str
+    is_learned: bool
+    is_mark: bool
+    """A control token, or an image."""
+
+
+class ShownSample(NamedTuple):
+    """One sample."""
+
+    number: int
+    """From 1, over all rows."""
+    name: str
+    num_tokens: int
+    num_learned: int
+    images: list[list[Image.Image]]
+    """Each at its scales, small to large."""
+    texts: list[TextRun]
+
+
+class ShownRow(NamedTuple):
+    """One row."""
+
+    title: str
+    cost: str
+    counts: dict[int, int]
+    """Tokens of each kind."""
+    lines: list[Line]
+    samples: list[ShownSample]
+
+
+def shown_rows(
     rows: Sequence[PackedSequence],
     microbatch: Microbatch,
-    decode_text: Callable[[Sequence[int]], str],
-    special_token_ids: Sequence[int],
+    tokenizer: SampleTokenizer,
     patch_size: int,
     merge_size: int,
-    title: str,
-    name_of: Callable[[SampleId], str] | None = None,
-) -> Image.Image:
-    """The page of one microbatch, which gives the same picture always.
+    names: Mapping[SampleId, str],
+    first_row: int = 0,
+) -> list[ShownRow]:
+    """The rows of one microbatch.
 
     Args:
         rows: what each row holds.
         microbatch: the rows, laid end to end.
-        decode_text: token ids -> text, control tokens spelled out.
-        special_token_ids: in the order of ``SPECIAL_TOKENS``.
+        tokenizer: the run's.
         patch_size: side of a patch, in pixels.
         merge_size: patches along one side of a merge block.
-        title: first line of the page, e.g. seed and step.
-        name_of: what to call a sample, e.g. shard and key; without it, source and position.
+        names: what to call the samples, e.g. by their keys.
+        first_row: number of the first row in its batch.
     """
-    kinds = token_kinds(rows, microbatch, special_token_ids, merge_size)
+    kinds = token_kinds(rows, microbatch, tokenizer.special_token_ids, merge_size)
     pictures = iter(_scale_pictures(microbatch, patch_size, merge_size))
-    samples = [sample for row in rows for sample in row.samples]
-    cards = []
-    for badge, (start, sample) in enumerate(zip(microbatch.sample_starts, samples, strict=True), start=1):
-        stop = start + len(sample.input_ids)
-        name = "source {}, sample {}".format(*sample.sample) if name_of is None else name_of(sample.sample)
+    samples = []
+    for number, sample in enumerate((sample for row in rows for sample in row.samples), 1):
+        start, length = microbatch.sample_starts[number - 1], len(sample.input_ids)
+        own = kinds[start : start + length]
         images = [[next(pictures) for _ in scales] for scales in sample.scales]
-        texts = _text_runs(sample, kinds[start:stop], special_token_ids, decode_text)
-        card = _draw_card(str(badge), f"{name}  ({stop - start:,} tokens)", images, texts)
-        cards.append(_Card(start, stop, str(badge), card))
-    ends, first = np.cumsum(microbatch.segment_lengths), 0
-    blocks = [draw_text([(title, INK)], 28, PAGE_WIDTH, 2), draw_legend()]
-    for number, row in enumerate(rows):
-        stop = first + row.seq_length
-        segments = np.diff(ends[(ends > first) & (ends <= stop)], prepend=first)
-        head = _describe(number, row, segments, kinds[first:stop])
-        blocks += [Image.new("RGB", (1, 8), BACKGROUND), draw_text([(head, INK)], 18, PAGE_WIDTH, 2)]
-        blocks += _draw_lines(range(first, stop), kinds, microbatch.loss_weights, cards)
-        first = stop
-    return with_margin(stack(blocks, gap=12), _MARGIN)
+        learned = int(np.count_nonzero(own == TokenKind.LEARNED))
+        texts = _text_runs(sample, own, tokenizer)
+        samples.append(ShownSample(number, names[sample.sample], length, learned, images, texts))
+    ends, shown, begin = np.cumsum(microbatch.segment_lengths), [], 0
+    for row_number, row in enumerate(rows, first_row):
+        stop = begin + row.seq_length
+        segments = np.diff(ends[(ends > begin) & (ends <= stop)], prepend=begin)
+        of_row, samples = samples[: len(row.samples)], samples[len(row.samples) :]
+        counts = dict(zip(*map(np.ndarray.tolist, np.unique(kinds[begin:stop], return_counts=True)), strict=True))
+        fill = sum(sample.num_tokens for sample in of_row) / row.seq_length
+        title = f"Row {row_number}: {fill:.1%} full, {len(of_row)} samples"
+        lines = _lines(range(begin, stop), kinds, microbatch)
+        shown.append(ShownRow(title, _cost(row, segments), counts, lines, of_row))
+        begin = stop
+    return shown
 
 
 def unpatchify(
@@ -122,95 +132,43 @@ def unpatchify(
     return np.ascontiguousarray(pixels.reshape(grid_height * patch_size, grid_width * patch_size, 3))
 
 
-def draw_legend() -> Image.Image:
-    """What each colour means."""
-    entries = [(COLOURS[kind], text) for kind, text in LEGEND] + [(_WEIGHT, "loss weight of the next token")]
-    return flow([_beside_swatch(colour, text) for colour, text in entries], PAGE_WIDTH, 18)
-
-
 def draw_cells(kinds: np.ndarray, loss_weights: np.ndarray, cell_width: int, largest_weight: float) -> Image.Image:
     """One line of tokens: a cell each in the colour of its kind, and bars for the loss weights below."""
-    cells = np.array(COLOURS, dtype=np.uint8)[kinds]
+    cells = np.array([colour for _, colour in KINDS], dtype=np.uint8)[kinds]
     strip = np.broadcast_to(cells, (CELL_HEIGHT, *cells.shape))
     bars = np.ceil(loss_weights / largest_weight * _LOSS_HEIGHT) if largest_weight else np.zeros(len(kinds))
     is_bar = np.arange(_LOSS_HEIGHT, 0, -1)[:, None] <= bars
-    loss = np.where(is_bar[..., None], np.array(_WEIGHT), np.array(_TRACK)).astype(np.uint8)
-    gap = np.full((2, *cells.shape), BACKGROUND[0], dtype=np.uint8)
+    loss = np.where(is_bar[..., None], np.array(WEIGHT_COLOUR), np.array(_TRACK)).astype(np.uint8)
+    gap = np.full((2, *cells.shape), 255, dtype=np.uint8)
     return Image.fromarray(np.concatenate([strip, gap, loss]).repeat(cell_width, axis=1))
 
 
-def _describe(number: int, row: PackedSequence, segments: np.ndarray, kinds: np.ndarray) -> str:
-    """What a row holds and what it costs."""
-    used = sum(len(sample.input_ids) for sample in row.samples)
-    patches = [scale.grid_height * scale.grid_width for s in row.samples for image in s.scales for scale in image]
-    return (
-        f"Row {number}:  {used / row.seq_length:.1%} full, {used:,} of {row.seq_length:,} tokens in {len(row.samples)} "
-        f"samples, {np.count_nonzero(kinds == TokenKind.LEARNED):,} learned;  {len(patches)} images at all scales with "
-        f"{sum(patches):,} patches;  cost: attention {int((segments.astype(np.int64) ** 2).sum()):,} pairs of tokens, "
-        f"{sum(count**2 for count in patches):,} pairs of patches"
-    )
+def size_on_page(scale: Image.Image, largest: Image.Image) -> tuple[int, int]:
+    """Width and height at which one scale of an image is drawn."""
+    factor = min(_MOST_GROWN, _THUMBNAIL[0] / largest.width, _THUMBNAIL[1] / largest.height)
+    return max(1, round(scale.width * factor)), max(1, round(scale.height * factor))
 
 
-def _draw_lines(
-    tokens: range, kinds: np.ndarray, loss_weights: np.ndarray, cards: Sequence[_Card]
-) -> list[Image.Image]:
-    """The lines of the row that holds these tokens, each with the cards of the samples that begin in it."""
-    cell_width = min(max(PAGE_WIDTH // len(tokens), _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
-    largest_weight = float(loss_weights.max())
-    lines = []
-    for line in batched(tokens, PAGE_WIDTH // cell_width):
-        first, stop = line[0], line[-1] + 1
-        cells = draw_cells(kinds[first:stop], loss_weights[first:stop], cell_width, largest_weight)
-        here = [card for card in cards if first <= card.start < stop]
-        marks = [(0, draw_badge(card.badge, MUTED)) for card in cards if card.start < first < card.stop]
-        marks += [((card.start - first) * cell_width, draw_badge(card.badge, INK)) for card in here]
-        parts = [_draw_marks(marks, cells.width), cells]
-        if here:
-            parts += [Image.new("RGB", (1, 8), BACKGROUND), flow([card.picture for card in here], PAGE_WIDTH, 12)]
-        lines.append(stack(parts))
+def _lines(tokens: range, kinds: np.ndarray, microbatch: Microbatch) -> list[Line]:
+    """The lines of the row that holds these tokens of the microbatch."""
+    cell_width = min(max(LINE_WIDTH // len(tokens), _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
+    weights, lines = microbatch.loss_weights, []
+    for first in tokens[:: LINE_WIDTH // cell_width]:
+        stop = min(first + LINE_WIDTH // cell_width, tokens.stop)
+        cells = draw_cells(kinds[first:stop], weights[first:stop], cell_width, float(weights.max()))
+        starts = enumerate(microbatch.sample_starts, 1)
+        lines.append((cells, [((at - first) * cell_width, number) for number, at in starts if first <= at < stop]))
     return lines
 
 
-def _draw_marks(marks: Sequence[tuple[int, Image.Image]], width: int) -> Image.Image:
-    """Badges above the cells they belong to, in as many lanes as keep them apart, each with a line down to its cell."""
-    free_from: list[int] = []  # by lane, the lowest first
-    placed = []
-    for x, badge in marks:
-        lane = next((lane for lane, free in enumerate(free_from) if free <= x), len(free_from))
-        free_from[lane : lane + 1] = [x + badge.width + 3]
-        placed.append((x, lane, badge))
-    lane_height = max((badge.height for _, badge in marks), default=0) + 2
-    height = lane_height * len(free_from) + 4
-    picture = Image.new("RGB", (max([width, *free_from]), height), BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    for x, lane, _ in placed:
-        draw.line((x, height - 4 - lane_height * lane, x, height), fill=INK)
-    for x, lane, badge in placed:
-        picture.paste(badge, (x, height - 4 - lane_height * (lane + 1)))
-    return picture
-
-
-def _draw_card(badge: str, head: str, images: Sequence[Sequence[Image.Image]], texts: Sequence[TextRun]) -> Image.Image:
-    """One sample: its name, its images at every scale, and its first words."""
-    drawn = [flow(_draw_thumbnails(image), _CARD_WIDTHS[1], 6) for image in images]
-    pictures = [flow(drawn, _CARD_WIDTHS[1], 24)] if drawn else []
-    name = draw_text([(head, MUTED)], 14, _CARD_WIDTHS[1])
-    width = min(max([_CARD_WIDTHS[0], name.width + 60, *(picture.width for picture in pictures)]), _CARD_WIDTHS[1])
-    text = draw_text(texts, 15, min(width, _TEXT_WIDTH), _CARD_LINES)
-    return with_margin(stack([flow([draw_badge(badge, INK), name], PAGE_WIDTH, 8), *pictures, text], 6), 8, _FRAME)
-
-
-def _draw_thumbnails(scales: Sequence[Image.Image]) -> list[Image.Image]:
-    """An image at all its scales, to one measure, each with a bar in its colour in the strip and its size."""
-    largest = scales[-1]
-    shrink = min(1.0, _THUMBNAIL[0] / largest.width, _THUMBNAIL[1] / largest.height)
-    thumbnails = []
-    for number, picture in enumerate(scales):
-        size = max(1, round(picture.width * shrink)), max(1, round(picture.height * shrink))
-        bar = Image.new("RGB", (size[0], 5), SCALE_COLOURS[min(number, len(SCALE_COLOURS) - 1)])
-        caption = draw_text([(f"{picture.width} x {picture.height}", MUTED)], 12)
-        thumbnails.append(stack([picture.resize(size, Image.Resampling.LANCZOS), bar, caption], 1))
-    return thumbnails
+def _cost(row: PackedSequence, segments: np.ndarray) -> str:
+    """What a row costs to compute."""
+    patches = [scale.grid_height * scale.grid_width for s in row.samples for image in s.scales for scale in image]
+    return (
+        f"{len(patches)} images at all scales with {sum(patches):,} patches; cost: attention "
+        f"{int((segments.astype(np.int64) ** 2).sum()):,} pairs of tokens, "
+        f"{sum(count**2 for count in patches):,} pairs of patches"
+    )
 
 
 def _scale_pictures(microbatch: Microbatch, patch_size: int, merge_size: int) -> list[Image.Image]:
@@ -222,31 +180,23 @@ def _scale_pictures(microbatch: Microbatch, patch_size: int, merge_size: int) ->
             pictures.append(Image.fromarray(unpatchify(patches, height, width, patch_size, merge_size)))
             first += height * width
         else:
-            pictures.append(Image.new("RGB", (width * patch_size, height * patch_size), _FRAME))
+            pictures.append(Image.new("RGB", (width * patch_size, height * patch_size), _ABSENT))
     return pictures
 
 
-def _text_runs(
-    sample: EncodedSample,
-    kinds: np.ndarray,
-    special_token_ids: Sequence[int],
-    decode_text: Callable[[Sequence[int]], str],
-) -> list[TextRun]:
-    """The sample's text in the colours of the strip, with a mark where an image stands."""
-    is_image = (kinds != TokenKind.TEXT) & (kinds != TokenKind.LEARNED)
-    group = np.where(is_image, TokenKind.IMAGE_END, kinds)
-    edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(group)]
-    runs: list[TextRun] = []
-    image_start = special_token_ids[SPECIAL_TOKENS.index("<img>")]
-    for first, stop in pairwise(edges):
-        ids = sample.input_ids[first:stop].tolist()
-        if is_image[first]:
-            runs.append((" [image] " * ids.count(image_start), MUTED))
+def _text_runs(sample: EncodedSample, kinds: np.ndarray, tokenizer: SampleTokenizer) -> list[TextRun]:
+    """The sample's text, cut where learning begins and ends, with marks for images and control tokens."""
+    ids, decode = sample.input_ids, tokenizer.hugging_face.decode
+    is_learned, is_text = kinds == TokenKind.LEARNED, np.isin(kinds, [TokenKind.TEXT, TokenKind.LEARNED])
+    is_mark = np.isin(ids, tokenizer.hugging_face.all_special_ids)
+    if not is_mark[0]:  # nothing predicts the first token, but a character of several tokens is shown whole
+        is_learned[:1] = is_learned[1:2]
+    cuts = np.flatnonzero(np.diff(is_learned * 4 + is_mark * 2 + is_text)) + 1
+    runs = []
+    for first, stop in pairwise([0, *cuts.tolist(), len(ids)]):
+        if is_text[first]:
+            runs.append(TextRun(decode(ids[first:stop].tolist()), bool(is_learned[first]), bool(is_mark[first])))
         else:
-            runs.append((decode_text(ids), COLOURS[kinds[first]]))
+            num_images = np.count_nonzero(kinds[first:stop] == TokenKind.IMAGE_END) // 2
+            runs += [TextRun("image", False, True)] * num_images
     return runs
-
-
-def _beside_swatch(colour: Colour, text: str) -> Image.Image:
-    """A legend entry."""
-    return flow([Image.new("RGB", (18, 18), colour), draw_text([(text, INK)], 14)], PAGE_WIDTH, 6)

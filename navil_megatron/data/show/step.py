@@ -1,29 +1,33 @@
-"""The picture behind ``navil-megatron data show``: some rows of a step, planned and decoded as a run does it."""
+"""Behind ``navil-megatron data show``: some rows of a step, planned and decoded as a run does it."""
 
+from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import decodes_of, load_run_tokenizer, open_sources, plan_run
 from navil_megatron.data.microbatches import MicrobatchBuilder
-from navil_megatron.data.show.rows import draw_rows
+from navil_megatron.data.show.page import render_rows
+from navil_megatron.data.show.picture import draw_rows
+from navil_megatron.data.show.rows import shown_rows
 from navil_megatron.data.types import DataPlace
 
 
-def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int) -> tuple[Image.Image, dict[str, Any]]:
-    """Rows of the global batch of a step as a page, and what is on it.
+def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, output: Path) -> dict[str, Any]:
+    """Writes rows of the global batch of a step to a page or a picture, and says what is on it.
 
     Args:
         config: the run.
         step: from 0.
         first_row: of the batch, from 0.
         num_rows: at most; the batch may end before.
+        output: an ``.html`` file, or a ``.png`` with bars and images alone.
 
     Raises:
         UserError: sources or tokenizer do not fit, or the batch has no such row.
     """
+    if output.suffix not in (".html", ".png"):
+        raise UserError(f"--output {output}: give a page, as rows.html, or bars and images without texts, as rows.png")
     tokenizer = load_run_tokenizer(config)
     sources = open_sources([source.index for source in config.data.train_sources], tokenizer)
     batch = plan_run(config, sources).step_rows(step)
@@ -38,17 +42,15 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int) -> 
         f"step {step}, rows {first_row} to {first_row + len(rows) - 1} of {len(batch)}, seed {config.training.seed}: "
         f"{fill:.1%} full, {sum(row.cost for row in rows) / len(rows):.3g} FLOPs a row"
     )
-    page = draw_rows(
-        sequences,
-        microbatch,
-        tokenizer.hugging_face.decode,
-        tokenizer.special_token_ids,
-        config.model.vision.patch_size,
-        config.model.vision.merge_size,
-        title,
-        lambda sample: sources[sample.source].key(sample.number),
-    )
-    report = {
+    patch, merge = config.model.vision.patch_size, config.model.vision.merge_size
+    names = {sample: sources[sample.source].key(sample.number) for row in rows for sample in row.samples}
+    shown = shown_rows(sequences, microbatch, tokenizer, patch, merge, names, first_row)
+    if output.suffix == ".png":
+        draw_rows(shown, title).save(output, "PNG")
+    else:
+        notes = [f"{failed.shard}: {failed.key}: {failed.reason}; blank, and without loss" for failed in failures]
+        output.write_text(render_rows(shown, title, patch * merge, notes), encoding="utf-8")
+    return {
         "step": step,
         "rows": len(rows),
         "samples": counts.samples,
@@ -57,4 +59,3 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int) -> 
         "fill": round(fill, 4),
         "costs": [row.cost for row in rows],
     }
-    return page, report

@@ -7,8 +7,9 @@ import numpy as np
 
 from navil_megatron.blueprint.image_plan import num_patches
 from navil_megatron.config.model import SPECIAL_TOKENS
-from navil_megatron.data.show.layout import Colour
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
+
+type Colour = tuple[int, int, int]
 
 
 class TokenKind(IntEnum):
@@ -19,44 +20,29 @@ class TokenKind(IntEnum):
     IMAGE_END = 2
     LINE_BREAK = 3
     FRAME_BREAK = 4
-    VISUAL_PADDING = 5
-    TEXT_PADDING = 6
-    FIRST_SCALE = 7
+    FIRST_SCALE = 5
+    LAST_SCALE = 10
+    """Further scales share it."""
+    VISUAL_PADDING = 11
+    TEXT_PADDING = 12
 
 
-SCALE_COLOURS: tuple[Colour, ...] = (
-    (255, 218, 160),
-    (252, 184, 100),
-    (243, 146, 52),
-    (217, 108, 22),
-    (172, 76, 10),
-    (122, 50, 6),
+KINDS: tuple[tuple[str, Colour], ...] = (
+    ("text", (122, 138, 166)),
+    ("learned text", (30, 144, 96)),
+    ("<img> </img>", (32, 32, 44)),
+    ("line break", (86, 196, 228)),
+    ("frame break", (214, 40, 64)),
+    ("image, scale 1", (255, 218, 160)),
+    ("scale 2", (252, 184, 100)),
+    ("scale 3", (243, 146, 52)),
+    ("scale 4", (217, 108, 22)),
+    ("scale 5", (172, 76, 10)),
+    ("scale 6 and on", (122, 50, 6)),
+    ("visual padding", (248, 236, 222)),
+    ("text padding", (226, 229, 236)),
 )
-"""From the smallest scale; further scales share the last."""
-
-COLOURS: tuple[Colour, ...] = (
-    (122, 138, 166),
-    (30, 144, 96),
-    (32, 32, 44),
-    (86, 196, 228),
-    (214, 40, 64),
-    (248, 236, 222),
-    (226, 229, 236),
-    *SCALE_COLOURS,
-)
-"""By kind."""
-
-LEGEND: tuple[tuple[int, str], ...] = (
-    (TokenKind.TEXT, "text"),
-    (TokenKind.LEARNED, "learned text"),
-    (TokenKind.IMAGE_END, "<img> </img>"),
-    (TokenKind.FIRST_SCALE, "image, scale 1"),
-    *((TokenKind.FIRST_SCALE + n, f"scale {n + 1}") for n in range(1, len(SCALE_COLOURS))),
-    (TokenKind.LINE_BREAK, "line break"),
-    (TokenKind.FRAME_BREAK, "frame break"),
-    (TokenKind.VISUAL_PADDING, "visual padding"),
-    (TokenKind.TEXT_PADDING, "text padding"),
-)
+"""Name and colour by kind."""
 
 
 def token_kinds(
@@ -82,7 +68,8 @@ def _mark_images(kinds: np.ndarray, sample: EncodedSample, special_token_ids: Se
         ("<IMG_FRAME_BREAK>", TokenKind.FRAME_BREAK),
     ):
         kinds[sample.input_ids == special_token_ids[SPECIAL_TOKENS.index(token)]] = kind
-    numbers = [min(number, len(SCALE_COLOURS) - 1) for image in sample.scales for number in range(len(image))]
+    last = TokenKind.LAST_SCALE - TokenKind.FIRST_SCALE
+    numbers = [min(number, last) for image in sample.scales for number in range(len(image))]
     lengths = [num_patches(scale) // merge_size**2 for image in sample.scales for scale in image]
     context = sample.input_ids == special_token_ids[SPECIAL_TOKENS.index("<IMG_CONTEXT>")]
     kinds[context] = TokenKind.FIRST_SCALE + np.repeat(np.array(numbers, dtype=np.int64), lengths)

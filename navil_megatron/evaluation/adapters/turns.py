@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from navil_megatron.blueprint.chat_template import PLACEHOLDER
 from navil_megatron.config.errors import UserError
-from navil_megatron.evaluation.prompts import PromptStyle
-from navil_megatron.hf.exported.chat_template import PLACEHOLDER
+from navil_megatron.evaluation.prompts import PromptStyle, write_prompt
 from navil_megatron.hf.generate import Captioner, generate_texts, open_picture
 
 type Chat = Sequence[dict[str, Any]]
@@ -33,15 +33,9 @@ def answer_chats(
         UserError: A part is neither text nor picture, or a picture cannot be read.
     """
     split = [_split(chat) for chat in chats]
-    prompts = [_prompt(captioner.processor, messages, style) for messages, _ in split]
+    prompts = [write_prompt(messages, captioner.processor, style) for messages, _ in split]
     texts = generate_texts(captioner, [pictures for _, pictures in split], prompts, max_new_tokens)
     return [text.strip() for text in texts]
-
-
-def _prompt(processor: Any, messages: Chat, style: PromptStyle) -> str:
-    if style == "chat" or (style == "auto" and getattr(processor, "chat_template", None)):
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    return "".join(part.get("text", PLACEHOLDER) for message in messages for part in message["content"])
 
 
 def _split(chat: Chat) -> tuple[list[dict[str, Any]], list[Image.Image]]:

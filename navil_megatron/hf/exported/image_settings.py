@@ -6,12 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from navil_megatron.blueprint.chat_template import TURN_TOKENS
 from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.exported.chat_template import TURN_TOKENS
-from navil_megatron.hf.exported.portable_tokenizer import added_tokens
+from navil_megatron.hf.exported.portable_tokenizer import vocabulary
 from navil_megatron.hf.hf_config import AUTO_MAP
 
 _IMAGE_SETTINGS = {
@@ -97,7 +97,7 @@ def generation_config(token_ids: Mapping[str, int | None], tokenizer: Path | Non
         token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` where they are known.
         tokenizer: Tokenizer folder; the end of a turn stops decoding, too, where its tokenizer has one.
     """
-    end_of_turn = None if tokenizer is None else added_tokens(tokenizer).get(TURN_TOKENS[1])
+    end_of_turn = None if tokenizer is None else vocabulary(tokenizer).get(TURN_TOKENS[1])
     stops = [*dict.fromkeys(i for i in (token_ids.get("eos_token_id"), end_of_turn) if i is not None)]
     padding = token_ids.get("pad_token_id")
     found = {

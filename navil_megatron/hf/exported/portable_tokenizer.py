@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.model import ModelConfig
+from tokenizers import Tokenizer
+
+from navil_megatron.blueprint.chat_template import PLACEHOLDER, chat_template
 from navil_megatron.files.json_file import read_json, write_json
-from navil_megatron.hf.exported.chat_template import PLACEHOLDER, TURN_TOKENS, chat_template
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"
 """Loads ``tokenizer.json`` as it is, in every version."""
@@ -20,7 +21,7 @@ _PROCESSOR_TEMPLATE = "chat_template.json"
 """Read by processors alone; ``chat_template.jinja`` is read by tokenizers, too."""
 
 
-def settle_tokenizer(folder: Path, model: ModelConfig) -> bool:
+def settle_tokenizer(folder: Path, system_message: str = "") -> bool:
     """Makes the tokenizer files of an exported folder portable and writes the chat template of the processor.
 
     A template that the tokenizer brought along stays the tokenizer's own, for text; without one it gets the
@@ -29,7 +30,7 @@ def settle_tokenizer(folder: Path, model: ModelConfig) -> bool:
 
     Args:
         folder: The folder, which holds a copy of the tokenizer's files.
-        model: The model.
+        system_message: The system turn of a conversation that has none of its own.
 
     Returns:
         Whether the processor has a chat template.
@@ -39,22 +40,22 @@ def settle_tokenizer(folder: Path, model: ModelConfig) -> bool:
     for name in (_RAW_TEMPLATE, _PROCESSOR_TEMPLATE):
         (folder / name).unlink(missing_ok=True)
     config.pop("chat_template", None)
-    has_turns = set(TURN_TOKENS) <= added_tokens(folder).keys()
+    template = chat_template(vocabulary(folder), system_message)
     if own is not None:
         config["chat_template"] = own
-        if has_turns:
-            write_json(folder / _PROCESSOR_TEMPLATE, {"chat_template": chat_template(model)})
-    elif has_turns:
-        (folder / _RAW_TEMPLATE).write_text(chat_template(model), encoding="utf-8")
+        if template:
+            write_json(folder / _PROCESSOR_TEMPLATE, {"chat_template": template})
+    elif template:
+        (folder / _RAW_TEMPLATE).write_text(template, encoding="utf-8")
     write_json(folder / _CONFIG, config)
     if (folder / "special_tokens_map.json").is_file():
         write_json(folder / "special_tokens_map.json", _renamed(_read(folder / "special_tokens_map.json")))
-    return has_turns
+    return template is not None
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
-    """Name and id of the tokens that stand beside the learned ones in ``tokenizer.json``."""
-    return {entry["content"]: entry["id"] for entry in _read(folder / "tokenizer.json").get("added_tokens") or ()}
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Name and id of every token of the tokenizer in a folder."""
+    return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab())
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
@@ -85,5 +86,5 @@ def _own_template(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's content; nothing where there is no such file, for only ``tokenizer.json`` must be there."""
+    """The file's content; nothing where there is no such file."""
     return read_json(path) if path.is_file() else {}

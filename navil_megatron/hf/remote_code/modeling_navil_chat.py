@@ -36,6 +36,8 @@ SPECIAL_TOKENS = (
 """The 12 special tokens in the row order of ``special_token_embedding`` and of ``config.special_token_ids``."""
 CONTEXT, IMAGE_START = SPECIAL_TOKENS.index("<IMG_CONTEXT>"), SPECIAL_TOKENS.index("<img>")
 IGNORED_LABEL = -100
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of transformers calls keys and values of earlier tokens, in what it hands over and takes back."""
 
 
 class NaViL(PreTrainedModel, GenerationMixin):
@@ -48,7 +50,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
     _supports_cache_class = True  # asked by transformers 4
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement: ClassVar[list[str]] = [CACHE]
     _no_split_modules: ClassVar[list[str]] = [
         "NaViLVisionEncoderLayer",
         *sorted({model.layer_class.__name__ for model in LANGUAGE_MODELS.values()}),
@@ -121,6 +123,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
         image_grid_thw: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cu_seqlens: torch.Tensor | None = None,
@@ -137,6 +140,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
             image_grid_thw: [num_scales, 3]: frames, patch rows and columns of every scale image.
             labels: [b, s], not shifted; -100 is ignored, and so is the prediction made at an ``<IMG_CONTEXT>``.
             past_key_values: Keys and values of the tokens before ``input_ids``.
+            cache: The same, by its newer name.
             use_cache: Return a cache; default: outside training.
             logits_to_keep: Logits of the last so many positions only; 0: all.
             cu_seqlens: [samples + 1] starts of the samples packed into a single row; none of them sees another.
@@ -144,7 +148,8 @@ class NaViL(PreTrainedModel, GenerationMixin):
                 Default: all without a cache, none of ``input_ids`` with one.
             return_dict: ``False``: a plain tuple.
         """
-        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = past_key_values if cache is None else cache
+        cached = 0 if cache is None else int(cache.get_seq_length())
         length = input_ids.shape[1]
         if prompt_length is None:
             prompt_length = cached or length
@@ -152,14 +157,14 @@ class NaViL(PreTrainedModel, GenerationMixin):
         inputs_embeds = self._embed(input_ids, in_prompt, pixel_values, image_grid_thw)
         if use_cache is None:
             use_cache = not self.training and labels is None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        if use_cache and cache is None:
+            cache = DynamicCache()
         if position_ids is None:
             position_ids = self._position_ids(input_ids, attention_mask, cached)
         cos, sin = rotary_tables(position_ids, self.config.llm_config, inputs_embeds.dtype)
         mask = _attention_mask(input_ids, attention_mask, cu_seqlens, cached)
         text, visual = self._modalities(input_ids, in_prompt)
-        context = DecoderContext(cos, sin, mask, text, visual, past_key_values, cached + length)
+        context = DecoderContext(cos, sin, mask, text, visual, cache, cached + length)
         hidden_states = self.language_model(inputs_embeds, context)
         if isinstance(logits_to_keep, torch.Tensor):
             hidden_states = hidden_states[:, logits_to_keep]
@@ -167,7 +172,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, -logits_to_keep:]
         logits = self.language_model.logits(hidden_states)
         loss = None if labels is None else self._loss(logits, labels, input_ids)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _special_ids(self, device: torch.device) -> torch.Tensor:
@@ -239,6 +244,7 @@ class NaViL(PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
@@ -248,11 +254,12 @@ class NaViL(PreTrainedModel, GenerationMixin):
         **unused: Any,
     ) -> dict[str, Any]:
         """The arguments of the next forward: tokens not yet cached, pixels only while the cache is empty."""
-        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = past_key_values if cache is None else cache
+        cached = 0 if cache is None else int(cache.get_seq_length())
         return {
             "input_ids": input_ids[:, cached:],
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "pixel_values": pixel_values if cached == 0 else None,
             "image_grid_thw": image_grid_thw if cached == 0 else None,
             "prompt_length": prompt_length,

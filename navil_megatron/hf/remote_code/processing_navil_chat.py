@@ -308,8 +308,8 @@ def _split_chat(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
         content = message.get("content") or ""
         parts = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "text":
-                parts.append({"type": "text", "text": part["text"]})
+            if part["type"] == "text":  # an empty text before an image would cost it its line
+                parts += [{"type": "text", "text": part["text"]}] if part["text"] else []
             elif part["type"] in ("image", "image_url"):
                 parts.append({"type": "image"})
                 source = next((part[name] for name in _IMAGE_SOURCES if part.get(name) is not None), None)
