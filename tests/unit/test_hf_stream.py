@@ -24,7 +24,6 @@ from navil_megatron.hf.checkpoint import writer as checkpoint_writer
 from navil_megatron.hf.checkpoint.folder import read_tensors
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
-from navil_megatron.hf.command import file_size
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.ingest import convert_from_hf, hf_to_mcore
 from navil_megatron.hf.inspect import PARTS, inspect
@@ -33,6 +32,7 @@ from navil_megatron.hf.plan import Slot, plan_export, plan_ingest
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
 from navil_megatron.hf.verify import same_bits
+from navil_megatron.verbs.arguments import file_size
 from tests.unit.hf_examples import FAMILIES, random_hf_tensors, tiny_model, write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent

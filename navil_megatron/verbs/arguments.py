@@ -1,0 +1,88 @@
+"""Arguments that several verbs take, and the types of numbers and sizes, for argparse."""
+
+import re
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from navil_megatron.config.errors import UserError
+from navil_megatron.verbs.verb import Argument
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def value(name: str, metavar: str, what: str, kind: Callable[[str], Any] = Path, **settings: Any) -> Argument:
+    """An argument with a value, which ``kind`` reads."""
+    return Argument(name, {"metavar": metavar, "help": what, "type": kind, **settings})
+
+
+def choice(name: str, choices: tuple[str, ...], what: str, default: str | None = None) -> Argument:
+    """An option with one of a few values."""
+    return Argument(name, {"choices": choices, "help": what, "default": default})
+
+
+def flag(name: str, what: str) -> Argument:
+    """An option without a value."""
+    return Argument(name, {"action": "store_true", "help": what})
+
+
+def chosen(options: Namespace, *names: str) -> dict[str, Any]:
+    """Options as arguments of a call that names them alike."""
+    return {name: getattr(options, name) for name in names}
+
+
+def count(text: str, smallest: int = 1) -> int:
+    """A whole number from 1 up."""
+    number = int(text)
+    if number < smallest:
+        raise ArgumentTypeError(f"found {number}, expected at least {smallest}")
+    return number
+
+
+def count_from_0(text: str) -> int:
+    """A whole number from 0 up."""
+    return count(text, smallest=0)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ArgumentTypeError(f"found {text}, expected more than 0")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise ArgumentTypeError(f"found {text}, expected more than 0 and at most 1")
+    return number
+
+
+def file_size(text: str) -> int:
+    """Bytes of a size as transformers writes it, e.g. ``5GB`` or ``300MB``."""
+    match = re.fullmatch(r"(\d{1,12}) ?([KMGT]i?B)", text, re.IGNORECASE)
+    unit = match and _UNITS.get(match[2].upper())
+    if match is None or not unit or int(match[1]) * unit < 1:
+        raise ArgumentTypeError(f"found {text!r}, expected a size as 5GB, 300MB or 2GiB")
+    return int(match[1]) * unit
+
+
+def require_picture_name(path: Path) -> None:
+    """Refuses a picture that matplotlib is not to write.
+
+    Raises:
+        UserError: The name ends in neither ``.svg`` nor ``.png``.
+    """
+    if path.suffix not in (".svg", ".png"):
+        raise UserError(f"--output {path}: found {path.suffix or 'no suffix'}, expected .svg or .png")
+
+
+CONFIG = value("config", "CONFIG", "TOML file of the run")
+OVERRIDES = value("overrides", "section.field=value", "settings to change, in TOML", str, nargs="*")
+JOBS = value("--jobs", "N", "processes that share the work (1)", count, default=1)
+EXPORTED = value("folder", "FOLDER", "what convert to-hf wrote; must be trusted")
+DTYPE = choice("--dtype", ("float32", "bfloat16"), "type of the weights (as stored)")
+DEVICE = choice("--device", ("cpu", "cuda"), "where the model runs (cpu)", default="cpu")
