@@ -64,7 +64,7 @@ IMPORT_TABLE = {
     "doctor.py": Row(),
     "compare_outputs.py": Row(
         ("blueprint", "files", "runtime", "models", "data", "checkpoint", "training", "hf", "hf/remote_code"),
-        ("torch", "numpy", "PIL"),
+        ("torch", "numpy"),
     ),
     "verbs": Row(
         (

@@ -1,5 +1,6 @@
 """Arguments that several verbs take, and the types of numbers and sizes, for argparse."""
 
+import math
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -32,33 +33,25 @@ def chosen(options: Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def count(text: str, smallest: int = 1) -> int:
-    """A whole number from 1 up."""
-    number = int(text)
-    if number < smallest:
-        raise ArgumentTypeError(f"found {number}, expected at least {smallest}")
-    return number
+def _number(parse: Callable[[str], float], fits: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
+    """A type of number for argparse, which says what was expected."""
+
+    def read(text: str) -> float:
+        try:
+            number = parse(text)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise ArgumentTypeError(f"found {text!r}, expected {expected}")
+        return number
+
+    return read
 
 
-def count_from_0(text: str) -> int:
-    """A whole number from 0 up."""
-    return count(text, smallest=0)
-
-
-def positive(text: str) -> float:
-    """A finite number above 0."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ArgumentTypeError(f"found {text}, expected more than 0")
-    return number
-
-
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    number = float(text)
-    if not 0 < number <= 1:
-        raise ArgumentTypeError(f"found {text}, expected more than 0 and at most 1")
-    return number
+count = _number(int, lambda number: number >= 1, "a whole number, at least 1")
+count_from_0 = _number(int, lambda number: number >= 0, "a whole number, at least 0")
+positive = _number(float, lambda number: 0 < number < math.inf, "a number, more than 0")
+share = _number(float, lambda number: 0 < number <= 1, "a number, more than 0 and at most 1")
 
 
 def file_size(text: str) -> int:

@@ -11,15 +11,12 @@ from navil_megatron.verbs.arguments import (
     choice,
     chosen,
     count,
-    count_from_0,
     require_picture_name,
     value,
 )
 from navil_megatron.verbs.verb import Extra, Outcome, verb
 
 _PLACEHOLDER = "<image>"
-_NUM_SHOWN = 4
-"""Layers whose maps are drawn where none are named: first to last, evenly spaced."""
 _PROMPT = value("--prompt", "TEXT", "<image> stands for the image (<image>)", str, default=_PLACEHOLDER)
 
 
@@ -96,7 +93,7 @@ def evaluate(options: Namespace) -> Outcome:
     EXPORTED,
     value("image", "IMAGE", "the picture"),
     _PROMPT,
-    value("--max-new-tokens", "N", "longest answer that is read too; 0: none (32)", count_from_0, default=32),
+    value("--max-new-tokens", "N", "longest answer that is read too; 0: none (32)", int, default=32),
     value("--output", "FILE", ".svg or .png (attention.svg)", default=Path("attention.svg")),
     value("--layers", "N", "layers to show, from 0 (four)", int, nargs="+"),
     choice("--scales", ("largest", "all"), "scales to show (largest)", default="largest"),
@@ -106,6 +103,8 @@ def evaluate(options: Namespace) -> Outcome:
 def attention(options: Namespace) -> Outcome:
     """Looks, draws, and gives the numbers."""
     require_picture_name(options.output)
+    if options.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens is {options.max_new_tokens}, expected 0 or more")
     _require_one_image(options.prompt)
     from textwrap import shorten
 
@@ -115,7 +114,12 @@ def attention(options: Namespace) -> Outcome:
 
     image = open_picture(options.image)
     captioner = load_for_generation(options.folder, device=options.device)
-    layers = _layers(options.layers, captioner.model.config.llm_config.num_hidden_layers)
+    last = captioner.model.config.llm_config.num_hidden_layers - 1
+    # Where none are named: four from first to last, evenly spaced.
+    layers = options.layers or sorted({round(third * last / 3) for third in range(4)})
+    wrong = [layer for layer in layers if not 0 <= layer <= last]
+    if wrong:
+        raise UserError(f"--layers names {wrong[0]}, but the model has layers 0 to {last}")
     found = attention_to_image(captioner, image, options.prompt, options.max_new_tokens)
     num_scales = len(found.covered)
     scales = range(num_scales) if options.scales == "all" else [num_scales - 1]
@@ -141,21 +145,6 @@ def attention(options: Namespace) -> Outcome:
 def _require_one_image(prompt: str) -> None:
     if prompt.count(_PLACEHOLDER) > 1:
         raise UserError(f"--prompt holds {_PLACEHOLDER} more than once; an answer is about one image")
-
-
-def _layers(wanted: list[int] | None, num_layers: int) -> list[int]:
-    """The layers to show.
-
-    Raises:
-        UserError: The model has no such layer.
-    """
-    if wanted is None:
-        shown = min(_NUM_SHOWN, num_layers)
-        return [round(place * (num_layers - 1) / max(1, shown - 1)) for place in range(shown)]
-    wrong = [layer for layer in wanted if not 0 <= layer < num_layers]
-    if wrong:
-        raise UserError(f"--layers names {wrong[0]}, but the model has layers 0 to {num_layers - 1}")
-    return wanted
 
 
 EXPORTED_VERBS = (generate, evaluate, attention)

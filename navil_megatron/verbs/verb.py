@@ -45,24 +45,18 @@ class Verb:
     """The lines under ``example:``."""
     arguments: tuple[Argument, ...]
     """In the order of the help. One that is called ``overrides`` gets every ``section.field=value``."""
-    counts: str
-    """What ``on_progress`` is told: bytes, shards, samples."""
-    needs: Extra | None
-    """What must be installed besides."""
-    has_json: bool
-    """Whether there is a report, and so ``--json``."""
     run: Callable[[Namespace], Outcome]
     """Takes the parsed options, and among them ``on_progress``, to be told how much is done and of how much."""
+    counts: str = ""
+    """What ``on_progress`` is told: bytes, shards, samples."""
+    needs: Extra | None = None
+    """What must be installed besides."""
+    has_json: bool = True
+    """Whether there is a report, and so ``--json``."""
 
 
 def verb(
-    words: str,
-    what: str,
-    example: str,
-    *arguments: Argument,
-    counts: str = "",
-    needs: Extra | None = None,
-    has_json: bool = True,
+    words: str, what: str, example: str, *arguments: Argument, **rest: Any
 ) -> Callable[[Callable[[Namespace], Outcome]], Verb]:
-    """Makes the function below it a verb; the arguments are ``Verb``'s."""
-    return lambda run: Verb(words, what, example, arguments, counts, needs, has_json, run)
+    """Makes the function below it a verb; takes the other fields of ``Verb``."""
+    return lambda run: Verb(words, what, example, arguments, run, **rest)
