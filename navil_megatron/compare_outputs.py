@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from navil_megatron.blueprint.image_plan import visual_tokens
@@ -34,8 +33,9 @@ from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.files.checkpoint_folder import read_config
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.exported.image_settings import image_settings_from_hf
+from navil_megatron.hf.exported.image_settings import image_settings_from_hf, preprocessor_config
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
+from navil_megatron.hf.generate import open_picture
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.model_source import ModelSource, open_source
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
@@ -51,13 +51,6 @@ MAX_LOGIT_POSITIONS = 64
 
 LOGIT_TOLERANCE = 1e-3
 """Largest difference of logits, as a share of the largest logit: other orders of float32 sums explain less."""
-_IMAGE_SETTINGS = {
-    "min_image_pixels": "min_pixels",
-    "max_image_pixels": "max_pixels",
-    "multi_scale": "multi_scale",
-    "scale_ratio": "scale_ratio",
-    "share_shrunk_limit": "share_shrunk_limit",
-}
 
 type Activations = dict[str, Tensor]
 """Place in the model -> what came out there, [tokens, width] in causal order; from the embeddings to the logits."""
@@ -140,14 +133,10 @@ def encode_prompt(
     Raises:
         UserError: A picture cannot be read, or their number does not fit the text.
     """
-    image_processor = NaViLImageProcessor(
-        patch_size=model.vision.patch_size,
-        merge_size=model.vision.merge_size,
-        **{theirs: data[ours] for ours, theirs in _IMAGE_SETTINGS.items() if ours in data},
-    )
+    image_processor = NaViLImageProcessor(**preprocessor_config(data, model))
     processor = NaViLProcessor(image_processor, load_tokenizer(tokenizer, model.special_token_ids).hugging_face)
     try:
-        inputs = processor(images=[_open(path) for path in images] or None, text=text)
+        inputs = processor(images=[open_picture(path) for path in images] or None, text=text)
     except ValueError as error:
         raise UserError(f"the prompt cannot be built ({error}): correct the text or the images") from None
     no_patches = torch.empty(0, 3, model.vision.patch_size, model.vision.patch_size)
@@ -349,11 +338,3 @@ def _one_rank(model: ModelConfig, logs: str) -> NaViLConfig:
         runtime=RuntimeConfig(device="cpu"),
         logging=LoggingConfig(directory=logs, tensorboard=False, progress=False),
     )
-
-
-def _open(path: Path) -> Image.Image:
-    """The picture upright, as the training data has it."""
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a picture ({error})") from None

@@ -30,7 +30,8 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
         0 if every rank succeeded; 2 if one stopped on a user's mistake; otherwise the status of the first that failed
         (3: the run hung), with 128 added to the number of a signal, as a shell reports it.
     """
-    port = _free_port()
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that nothing listens on
+        port: int = listener.getsockname()[1]
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -89,11 +90,3 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int
         return EXIT_CODE
     first = codes[0] if codes else 0
     return 128 - first if first < 0 else first
-
-
-def _free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

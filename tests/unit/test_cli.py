@@ -1,6 +1,8 @@
 """The command line as a user meets it: help with examples, one JSON object, one-line errors and exit code 2."""
 
+import ast
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from navil_megatron import cli
 from navil_megatron.cli import main
+from navil_megatron.verbs.verb import Verb
 from tests.unit.config_examples import EXAMPLE_TOML
 
 VERBS = [
@@ -17,8 +21,12 @@ VERBS = [
     ("data", "build"),
     ("data", "index"),
     ("data", "inspect"),
+    ("data", "show"),
     ("convert", "to-hf"),
     ("convert", "from-hf"),
+    ("convert", "upcycle"),
+    ("convert", "verify"),
+    ("convert", "inspect"),
     ("scaling", "fit"),
     ("scaling", "recommend"),
     ("scaling", "plan-sweep"),
@@ -54,15 +62,68 @@ def test_reporting_verbs_take_json(verb: Sequence[str], capsys: pytest.CaptureFi
     assert "--json" in capsys.readouterr().out
 
 
-def test_help_and_doctor_import_nothing_heavy() -> None:
+def test_the_list_of_verbs_is_whole() -> None:
+    assert [verb.words for verb in cli.VERBS] == [" ".join(words) for words in VERBS]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.words)
+def test_examples_are_taken(verb: Verb) -> None:
+    lines = [line for line in verb.example.splitlines() if line.strip().startswith("navil-megatron")]
+    assert lines
+    for line in lines:
+        options, rest = cli.build_parser().parse_known_args(shlex.split(line)[1:])
+        assert options.verb is verb
+        assert not rest or "overrides" in options
+
+
+@pytest.fixture(scope="module")
+def modules_of_help() -> dict[str, str]:
+    """Module -> file of all that a process has loaded after the help of the command, of every verb, and doctor."""
+    calls = [[], *({words[0]: [words[0]] for words in VERBS}.values()), *map(list, VERBS)]
     program = (
-        "import contextlib, sys\n"
+        "import contextlib, json, sys\n"
+        "before = set(sys.modules)\n"
         "from navil_megatron.cli import main\n"
-        "with contextlib.suppress(SystemExit):\n    main(['train', '--help'])\n"
-        "main(['doctor'])\n"
-        "assert not {'torch', 'numpy', 'scipy', 'megatron', 'transformers'} & set(sys.modules)\n"
+        "with contextlib.redirect_stdout(sys.stderr):\n"
+        f"    for words in {calls!r}:\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            main([*words, '--help'])\n"
+        "            raise RuntimeError(f'{words} --help ran the verb')\n"
+        "    main(['doctor'])\n"
+        "files = {name: getattr(sys.modules[name], '__file__', None) for name in set(sys.modules) - before}\n"
+        "print(json.dumps(files))\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("usage: navil-megatron") == len(calls)
+    files: dict[str, str] = json.loads(done.stdout)
+    return files
+
+
+def test_help_and_doctor_import_the_standard_library_alone(modules_of_help: dict[str, str]) -> None:
+    """Counted, for a time would depend on what else the machine does: help loads few modules, and none of others."""
+    packages = {name.split(".")[0] for name in modules_of_help}
+    assert packages - sys.stdlib_module_names == {"navil_megatron"}
+    ours = {name for name in modules_of_help if name.startswith("navil_megatron.")}
+    assert len(ours) <= 25
+    assert "navil_megatron.config.run" not in ours  # takes longer than all others together
+    assert len(modules_of_help) <= 200
+
+
+def test_help_and_doctor_can_be_read_by_an_old_python(modules_of_help: dict[str, str]) -> None:
+    """Doctor says on an old Python that it is too old; what is loaded before it can say so must be understood."""
+    ours = {name: path for name, path in modules_of_help.items() if name.startswith("navil_megatron")}
+    assert {"navil_megatron.cli", "navil_megatron.doctor", "navil_megatron.verbs.data"} <= ours.keys()
+    for path in ours.values():
+        ast.parse(Path(path).read_text(encoding="utf-8"), path, feature_version=(3, 10))
+
+
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nltk", None)  # what Python itself takes for "not installed"
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    (line,) = refused(capsys, "evaluate", "absent", "absent.jsonl")
+    assert line == ("error: evaluate needs nltk, rapidfuzz, not installed here: pip install 'navil_megatron[evaluate]'")
 
 
 @pytest.mark.parametrize(

@@ -225,12 +225,6 @@ def test_python_that_was_not_tried(version: tuple[int, ...]) -> None:
     assert not doctor.check_python((3, 12, 0), ">=3.12,<3.14").is_problem
 
 
-@pytest.mark.parametrize("module", ["__init__", "cli", "doctor", "config/__init__", "config/errors"])
-def test_doctor_can_be_read_by_an_old_python(module: str) -> None:
-    source = (REPOSITORY / "navil_megatron" / f"{module}.py").read_text(encoding="utf-8")
-    ast.parse(source, feature_version=(3, 10))
-
-
 @pytest.mark.parametrize(
     ("version", "wanted", "met"),
     [

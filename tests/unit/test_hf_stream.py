@@ -23,7 +23,6 @@ from navil_megatron.hf import safetensors_writer
 from navil_megatron.hf.checkpoint import writer as checkpoint_writer
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
-from navil_megatron.hf.command import file_size
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.inspect import PARTS, inspect
@@ -32,6 +31,7 @@ from navil_megatron.hf.plan import Slot, plan_export, plan_ingest
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
 from navil_megatron.hf.verify import same_bits
+from navil_megatron.verbs.arguments import file_size
 from tests.unit.hf_examples import FAMILIES, random_hf_tensors, tiny_model, write_checkpoint
 from tests.whole_checkpoint import hf_to_mcore, read_tensors, write_tensors
 

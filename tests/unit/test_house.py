@@ -136,7 +136,7 @@ def test_checker_wants_a_module_docstring() -> None:
         ("models/x.py", "from navil_megatron.config import model\nfrom megatron.core import tensor_parallel"),
         ("training/x.py", "'''gloo in a docstring'''\nmessage = 'runs on gloo ranks'"),
         ("hf/remote_code/x.py", "from .configuration_navil import NaViLConfig"),
-        ("cli.py", "print('hello')\nfrom navil_megatron import doctor"),
+        ("cli.py", "print('hello')\nfrom navil_megatron.verbs.verb import Verb"),
         ("kernels/x.py", "import transformer_engine.pytorch as te"),
         ("data/dali_decode.py", "import nvidia.dali.experimental.dynamic as ndd"),
     ],
