@@ -23,6 +23,7 @@ GRIDS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_segment_groups_cover_every_token_once_and_keep_segments_whole(lengths: list[int]) -> None:
     segments = SegmentOrder.of(lengths)
@@ -38,6 +39,7 @@ def test_segment_groups_cover_every_token_once_and_keep_segments_whole(lengths: 
             assert tokens[0] in starts and (np.diff(tokens) == 1).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
 def test_modality_order_is_a_permutation_that_attention_undoes(lengths: list[int], seed: int) -> None:
     mask = np.random.default_rng(seed).random(sum(lengths)) < 0.5
@@ -50,6 +52,7 @@ def test_modality_order_is_a_permutation_that_attention_undoes(lengths: list[int
     assert (order.row_of_token[order.rows] == np.arange(mask.size)).all() and order.is_here.all()
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([2, 3, 4]),
     st.lists(st.booleans(), min_size=1, max_size=8),
