@@ -29,8 +29,9 @@ from navil_megatron.config.precision import PrecisionConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.config.training import TrainingConfig
+from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.tokenizer import load_tokenizer
-from navil_megatron.data.types import Microbatch, SampleId
+from navil_megatron.data.types import ALONE, IGNORED_LABEL, Microbatch, PackedRows, SampleId
 from navil_megatron.files.checkpoint_folder import read_config
 from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf, preprocessor_config
@@ -224,7 +225,7 @@ def run_training_model(checkpoint: Path, model: ModelConfig, prompts: Sequence[P
 def _run_chunk(chunk: NaViLModel, prompt: Prompt, model: ModelConfig) -> Activations:
     """One prompt through the training model, in causal order."""
     microbatch = _microbatch(prompt, model)
-    inputs = build_model_inputs(microbatch, model, torch.device("cpu"))
+    inputs = build_model_inputs(microbatch)
     with _recorder() as (record, seen):
         record(chunk.decoder.layers[0], "embeddings", of_input=True)
         for number, layer in enumerate(chunk.decoder.layers):
@@ -238,9 +239,9 @@ def _run_chunk(chunk: NaViLModel, prompt: Prompt, model: ModelConfig) -> Activat
 def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:
     """The prompt as the only sample of a row; labels mark where logits are wanted."""
     ids = prompt.input_ids.numpy()
-    labels = np.full(ids.size, -100, dtype=np.int64)
+    labels = np.full(ids.size, IGNORED_LABEL, dtype=np.int64)
     labels[-_num_logits(prompt) :] = 0
-    return Microbatch(
+    rows = PackedRows(
         input_ids=ids,
         position_ids=np.arange(ids.size, dtype=np.int64),
         labels=labels,
@@ -248,13 +249,11 @@ def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:
         visual_token_mask=visual_tokens(ids, model.special_token_ids),
         segment_lengths=(ids.size,),
         image_grid_thw=prompt.image_grid_thw.numpy(),
-        pixel_values=prompt.pixel_values.flatten(1),
-        num_tokens=ids.size,
-        has_pixels=np.ones(len(prompt.image_grid_thw), dtype=bool),
         samples=(SampleId(0, 0),),
         sample_starts=(0,),
         sample_lengths=(ids.size,),
     )
+    return plan_microbatch(rows, model, ALONE, prompt.pixel_values.flatten(1))
 
 
 def _run(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> list[Activations]:

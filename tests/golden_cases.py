@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
-from navil_megatron.data.types import Microbatch, SampleId
+from navil_megatron.data.rank_share import plan_microbatch
+from navil_megatron.data.types import ALONE, IGNORED_LABEL, DataPlace, Microbatch, PackedRows, SampleId
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.param_map import table
-from navil_megatron.models.inputs import ModelInputs
+from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.training.batch import build_model_inputs
 from tests.whole_checkpoint import hf_to_mcore
 
@@ -35,14 +36,14 @@ class GoldenCase:
         self.hf_tensors = load_file(model_folder / "model.safetensors")
         self.whole = hf_to_mcore(self.hf_tensors, self.model)
 
-    def microbatch(self, labels: np.ndarray, weights: np.ndarray) -> Microbatch:
+    def microbatch(self, labels: np.ndarray, weights: np.ndarray, place: DataPlace = ALONE) -> Microbatch:
         """The case's row; ``labels`` and ``weights`` [S] are aligned with the predicting position."""
         inputs = self.inputs
         length = inputs["input_ids"].numel()
         cu_seqlens = inputs["cu_seqlens"].tolist() if "cu_seqlens" in inputs else [0, length]
         has_image = bool(inputs["image_flags"].any())
         patches = inputs["pixel_values"].float().flatten(1)
-        return Microbatch(
+        rows = PackedRows(
             input_ids=inputs["input_ids"][0].numpy(),
             position_ids=inputs["position_ids"][0].numpy(),
             labels=labels,
@@ -50,13 +51,11 @@ class GoldenCase:
             visual_token_mask=inputs["visual_token_mask"][0].numpy(),
             segment_lengths=tuple(np.diff(cu_seqlens).tolist()),
             image_grid_thw=inputs["image_grid_thw"].numpy() if has_image else np.zeros((0, 3), np.int64),
-            pixel_values=patches if has_image else patches[:0],
-            num_tokens=length,
-            has_pixels=np.ones(len(inputs["image_grid_thw"]) if has_image else 0, dtype=bool),
             samples=(SampleId(0, 0),),
             sample_starts=(0,),
             sample_lengths=(length,),
         )
+        return plan_microbatch(rows, self.model, place, patches if has_image else patches[:0])
 
     def shifted(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels and weights [S] of the plain or the weighted loss, at the position that predicts them."""
@@ -70,9 +69,27 @@ class GoldenCase:
             weights[:-1] = self.inputs["loss_weight"][0, 1:].numpy()
         return labels, weights
 
-    def model_inputs(self, kind: str = "loss", **where) -> ModelInputs:
+    def model_inputs(self, kind: str = "loss", place: DataPlace = ALONE) -> ModelInputs:
         """Inputs whose cross entropies give ``loss`` or ``loss_weighted``."""
-        return build_model_inputs(self.microbatch(*self.shifted(kind)), self.model, torch.device("cpu"), **where)
+        return build_model_inputs(self.microbatch(*self.shifted(kind), place))
+
+    def image_inputs(self, place: DataPlace) -> FirstStageInputs | None:
+        """A rank's images of a case that is of the encoder alone; image tokens stand for the row."""
+        grids, patches = self.inputs["image_grid_thw"].numpy(), self.inputs["pixel_values"].float().flatten(1)
+        length = len(patches) // self.model.vision.merge_size**2
+        rows = PackedRows(
+            input_ids=np.full(length, self.model.special_token_id("<IMG_CONTEXT>")),
+            position_ids=np.arange(length),
+            labels=np.full(length, IGNORED_LABEL),
+            loss_weights=np.zeros(length, dtype=np.float32),
+            visual_token_mask=np.ones(length, dtype=bool),
+            segment_lengths=(length,),
+            image_grid_thw=grids,
+            samples=(SampleId(0, 0),),
+            sample_starts=(0,),
+            sample_lengths=(length,),
+        )
+        return build_model_inputs(plan_microbatch(rows, self.model, place, patches)).first_stage
 
     def expected_gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients under checkpoint keys, for every parameter all of whose pieces the case stores."""

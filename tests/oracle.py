@@ -7,8 +7,10 @@ import torch
 
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import ALONE, Microbatch
 from navil_megatron.models.build import build_model
+from navil_megatron.runtime.session import Session
+from navil_megatron.training.batch import place_of
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import StepResult, train_step
 from tests.ranks import start_session, tiny_config
@@ -57,10 +59,13 @@ def merge_sections(first: dict, second: dict) -> dict:
     return {name: {**first.get(name, {}), **second.get(name, {})} for name in {*first, *second}}
 
 
-def global_batch(config: NaViLConfig, compositions: tuple[Composition, ...]) -> list[Microbatch]:
-    """One row per composition, each from its own seed."""
+def global_batch(
+    config: NaViLConfig, compositions: tuple[Composition, ...], session: Session | None = None
+) -> list[Microbatch]:
+    """One row per composition, each from its own seed, planned for a rank; without one for a run's only rank."""
+    place = ALONE if session is None else place_of(session)
     return [
-        synthetic_microbatch(config.model, SEQ_LENGTH, seed=100 + number, samples=list(composition), pad_segments_to=4)
+        synthetic_microbatch(config.model, SEQ_LENGTH, 100 + number, [composition], pad_segments_to=4, place=place)
         for number, composition in enumerate(compositions)
     ]
 
@@ -73,7 +78,7 @@ def run_steps(
     with start_session(rank, world_size, config) as session:
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         optimizer = build_optimizer(config, chunks, session)
-        batch = global_batch(config, compositions)
+        batch = global_batch(config, compositions, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
         outcome = Outcome([], [], [], [])

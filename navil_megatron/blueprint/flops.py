@@ -30,6 +30,12 @@ def backward_flops(terms: Iterable[Term], phase: str) -> float:
     return sum(flops * (2 if not name or is_trainable(name, phase) else 1) for name, flops in terms)
 
 
+def training_flops(model: ModelConfig, work: Workload, phase: str) -> float:
+    """FLOPs of forward and backward of one microbatch."""
+    terms = list(forward_terms(model, work))
+    return sum(flops for _, flops in terms) + backward_flops(terms, phase)
+
+
 def encoder_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
     """Encoder and connector."""
     vision, hidden = model.vision, model.language.hidden_size

@@ -6,6 +6,7 @@ laid side by side, so that each distinct length costs one dense attention call a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -27,27 +28,45 @@ class SegmentGroup:
         return self.start + self.num_segments * self.length
 
 
-def group_segments(segment_lengths: Sequence[int]) -> tuple[np.ndarray, tuple[SegmentGroup, ...]]:
-    """Order tokens so that segments of equal length are adjacent.
-
-    Args:
-        segment_lengths: Tokens of each segment, in row order.
-
-    Returns:
-        The attention order, [t] int64 positions in the row, and the groups that it forms, shortest first. Segments keep
-        their order inside a group, and tokens theirs inside a segment.
+@dataclass(frozen=True, slots=True)
+class SegmentOrder:
+    """Attention order of t tokens: segments of equal length lie side by side, shortest first. Segments keep their order
+    inside a group, and tokens theirs inside a segment.
     """
-    lengths = np.asarray(segment_lengths, dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    by_length = np.argsort(lengths, kind="stable")
-    pieces = [np.arange(starts[i], starts[i] + lengths[i]) for i in by_length if lengths[i]]
-    order = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    groups = []
-    start = 0
-    for length, count in zip(*np.unique(lengths[lengths > 0], return_counts=True), strict=True):
-        groups.append(SegmentGroup(start, int(count), int(length)))
-        start = groups[-1].end
-    return order, tuple(groups)
+
+    groups: tuple[SegmentGroup, ...]
+    """Segments by length, in attention order."""
+    order: np.ndarray
+    """[t] int64: positions in the row, in attention order."""
+    cu_seqlens: np.ndarray
+    """[num_segments + 1] int32, in attention order; empty segments are left out."""
+
+    @classmethod
+    def of(cls, segment_lengths: Sequence[int]) -> Self:
+        """Of segments that lie in a row with these lengths, in tokens."""
+        lengths = np.asarray(segment_lengths, dtype=np.int64)
+        starts = np.cumsum(lengths) - lengths
+        by_length = np.argsort(lengths, kind="stable")
+        pieces = [np.arange(starts[i], starts[i] + lengths[i]) for i in by_length]
+        groups: list[SegmentGroup] = []
+        for length, count in zip(*np.unique(lengths[lengths > 0], return_counts=True), strict=True):
+            groups.append(SegmentGroup(groups[-1].end if groups else 0, int(count), int(length)))
+        ends = np.cumsum(np.sort(lengths[lengths > 0]))
+        return cls(
+            groups=tuple(groups),
+            order=np.concatenate([np.zeros(0, dtype=np.int64), *pieces]),
+            cu_seqlens=np.concatenate([[0], ends]).astype(np.int32),
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return self.groups[-1].length if self.groups else 0
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the row lies in attention order already."""
+        return bool((self.order[1:] > self.order[:-1]).all())
 
 
 def inverse_order(order: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from navil_megatron.blueprint.segments import SegmentOrder
 from navil_megatron.config.vision import VisionConfig
 
 Grid = tuple[int, int, int]
@@ -20,18 +21,20 @@ Grid = tuple[int, int, int]
 class VisionPlan:
     """One rank's share of a microbatch's images. p patches, m merged tokens of all ranks together."""
 
+    is_mine: np.ndarray
+    """[num_scales] bool: the scale-images that this rank encodes, and whose pixels it therefore needs."""
+    cost: int
+    """``encoding_cost`` of these."""
     patch_index: np.ndarray
-    """[p] rows of the microbatch's pixel values, in encoder order."""
+    """[p] rows of these images' patches, which lie in order of appearance, in encoder order."""
     rows: np.ndarray
     """[p] patch row inside its image and scale."""
     columns: np.ndarray
     """[p] patch column."""
-    image_segments: tuple[int, ...]
+    images: SegmentOrder
     """Patches of each (scale-image, frame), in encoder order, shortest first."""
-    window_segments: tuple[int, ...]
-    """Patches of each attention window, in encoder order."""
-    num_tokens: int
-    """Merged tokens of this rank."""
+    windows: SegmentOrder
+    """Patches that attend to one another in most layers: of each window, or of whole images where all layers do."""
     gathered_tokens: int
     """Merged tokens that every rank contributes to the gather: the largest share."""
     feature_index: np.ndarray
@@ -57,12 +60,6 @@ def assign_images(costs: Sequence[int], num_ranks: int) -> list[int]:
     return ranks
 
 
-def images_of_rank(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> np.ndarray:
-    """[num_scales] bool: the scale-images that ``plan_vision`` gives to a rank, and whose pixels it therefore needs."""
-    owner = assign_images([encoding_cost(grid, config) for grid in grids], num_ranks)
-    return np.array(owner, dtype=np.int64) == rank
-
-
 def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> VisionPlan:
     """Plan one rank's share of the images of a microbatch.
 
@@ -73,15 +70,17 @@ def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_rank
         num_ranks: How many these are.
     """
     merge = config.merge_size
-    owner = assign_images([encoding_cost(grid, config) for grid in grids], num_ranks)
+    costs = [encoding_cost(grid, config) for grid in grids]
+    owner = assign_images(costs, num_ranks)
+    is_mine = np.array(owner, dtype=np.int64) == rank
     tokens_per_image = [t * h * w // merge**2 for t, h, w in grids]
-    first_patch = np.cumsum([0] + [t * h * w for t, h, w in grids])
+    patches_at_hand = [t * h * w if mine else 0 for (t, h, w), mine in zip(grids, is_mine, strict=True)]
+    first_patch = np.cumsum([0, *patches_at_hand])
     orders = [
         sorted((i for i in range(len(grids)) if owner[i] == r), key=lambda i: _length(grids[i]))
         for r in range(num_ranks)
     ]
-    shares = [sum(tokens_per_image[i] for i in order) for order in orders]
-    gathered_tokens = max(shares, default=0)
+    gathered_tokens = max((sum(tokens_per_image[i] for i in order) for order in orders), default=0)
 
     place = np.zeros(len(grids), dtype=np.int64)
     for r, order in enumerate(orders):
@@ -106,13 +105,15 @@ def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_rank
             columns.append((block_columns[:, None] * merge + np.tile(inside, merge)).ravel())
             windows.extend(count * merge**2 for count in window_tokens)
             images.append(height * width)
+    whole = SegmentOrder.of(images)
     return VisionPlan(
+        is_mine=is_mine,
+        cost=sum(cost for cost, mine in zip(costs, is_mine, strict=True) if mine),
         patch_index=_concatenate(patches),
         rows=_concatenate(rows),
         columns=_concatenate(columns),
-        image_segments=tuple(images),
-        window_segments=tuple(windows),
-        num_tokens=shares[rank],
+        images=whole,
+        windows=whole if config.full_attention_layers is None else SegmentOrder.of(windows),
         gathered_tokens=gathered_tokens,
         feature_index=_concatenate(feature_index),
     )

@@ -1,4 +1,4 @@
-"""Encoded samples to the arrays of one microbatch.
+"""Encoded samples to the arrays of some rows.
 
 A row is its samples in causal order, then one block of visual padding, then text padding: every row ends on the FP8
 multiple in both modalities, with pad tokens and never by stretching a sample. Padding has segments of its own.
@@ -8,12 +8,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from navil_megatron.blueprint.image_plan import image_grid_thw, visual_tokens
-from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
+from navil_megatron.data.types import IGNORED_LABEL, EncodedSample, Microbatch, PackedRows, PackedSequence
 
-IGNORED_LABEL = -100
 MAX_PADDING_SEGMENT = 256
 """Longest attention segment of padding, in tokens: attention over padding is wasted, and its cost is quadratic."""
 
@@ -44,19 +42,8 @@ class _Piece:
     """Not padding."""
 
 
-def assemble(
-    rows: Sequence[PackedSequence],
-    row_format: RowFormat,
-    pixel_values: torch.Tensor | None,
-    has_pixels: np.ndarray | None = None,
-) -> Microbatch:
-    """The microbatch of some rows, laid end to end.
-
-    Args:
-        rows: what each row holds.
-        row_format: lengths and ids.
-        pixel_values: patches of the decoded scale images in order of appearance, or None where there are none.
-        has_pixels: [num_scales] bool: which those are; by default all where there are pixels.
+def assemble(rows: Sequence[PackedSequence], row_format: RowFormat) -> PackedRows:
+    """Some rows, laid end to end.
 
     Raises:
         ValueError: the samples of a row do not fit it.
@@ -64,19 +51,15 @@ def assemble(
     pieces = [piece for row in rows for piece in _row_pieces(row, row_format)]
     lengths = tuple(len(piece.input_ids) for piece in pieces)
     samples = [sample for row in rows for sample in row.samples]
-    grids = image_grid_thw([scales for sample in samples for scales in sample.scales])
     starts = np.cumsum([0, *lengths])[:-1]
-    return Microbatch(
+    return PackedRows(
         input_ids=np.concatenate([piece.input_ids for piece in pieces]),
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         labels=np.concatenate([piece.labels for piece in pieces]),
         loss_weights=np.concatenate([piece.loss_weights for piece in pieces]),
         visual_token_mask=np.concatenate([piece.visual for piece in pieces]),
         segment_lengths=lengths,
-        image_grid_thw=grids,
-        pixel_values=pixel_values,
-        has_pixels=np.full(len(grids), pixel_values is not None) if has_pixels is None else has_pixels,
-        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        image_grid_thw=image_grid_thw([scales for sample in samples for scales in sample.scales]),
         samples=tuple(sample.sample for sample in samples),
         sample_starts=tuple(int(start) for start, piece in zip(starts, pieces, strict=True) if piece.is_sample),
         sample_lengths=tuple(len(sample.input_ids) for sample in samples),

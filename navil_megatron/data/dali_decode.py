@@ -49,11 +49,11 @@ class DaliDecoder:
             patch_size: side of a patch, in pixels.
             merge_size: patches along one side of a merge block.
             max_pixels: largest picture that is decoded, and as many pixels of several are decoded at a time.
-            device: decodes, and holds the patches.
+            device: decodes and resizes.
             num_threads: threads that DALI decodes with, in the whole process; the first decoder decides.
         """
         self.device = device
-        """Where the patches come to lie."""
+        """Decodes and resizes."""
         self._patch_size, self._merge_size, self._max_pixels = patch_size, merge_size, max_pixels
         self._dali_device = ndd.device(device)
         self._thread = threading.local()
@@ -79,10 +79,8 @@ class DaliDecoder:
 
     @contextmanager
     def _stream_order(self) -> Iterator[None]:
-        """On a GPU, DALI's work on a stream of this thread, in order with the caller's and without a wait on the host.
-
-        DLPack makes the caller's stream wait for DALI's pictures. The other way round is said here: DALI takes their
-        memory back in the order of its stream, which must not run ahead of the resizes that read it.
+        """On a GPU, DALI's work and the resizes on one stream of this thread: beside the training, and in order, so
+        that DALI takes no memory back that a resize still reads.
         """
         if self.device.type == "cpu":
             yield
@@ -91,8 +89,8 @@ class DaliDecoder:
             if not hasattr(self._thread, "stream"):
                 self._thread.stream = torch.Stream(device=self.device)
                 ndd.set_current_stream(self._thread.stream.native_handle)
-            yield
-            self._thread.stream.wait_stream(torch.accelerator.current_stream(self.device))
+            with self._thread.stream:
+                yield
 
     def _open(self, job: DecodeJob) -> Image.Image | ImageDecodeError:
         """The file's header; Pillow reads it in a third of the time that DALI's peek takes."""
@@ -129,8 +127,10 @@ class DaliDecoder:
         source = picture.permute(2, 0, 1)[None]
         if source.is_cuda:
             source = source.float()  # torch resizes uint8 on the CPU alone
+        # To the host: until a step asks for them, patches of rows made ahead would fill the GPU.
         return [
-            patchify(resize(source, scale)[0], scale, self._patch_size, self._merge_size) for scale in job.wanted_scales
+            patchify(resize(source, scale)[0], scale, self._patch_size, self._merge_size).cpu()
+            for scale in job.wanted_scales
         ]
 
 

@@ -54,12 +54,10 @@ class DecodeJob:
 class ImageDecoder(Protocol):
     """Makes patches of image files. Several threads may call one decoder."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where the patches come to lie."""
-
     def decode(self, jobs: Sequence[DecodeJob]) -> list[list[torch.Tensor] | ImageDecodeError]:
-        """For each job [patches, 3 * patch * patch] uint8 of each wanted scale, or what is wrong with that file."""
+        """For each job [patches, 3 * patch * patch] uint8 of each wanted scale, on the host, or what is wrong with that
+        file.
+        """
 
 
 def build_image_decoder(config: NaViLConfig) -> ImageDecoder:
@@ -168,14 +166,9 @@ def patchify(picture: torch.Tensor, scale: ScalePlan, patch_size: int, merge_siz
     return blocks.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns, 3 * patch_size**2)
 
 
-def blank_patches(scale: ScalePlan, patch_size: int, device: torch.device | None = None) -> torch.Tensor:
+def blank_patches(scale: ScalePlan, patch_size: int) -> torch.Tensor:
     """[patches, 3 * patch * patch] uint8 of mid grey, the stand-in for an image that does not decode."""
-    return torch.full((num_patches(scale), 3 * patch_size**2), 127, dtype=torch.uint8, device=device)
-
-
-def normalise(patches: torch.Tensor) -> torch.Tensor:
-    """float32 from -1 to 1 of uint8 patches, rounded step by step as the reference rounds."""
-    return patches.float().div_(255).sub_(0.5).div_(0.5)
+    return torch.full((num_patches(scale), 3 * patch_size**2), 127, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +179,6 @@ class PillowDecoder:
     merge_size: int
     max_pixels: int
     """Largest picture that is decoded."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the patches come to lie."""
-        return torch.device("cpu")
 
     def decode(self, jobs: Sequence[DecodeJob]) -> list[list[torch.Tensor] | ImageDecodeError]:
         """See ``ImageDecoder``."""

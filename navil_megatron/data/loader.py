@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import Ruler
-from navil_megatron.data.microbatches import DataCounts, Decodes, MicrobatchBuilder
+from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.plan import DataPlan
 from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
-from navil_megatron.data.types import DataPlace, FailedSample, Microbatch
+from navil_megatron.data.types import DataPlace, Microbatch
 from navil_megatron.files.hashes import fingerprint
 
 MIN_SAMPLES_TO_JUDGE = 200
@@ -34,28 +32,21 @@ class StepData:
     """What one rank works on in one step."""
 
     microbatches: tuple[Microbatch, ...]
-    failures: tuple[tuple[FailedSample, ...], ...]
-    """For each microbatch the samples that failed on this rank; other ranks of the replica may have seen others."""
     imbalance: float
     """Work of the busiest data-parallel rank over the mean."""
     num_refused: int
     """Samples of the global order that fit no row and were left out on the way here."""
-    counts: DataCounts
-    """Samples and tokens of this rank."""
 
 
 class TrainLoader:
     """Iterates over steps; each gives this rank's microbatches of the global batch."""
 
-    def __init__(
-        self, config: NaViLConfig, place: DataPlace, *, decodes: Decodes | None = None, start_step: int = 0
-    ) -> None:
+    def __init__(self, config: NaViLConfig, place: DataPlace, *, start_step: int = 0) -> None:
         """Opens the sources, plans, and starts preparing ``start_step``.
 
         Args:
             config: the run.
             place: which rank.
-            decodes: which scale images a rank of the first stage decodes; by default all.
             start_step: first step to hand out.
 
         Raises:
@@ -78,11 +69,11 @@ class TrainLoader:
             "tokenizer": tokenizer.fingerprint,
             "image_plan": fingerprint(repr(sorted(asdict(planner).items()))),
         }
-        self._builder = MicrobatchBuilder(config, sources, tokenizer, decodes=decodes_of(place, decodes))
+        self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place)
         self.step = start_step
         """The step that comes next."""
-        self.counts = DataCounts()
-        """What this rank has handed out since it was opened."""
+        self.num_samples = 0
+        """Samples that this rank has handed out since it was opened."""
         self.num_failed = 0
         """Samples that failed to decode since it was opened, on any rank of the replica."""
         self._prefetch = self._start_at(start_step)
@@ -97,7 +88,7 @@ class TrainLoader:
             UserError: a shard can no longer be read.
         """
         data = next(self._prefetch)
-        self.counts.add(data.counts)
+        self.num_samples += sum(len(microbatch.samples) for microbatch in data.microbatches)
         self.step += 1
         return data
 
@@ -114,9 +105,9 @@ class TrainLoader:
         """
         self.num_failed += num_failed
         allowed = self._config.data.max_failed_share
-        if self.num_failed > allowed * max(self.counts.samples, MIN_SAMPLES_TO_JUDGE):
+        if self.num_failed > allowed * max(self.num_samples, MIN_SAMPLES_TO_JUDGE):
             raise UserError(
-                f"{self.num_failed} of {self.counts.samples} samples failed to decode, more than "
+                f"{self.num_failed} of {self.num_samples} samples failed to decode, more than "
                 f"data.max_failed_share = {allowed}; they are listed in failed_samples.jsonl in logging.directory: "
                 "mend or index the shards anew, or raise the share"
             )
@@ -179,19 +170,13 @@ class TrainLoader:
     def _make_step(self, step: int) -> StepData:
         plan = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
         rows_at_once = self._config.training.micro_batch_size
-        built = [
-            self._builder.build(plan.rows[first : first + rows_at_once])
-            for first in range(0, len(plan.rows), rows_at_once)
-        ]
-        counts = DataCounts()
-        for _, part, _ in built:
-            counts.add(part)
         return StepData(
-            microbatches=tuple(microbatch for microbatch, _, _ in built),
-            failures=tuple(tuple(failures) for _, _, failures in built),
+            microbatches=tuple(
+                self._builder.build(plan.rows[first : first + rows_at_once])
+                for first in range(0, len(plan.rows), rows_at_once)
+            ),
             imbalance=plan.imbalance,
             num_refused=plan.num_refused,
-            counts=counts,
         )
 
 
@@ -239,10 +224,3 @@ def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:
         config.training.seed,
         config.training.global_batch_size,
     )
-
-
-def decodes_of(place: DataPlace, decodes: Decodes | None) -> Decodes | None:
-    """What a rank decodes: nothing behind the first stage, else what it was told, by default all."""
-    if not place.is_first_stage:
-        return None
-    return decodes or (lambda grids: np.ones(len(grids), dtype=bool))

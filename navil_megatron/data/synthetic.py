@@ -8,7 +8,8 @@ import torch
 from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids, num_patches
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.assemble import RowFormat, assemble
-from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
+from navil_megatron.data.rank_share import plan_microbatch
+from navil_megatron.data.types import ALONE, DataPlace, EncodedSample, Microbatch, PackedSequence, SampleId
 
 type Composition = Sequence[tuple[int, Sequence[tuple[int, int]]]]
 """For each sample its number of text tokens, and the (rows, columns) in patches of its one-scale images."""
@@ -18,35 +19,23 @@ def synthetic_microbatch(
     model: ModelConfig,
     seq_length: int,
     seed: int,
-    samples: Composition,
+    rows: Sequence[Composition],
     pad_segments_to: int = 16,
-    decode_pixels: bool = True,
+    place: DataPlace = ALONE,
 ) -> Microbatch:
-    """One row of random samples.
+    """Rows of random samples, laid end to end.
 
     Args:
         model: decides ids and patch sizes.
-        seq_length: tokens of the row.
+        seq_length: tokens of a row.
         seed: decides text tokens and pixels.
-        samples: its composition; text tokens follow the images and carry the loss.
+        rows: their composition; text tokens follow the images and carry the loss.
         pad_segments_to: each modality's segment is padded to a multiple of this many tokens.
-        decode_pixels: give ``pixel_values``.
+        place: the rank that it is for; the rows are the same on all.
 
     Raises:
-        ValueError: the samples do not fit the row.
+        ValueError: the samples do not fit a row.
     """
-    return synthetic_rows(model, seq_length, seed, [samples], pad_segments_to, decode_pixels)
-
-
-def synthetic_rows(
-    model: ModelConfig,
-    seq_length: int,
-    seed: int,
-    rows: Sequence[Composition],
-    pad_segments_to: int = 16,
-    decode_pixels: bool = True,
-) -> Microbatch:
-    """Several rows laid end to end; arguments as of ``synthetic_microbatch``."""
     random = np.random.default_rng(seed)
     plain_ids = np.setdiff1d(np.arange(model.language.vocab_size), model.special_token_ids)
     encoded: list[list[EncodedSample]] = []
@@ -56,7 +45,7 @@ def synthetic_rows(
             index = sum(len(done) for done in encoded)
             encoded[-1].append(_random_sample(model, index, num_text, grids, random, plain_ids))
     patches = sum(num_patches(scale) for row in encoded for s in row for image in s.scales for scale in image)
-    pixels = random.uniform(-1.0, 1.0, (patches, model.vision.patch_dim)).astype(np.float32)
+    pixels = random.integers(0, 256, (patches, model.vision.patch_dim), dtype=np.uint8)
     row_format = RowFormat(
         seq_length=seq_length,
         pad_segments_to=pad_segments_to,
@@ -64,7 +53,7 @@ def synthetic_rows(
         special_token_ids=model.special_token_ids,
     )
     sequences = [PackedSequence(tuple(row), seq_length) for row in encoded]
-    return assemble(sequences, row_format, torch.from_numpy(pixels) if decode_pixels else None)
+    return plan_microbatch(assemble(sequences, row_format), model, place, torch.from_numpy(pixels))
 
 
 def _random_sample(

@@ -1,6 +1,6 @@
 """The data contract: what each step of the pipeline hands to the next.
 
-source.RawSample -> encode.EncodedSample -> plan.StepPlan -> microbatches -> Microbatch
+RawSample -> EncodedSample -> PackedSequence -> PackedRows -> Microbatch
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,12 @@ import numpy as np
 import torch
 
 from navil_megatron.blueprint.image_plan import ScalePlan
+from navil_megatron.blueprint.modality_order import ModalityOrder
+from navil_megatron.blueprint.vision_plan import Grid, VisionPlan
+from navil_megatron.blueprint.workload import Workload
+
+IGNORED_LABEL = -100
+"""Label of a token that predicts nothing."""
 
 
 class SampleId(NamedTuple):
@@ -29,6 +35,16 @@ class DataPlace:
     dp_size: int = 1
     is_first_stage: bool = True
     """Holds the encoder, and so needs pixels."""
+    tp_rank: int = 0
+    tp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
+    pins_pixels: bool = False
+    """Pixels lie where a GPU fetches them while the host goes on."""
+
+
+ALONE = DataPlace()
+"""A run's only rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +109,9 @@ class FailedSample:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Microbatch:
-    """What one forward pass of one rank needs. Arrays are on the host and in causal order; t = rows * seq_length."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """Some rows laid end to end, as arrays on the host and in causal order; t = rows * seq_length."""
 
     input_ids: np.ndarray
     """[t] int64."""
@@ -111,13 +127,6 @@ class Microbatch:
     """Tokens of each attention segment, first to last; they sum to t. Samples, then padding, row by row."""
     image_grid_thw: np.ndarray
     """[num_scales, 3] int64: frames, patch rows, patch columns of every scale image, in order of appearance."""
-    pixel_values: torch.Tensor | None
-    """[p, 3 * patch * patch] float32, patches in 2x2-merge-block order, of the scales that ``has_pixels`` marks, in
-    order of appearance; on the host or on the device that decoded them. None where the stage needs none."""
-    has_pixels: np.ndarray
-    """[num_scales] bool: scale images whose pixels this rank holds."""
-    num_tokens: int
-    """Tokens that are not padding."""
     samples: tuple[SampleId, ...]
     """Which samples, in order."""
     sample_starts: tuple[int, ...]
@@ -126,9 +135,56 @@ class Microbatch:
     """Tokens of each sample: its attention segment."""
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return sum(self.sample_lengths)
+
+    @property
     def sample_tokens(self) -> np.ndarray:
         """[t] bool: tokens that are not padding."""
         tokens = np.zeros(self.input_ids.size, dtype=bool)
         for start, length in zip(self.sample_starts, self.sample_lengths, strict=True):
             tokens[start : start + length] = True
         return tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch(PackedRows):
+    """What one forward pass of one rank needs: rows, and all that the rank does with them, planned once.
+
+    What is planned depends on no label and no loss weight: those may be replaced.
+    """
+
+    pixel_values: torch.Tensor | None = None
+    """[p, 3 * patch * patch] uint8, or floats that are normalised already: patches in 2x2-merge-block order, of the
+    scale images that this rank encodes, in order of appearance. None behind the first stage."""
+    vision_plan: VisionPlan
+    """This rank's share of the encoding; ``feature_index`` is of the image tokens that it holds."""
+    modality_order: ModalityOrder
+    """Where this rank holds which token."""
+    image_rows: np.ndarray
+    """[m] int64: rows of this rank that visual features replace, in order of appearance."""
+    loss_groups: np.ndarray
+    """[t] int64: the group in which each token's loss is reported, see ``data.loss_groups``."""
+    num_visual_tokens: int
+    """Tokens of the visual experts, padding not counted."""
+    num_shrunk: int = 0
+    """Samples without their images' largest scales, so as to fit a row."""
+    failures: tuple[FailedSample, ...] = ()
+    """Samples that failed on this rank; other ranks of the replica may have seen others."""
+
+    @property
+    def workload(self) -> Workload:
+        """The numbers that FLOPs follow from."""
+        return Workload(
+            text_tokens=self.num_tokens - self.num_visual_tokens,
+            visual_tokens=self.num_visual_tokens,
+            segment_lengths=self.sample_lengths,
+            grids=grids_of(self.image_grid_thw),
+            num_predictions=int(np.count_nonzero(self.labels != IGNORED_LABEL)),
+        )
+
+
+def grids_of(image_grid_thw: np.ndarray) -> tuple[Grid, ...]:
+    """[num_scales, 3] as tuples."""
+    return tuple((frames, rows, columns) for frames, rows, columns in image_grid_thw.tolist())

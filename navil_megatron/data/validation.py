@@ -9,13 +9,13 @@ import numpy as np
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.loader import decodes_of, load_run_tokenizer, open_sources
+from navil_megatron.data.loader import load_run_tokenizer, open_sources
 from navil_megatron.data.measure import Ruler
-from navil_megatron.data.microbatches import Decodes, MicrobatchBuilder
+from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.plan import Row, plan_rows
 from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
-from navil_megatron.data.types import DataPlace, FailedSample, Microbatch, SampleId
+from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 
 _NEIGHBOURS = 64
 """Samples of the next larger pictures among which a swap is looked for."""
@@ -30,7 +30,6 @@ class ValidationLoader:
         index: str,
         place: DataPlace,
         *,
-        decodes: Decodes | None = None,
         swap_images: bool = False,
     ) -> None:
         """Opens an index; the other arguments are as of ``TrainLoader``.
@@ -60,7 +59,7 @@ class ValidationLoader:
             config,
             sources,
             tokenizer,
-            decodes=decodes_of(place, decodes),
+            place=place,
             pictures_of=swapped_pictures(source) if swap_images else lambda sample: sample,
         )
         self._data = config.data
@@ -69,8 +68,8 @@ class ValidationLoader:
         """Microbatches of one iteration."""
         return len(self._groups)
 
-    def __iter__(self) -> Iterator[tuple[Microbatch, list[FailedSample]]]:
-        """This rank's microbatches, first to last, and the samples that failed in each."""
+    def __iter__(self) -> Iterator[Microbatch]:
+        """This rank's microbatches, first to last."""
         prefetch = Prefetch(
             lambda number: self._builder.build(self._groups[number]),
             0,
@@ -79,8 +78,7 @@ class ValidationLoader:
             num_ahead=self._data.prefetch_steps,
         )
         try:
-            for microbatch, _, failures in prefetch:
-                yield microbatch, failures
+            yield from prefetch
         finally:
             prefetch.close()
 

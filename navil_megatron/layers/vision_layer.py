@@ -74,21 +74,30 @@ class VisionLayer(nn.Module):
         return projected
 
 
+@dataclass(frozen=True, slots=True)
 class VisionSegments:
-    """Which patches attend to each other in one kind of layer, on a device.
+    """Which patches attend to each other in one kind of layer."""
 
-    Attributes:
-        groups: Segments of equal length, adjacent in attention order.
-        order: [p] rows in attention order, or None where the encoder order already is.
-        inverse: [p] the way back, or None.
-        cu_seqlens: [num_segments + 1] int32, in attention order.
-        max_seqlen: Longest segment.
-    """
+    groups: tuple[SegmentGroup, ...]
+    """Segments of equal length, adjacent in attention order."""
+    order: Tensor | None
+    """[p] rows in attention order, or None where the encoder order already is."""
+    inverse: Tensor | None
+    """[p] the way back, or None."""
+    cu_seqlens: Tensor
+    """[num_segments + 1] int32, in attention order."""
 
-    __slots__ = ("cu_seqlens", "groups", "inverse", "max_seqlen", "order")
+    @property
+    def max_seqlen(self) -> int:
+        """Patches of the longest segment."""
+        return max((group.length for group in self.groups), default=0)
 
-    def __init__(
-        self, groups: tuple[SegmentGroup, ...], order: Tensor | None, inverse: Tensor | None, cu_seqlens: Tensor
-    ):
-        self.groups, self.order, self.inverse, self.cu_seqlens = groups, order, inverse, cu_seqlens
-        self.max_seqlen = max((group.length for group in groups), default=0)
+    def padded(self, num_patches: int, padding: int) -> "VisionSegments":
+        """The same with so many more patches at the end, a segment of their own."""
+        end = torch.arange(num_patches, num_patches + padding, device=self.cu_seqlens.device)
+        return VisionSegments(
+            groups=(*self.groups, SegmentGroup(num_patches, 1, padding)),
+            order=None if self.order is None else torch.cat([self.order, end]),
+            inverse=None if self.inverse is None else torch.cat([self.inverse, end]),
+            cu_seqlens=nn.functional.pad(self.cu_seqlens, (0, 1), value=num_patches + padding),
+        )

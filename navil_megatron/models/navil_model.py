@@ -1,7 +1,8 @@
 """NaViL: visual encoder, connector, and a decoder with modality experts, as one megatron-core language module.
 
 The first pipeline stage holds encoder, connector and embeddings, the last the LM head. Rows are modality-major from the
-embedding to the head (see ``layers.modality``), and the head runs only where a prediction carries loss.
+embedding to the head (see
+``blueprint.modality_order``), and the head runs only where a prediction carries loss.
 """
 
 import copy
@@ -156,11 +157,9 @@ class NaViLModel(LanguageModule):
 
     def encode_images(self, inputs: FirstStageInputs) -> Tensor:
         """Visual features of every image token in row order, [m, h]. Runs without an image too: same collectives."""
-        plan = inputs.vision_plan
-        features = self.connector(self.vision_encoder(inputs.pixel_values, plan))
-        gathered = gather_features(features, plan.gathered_tokens, self.row_group, self.cp_group)
-        index = torch.from_numpy(plan.feature_index).to(gathered.device, non_blocking=True)
-        return gathered.index_select(0, index)
+        features = self.connector(self.vision_encoder(inputs.encoder))
+        gathered = gather_features(features, inputs.gathered_tokens, self.row_group, self.cp_group)
+        return gathered.index_select(0, inputs.feature_index)
 
     def predict(self, hidden_states: Tensor, inputs: ModelInputs) -> Tensor:
         """LM head and cross entropy at the predicted positions alone."""

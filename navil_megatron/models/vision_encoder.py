@@ -6,7 +6,6 @@ rank encodes whole scale-images and the features are gathered.
 
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,13 +13,13 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from navil_megatron.blueprint.segments import group_segments, inverse_order
-from navil_megatron.blueprint.vision_plan import VisionPlan
+from navil_megatron.blueprint.segments import SegmentOrder, inverse_order
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_linear import Offsets
 from navil_megatron.layers.rope import cos_sin, rotary_angles_2d
 from navil_megatron.layers.vision_layer import VisionKernels, VisionLayer, VisionSegments
+from navil_megatron.models.inputs import EncoderInputs
 
 
 class VisionEncoder(MegatronModule):
@@ -45,24 +44,19 @@ class VisionEncoder(MegatronModule):
         )
         self.layers = nn.ModuleList(VisionLayer(vision, chosen, config.params_dtype) for _ in range(vision.num_layers))
 
-    def forward(self, pixel_values: Tensor, plan: VisionPlan) -> Tensor:
-        """pixel_values [patches of the microbatch, patch_dim]; ``plan`` says which of them are this rank's."""
-        device, dtype = self.patch_embedding.weight.device, self.patch_embedding.weight.dtype
-        index = torch.from_numpy(plan.patch_index).to(device, non_blocking=True)
-        patches = self.patch_embedding(pixel_values.index_select(0, index).to(dtype))
+    def forward(self, inputs: EncoderInputs) -> Tensor:
+        """The images of a microbatch that are this rank's."""
+        dtype = self.patch_embedding.weight.dtype
+        patches = self.patch_embedding(normalise(inputs.pixel_values.index_select(0, inputs.patch_index)).to(dtype))
+        rows, columns, whole_images, windows = inputs.rows, inputs.columns, inputs.images, inputs.windows
         num_patches = patches.shape[0]
         padding = -num_patches % self.rows_multiple
         if padding:
             # Empty patches, a segment of their own.
             patches = nn.functional.pad(patches, (0, 0, 0, padding))
-        rows, columns = (
-            torch.from_numpy(np.pad(x, (0, padding))).to(device, non_blocking=True) for x in (plan.rows, plan.columns)
-        )
+            rows, columns = (nn.functional.pad(places, (0, padding)) for places in (rows, columns))
+            whole_images, windows = (segments.padded(num_patches, padding) for segments in (whole_images, windows))
         rotary = cos_sin(rotary_angles_2d(rows, columns, self.vision.head_dim, self.vision.rope_theta), dtype)
-        whole_images = build_segments((*plan.image_segments, padding), device)
-        windows = whole_images
-        if self.vision.full_attention_layers is not None:
-            windows = build_segments((*plan.window_segments, padding), device)
         for number, layer in enumerate(self.layers):
             segments = whole_images if number in (self.vision.full_attention_layers or ()) else windows
             if self.recompute and torch.is_grad_enabled():
@@ -94,15 +88,21 @@ class VisionEncoder(MegatronModule):
         return sharded
 
 
-def build_segments(lengths: tuple[int, ...], device: torch.device) -> VisionSegments:
-    """Attention segments on a device; no index where equal lengths already lie side by side."""
-    order, groups = group_segments(lengths)
-    in_place = bool((order[1:] > order[:-1]).all())
-    flat = [group.length for group in groups for _ in range(group.num_segments)]
-    cu_seqlens = torch.tensor([0, *flat], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+def normalise(patches: Tensor) -> Tensor:
+    """float32 from -1 to 1 of uint8 patches, rounded step by step as the reference rounds; floats are so already."""
+    if patches.is_floating_point():
+        return patches
+    # By a number of the host, CUDA multiplies with its inverse, which rounds differently.
+    largest = torch.full((), 255.0, device=patches.device)
+    return patches.float().div_(largest).sub_(0.5).div_(0.5)
+
+
+def build_segments(segments: SegmentOrder) -> VisionSegments:
+    """Attention segments as tensors on the host; no index where equal lengths already lie side by side."""
+    in_place = segments.is_in_place
     return VisionSegments(
-        groups=groups,
-        order=None if in_place else torch.from_numpy(order).to(device, non_blocking=True),
-        inverse=None if in_place else torch.from_numpy(inverse_order(order)).to(device, non_blocking=True),
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
+        groups=segments.groups,
+        order=None if in_place else torch.from_numpy(segments.order),
+        inverse=None if in_place else torch.from_numpy(inverse_order(segments.order)),
+        cu_seqlens=torch.from_numpy(segments.cu_seqlens),
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, forward_terms, head_terms, layer_terms
+from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, head_terms, layer_terms, training_flops
 from navil_megatron.blueprint.parameters import chunk_parameters, layers_of_chunks
 from navil_megatron.blueprint.phases import is_trainable
 from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share
@@ -117,8 +117,7 @@ class Estimator:
         )
         # Gradient and state are read, state is written.
         update = max(2 * stage.optimizer + stage.gradients for stage in memory) / (self.machine.hbm_bandwidth * 1e9)
-        terms = list(forward_terms(config.model, self.work))
-        flops = sum(forward for _, forward in terms) + backward_flops(terms, phase)
+        flops = training_flops(config.model, self.work, phase)
         on_stage = max(sum(counts[stage::stages]) for stage in range(stages))
         return Estimate(
             config=config,
@@ -283,8 +282,12 @@ class Estimator:
             optimizer=state.optimizer,
             activations=most_in_flight(stage, stages, num_microbatches, decoder),
             encoder=most_in_flight(stage, stages, num_microbatches, encoder),
-            inputs=num_microbatches * activations.inputs(stage == 0),
-            working=max(activations.layer_working(), activations.head_working() if is_last else 0),
+            inputs=activations.inputs(stage == 0, num_microbatches),
+            working=max(
+                activations.layer_working(),
+                activations.head_working() if is_last else 0,
+                activations.encoder_working() if stage == 0 else 0,
+            ),
         )
 
 

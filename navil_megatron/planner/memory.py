@@ -233,9 +233,19 @@ class ActivationModel:
         again = nothing.layer() - self.layer()
         return wide + 2 * self.row_bytes + again
 
-    def inputs(self, is_first: bool) -> int:
-        """What the device is given of a microbatch: ids and orders, and the first stage's share of the pixels, FP32."""
+    @property
+    def patch_numbers(self) -> int:
+        """Numbers in the patches of the rank that encodes most."""
         vision = self.config.model.vision
-        ranks = self.config.parallel.row_ranks
-        patches = num_patches(fullest_share(self.work, vision, ranks)) if is_first else 0
-        return patches * vision.patch_dim * FP32 + (3 * self.tokens + 2 * self.config.microbatch_tokens) * INT64
+        return num_patches(fullest_share(self.work, vision, self.config.parallel.row_ranks)) * vision.patch_dim
+
+    def inputs(self, is_first: bool, num_microbatches: int) -> int:
+        """What the device is given of the microbatch in work and of the next: ids and orders, and the first stage's
+        share of the pixels, a byte each.
+        """
+        ids = (3 * self.tokens + 2 * self.config.microbatch_tokens) * INT64
+        return min(2, num_microbatches) * (ids + (self.patch_numbers if is_first else 0))
+
+    def encoder_working(self) -> int:
+        """The patches in encoder order, and normalised, before the first layer runs."""
+        return self.patch_numbers * (1 + FP32)

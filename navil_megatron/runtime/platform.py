@@ -8,12 +8,13 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.runtime import RuntimeConfig
+from navil_megatron.runtime.upload import Uploader
 
 
 def _nothing_to_wait_for() -> None:
@@ -38,6 +39,9 @@ class Platform:
     """What ``torch.distributed`` talks through."""
     synchronize: Callable[[], None]
     """Waits until everything this rank enqueued is done."""
+    upload: Callable[[Any], Callable[[], Any]]
+    """Starts to bring a dataclass of host tensors to the device; what it returns gives the same dataclass on the
+    device, when the work that is enqueued next needs it. On a CPU nothing moves."""
     peak_memory_bytes: Callable[[], int]
     """Most memory held so far: allocated on the GPU, or resident on a CPU."""
 
@@ -68,6 +72,7 @@ class Platform:
             device=device,
             collective_backend="nccl",
             synchronize=torch.cuda.synchronize,
+            upload=Uploader(device).start,
             peak_memory_bytes=torch.cuda.max_memory_allocated,
         )
 
@@ -79,6 +84,7 @@ class Platform:
             device=torch.device("cpu"),
             collective_backend="gloo",
             synchronize=_nothing_to_wait_for,
+            upload=lambda tree: lambda: tree,
             peak_memory_bytes=_peak_resident_bytes,
         )
 

@@ -199,18 +199,6 @@ class Session:
         )
 
     @property
-    def row_rank(self) -> int:
-        """Position among the ranks of a stage that share its rows, and split the encoder's images: tensor- and
-        context-parallel ones, tensor-parallel ones counted fastest as in megatron-core's group of both.
-        """
-        return self.cp_rank * self.tp_size + self.tp_rank
-
-    @property
-    def row_size(self) -> int:
-        """Ranks of a stage that share its rows."""
-        return self.cp_size * self.tp_size
-
-    @property
     def device(self) -> torch.device:
         """Where this rank's tensors live."""
         return self.platform.device

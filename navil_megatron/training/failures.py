@@ -9,13 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from navil_megatron.data.assemble import drop_loss
-from navil_megatron.data.types import FailedSample, Microbatch
+from navil_megatron.data.types import Microbatch
 from navil_megatron.runtime.session import Session
 
 
-def settle_failures(
-    session: Session, microbatches: Sequence[Microbatch], failures: Sequence[Sequence[FailedSample]]
-) -> tuple[list[Microbatch], int]:
+def settle_failures(session: Session, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], int]:
     """The microbatches without loss on what failed on any rank of the replica, and how many samples that are.
 
     Every rank of a replica calls it with the same microbatches.
@@ -23,11 +21,10 @@ def settle_failures(
     Args:
         session: This rank.
         microbatches: What it works on next.
-        failures: For each of them what this rank could not decode.
     """
     failed = [np.zeros(len(microbatch.samples), dtype=bool) for microbatch in microbatches]
-    for flags, seen in zip(failed, failures, strict=True):
-        flags[[failure.position for failure in seen]] = True
+    for flags, microbatch in zip(failed, microbatches, strict=True):
+        flags[[failure.position for failure in microbatch.failures]] = True
     agreed = session.any_in_replica(np.concatenate(failed))
     parts = np.split(agreed, np.cumsum([len(flags) for flags in failed])[:-1])
     settled = [

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
-from navil_megatron.data.types import EncodedSample, PackedSequence
+from navil_megatron.data.rank_share import plan_microbatch
+from navil_megatron.data.types import IGNORED_LABEL, EncodedSample, PackedSequence
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.step import Chunks, inputs_of, schedule_over
+from navil_megatron.training.batch import place_of
+from navil_megatron.training.step import Chunks, schedule_over
 
 
 @torch.no_grad()
@@ -91,22 +93,24 @@ def _next_tokens(
 ) -> list[int]:
     """The likeliest token after each sample, the same on every rank."""
     empty = [PackedSequence((), config.data.seq_length)] * (config.training.micro_batch_size - 1)
-    microbatch = assemble([PackedSequence(tuple(samples), config.data.seq_length), *empty], row_format, pixel_values)
+    rows = assemble([PackedSequence(tuple(samples), config.data.seq_length), *empty], row_format)
     # The last token of each sample is where its next one is predicted; the label tells whose it is, since a
     # context-parallel rank predicts some of them.
     last = np.cumsum([len(sample.input_ids) for sample in samples]) - 1
-    labels = np.full_like(microbatch.labels, -100)
+    labels = np.full_like(rows.labels, IGNORED_LABEL)
     labels[last] = np.arange(len(samples))
-    inputs = inputs_of(dataclasses.replace(microbatch, labels=labels), config, session)
-    numbers, inputs = inputs.labels, dataclasses.replace(inputs, labels=None)
+    microbatch = plan_microbatch(
+        dataclasses.replace(rows, labels=labels), config.model, place_of(session), pixel_values
+    )
     # The interleaved schedule takes microbatches in whole groups of one per stage.
     copies = session.pp_size if len(chunks) > 1 else 1
-    logits = schedule_over(
-        config, session, chunks, [inputs] * copies, forward_logits, forward_only=True, collect_non_loss_data=True
+    outputs = schedule_over(
+        config, session, chunks, [microbatch] * copies, forward_logits, forward_only=True, collect_non_loss_data=True
     )
     tokens = torch.zeros(len(samples), dtype=torch.long, device=session.device)
     if session.is_last_stage:
-        whole = gather_from_tensor_model_parallel_region(logits[0], group=session.groups.tp)
+        logits, numbers = outputs[0]
+        whole = gather_from_tensor_model_parallel_region(logits, group=session.groups.tp)
         tokens[numbers] = whole.argmax(dim=-1)
         torch.distributed.all_reduce(tokens, group=session.groups.cp)
     last_stage = torch.distributed.get_global_rank(session.groups.pp, session.pp_size - 1)
@@ -115,6 +119,7 @@ def _next_tokens(
 
 
 def forward_logits(inputs: Iterator[tuple[int, ModelInputs]], chunk: nn.Module) -> tuple[Tensor, object]:
-    """What the schedule calls: logits instead of a loss."""
+    """What the schedule calls: logits instead of a loss, and the labels of their positions."""
     _, microbatch = next(inputs)
-    return chunk(microbatch), lambda logits, non_loss_data: logits
+    logits = chunk(dataclasses.replace(microbatch, labels=None))
+    return logits, lambda logits, non_loss_data: (logits, microbatch.labels)

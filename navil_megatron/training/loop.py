@@ -10,13 +10,12 @@ from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.source_names import source_names
-from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.batch import needed_images
+from navil_megatron.training.batch import place_of
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
@@ -58,8 +57,8 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
         while state.step < total:
             session.watchdog.enter("data", state.step + 1)
             data = next(loader)
-            microbatches, num_failed = settle_failures(session, data.microbatches, data.failures)
-            log.write_failures(state.step + 1, data.failures)
+            microbatches, num_failed = settle_failures(session, data.microbatches)
+            log.write_failures(state.step + 1, microbatches)
             loader.count_failed(num_failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
             meter.feature_scale.is_on = _due(state.step + 1, config.logging.feature_scale_every_steps, total)
@@ -115,8 +114,7 @@ def _restore(
 
 def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict[str, ValidationLoader]]:
     """The training rows, and held-out rows by the name of the loss on them."""
-    place = DataPlace(session.dp_rank, session.dp_size, session.is_first_stage)
-    decodes = needed_images(config.model, session.row_rank, session.row_size)
+    place = place_of(session)
     held_out = {}
     if config.evaluation.every_steps is not None:
         swaps = (False, True) if config.evaluation.swapped_images else (False,)
@@ -124,5 +122,5 @@ def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict
         for (index, source), swap in product(zip(indexes, source_names(indexes), strict=True), swaps):
             name = "loss_swapped_images" if swap else "loss"
             name += f"/{source}" if len(indexes) > 1 else ""
-            held_out[name] = ValidationLoader(config, index, place, decodes=decodes, swap_images=swap)
-    return TrainLoader(config, place, decodes=decodes), held_out
+            held_out[name] = ValidationLoader(config, index, place, swap_images=swap)
+    return TrainLoader(config, place), held_out

@@ -14,16 +14,16 @@ from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from navil_megatron.blueprint.flops import training_flops
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import StepData
-from navil_megatron.data.types import FailedSample, Microbatch
+from navil_megatron.data.loss_groups import group_weights, losses_by_group, num_loss_groups
+from navil_megatron.data.types import Microbatch
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.encoder_load import EncoderLoad
 from navil_megatron.training.expert_load import ExpertLoad, balance
 from navil_megatron.training.feature_scale import FeatureScale, scales
-from navil_megatron.training.flops import step_flops, tokens_by_modality
 from navil_megatron.training.grad_norms import GradNorms
-from navil_megatron.training.loss_groups import group_weights, losses_by_group, num_loss_groups
 from navil_megatron.training.step import StepResult
 from navil_megatron.training.wandb_run import WandbRun
 
@@ -57,10 +57,10 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in record.items()}})
 
-    def write_failures(self, step: int, failures: Iterable[Iterable[FailedSample]]) -> None:
+    def write_failures(self, step: int, microbatches: Iterable[Microbatch]) -> None:
         """Append what this rank could not decode to ``failed_samples.jsonl``; any rank writes, a line at a time."""
         lines = []
-        for failed in (failed for microbatch in failures for failed in microbatch):
+        for failed in (failed for microbatch in microbatches for failed in microbatch.failures):
             logger.warning("step %d: %s: %s: %s; blank, no loss", step, failed.shard, failed.key, failed.reason)
             named = {"step": step, "shard": failed.shard, "key": failed.key, "reason": failed.reason}
             lines.append(json.dumps(named) + "\n")
@@ -85,7 +85,7 @@ class StepMeter:
         self.config, self.session = config, session
         language = config.model.language
         self._expert_load = ExpertLoad(chunks, language.num_layers, language.num_experts)
-        self._encoder_load = EncoderLoad(config, session)
+        self._encoder_load = EncoderLoad(session.device)
         self._grad_norms = GradNorms(chunks, optimizer)
         self.feature_scale = FeatureScale(config, chunks, session.groups, session.device)
         self._last_step = 0.0
@@ -117,15 +117,14 @@ class StepMeter:
     ) -> None:
         """Count one step of this rank; ``num_failed`` is its replica's samples that failed to decode."""
         model, phase = self.config.model, self.config.training.phase
-        text, visual = 0, 0
-        for microbatch in microbatches:
-            counts = tokens_by_modality(model, microbatch)
-            text, visual = text + counts[0], visual + counts[1]
+        visual = sum(microbatch.num_visual_tokens for microbatch in microbatches)
+        text = sum(microbatch.num_tokens for microbatch in microbatches) - visual
         rows_tokens = sum(microbatch.input_ids.size for microbatch in microbatches)
-        flops = step_flops(model, phase, microbatches)
+        samples = sum(len(microbatch.samples) for microbatch in microbatches)
+        shrunk = sum(microbatch.num_shrunk for microbatch in microbatches)
+        flops = sum(training_flops(model, microbatch.workload, phase) for microbatch in microbatches)
         self._counts += torch.tensor(
-            [text, visual, rows_tokens, data.counts.samples, num_failed, data.counts.shrunk, flops],
-            dtype=torch.float64,
+            [text, visual, rows_tokens, samples, num_failed, shrunk, flops], dtype=torch.float64
         )
         self._group_weights += group_weights(microbatches, len(self._group_weights))
         self._imbalances.append(data.imbalance)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from navil_megatron.config.run import NaViLConfig
+from navil_megatron.data.loss_groups import num_loss_groups
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session
 from navil_megatron.runtime.watchdog import Watchdog
-from navil_megatron.training.batch import build_model_inputs
-from navil_megatron.training.loss_groups import num_loss_groups
+from navil_megatron.training.batch import upload_ahead
 from navil_megatron.training.optimizer import set_learning_rate
 
 type Chunks = list[DistributedDataParallel]
@@ -39,7 +39,7 @@ class StepResult:
     loss_sum: Tensor
     """Weighted sum of cross entropies over this rank's microbatches; 0 except on the last stage."""
     group_loss_sums: Tensor
-    """The same apart for each group of ``training.loss_groups``, [groups]."""
+    """The same apart for each group of ``data.loss_groups``, [groups]."""
     loss_weight: Tensor
     """Weight of the global batch."""
     grad_norm: float | None = None
@@ -108,50 +108,46 @@ def run_schedule(
     ``router_loss_scale`` [2] is global weight over global tokens, of text and visual: a router's sum over its tokens
     times this, divided with all gradients by the weight, is their mean, at any layout and any number of microbatches.
     """
-    inputs = [inputs_of(microbatch, config, session) for microbatch in microbatches]
-    for microbatch in inputs:
-        microbatch.packed_seq_params.router_loss_scale = router_loss_scale
     num_groups = num_loss_groups(config)
     forward = partial(forward_step, watchdog=session.watchdog, num_groups=num_groups)
-    losses = schedule_over(config, session, chunks, inputs, forward, forward_only=forward_only)
+    losses = schedule_over(
+        config, session, chunks, microbatches, forward, router_loss_scale=router_loss_scale, forward_only=forward_only
+    )
     loss_sum, group_sums = torch.zeros((), device=session.device), torch.zeros(num_groups, device=session.device)
     for entry in losses:
         loss_sum, group_sums = loss_sum + entry["loss_sum"], group_sums + entry["group_loss_sums"]
     return loss_sum, group_sums
 
 
-def inputs_of(microbatch: Microbatch, config: NaViLConfig, session: Session) -> ModelInputs:
-    """A microbatch as this rank's model takes it."""
-    return build_model_inputs(
-        microbatch,
-        config.model,
-        session.device,
-        tp_rank=session.tp_rank,
-        tp_size=session.tp_size,
-        cp_rank=session.cp_rank,
-        cp_size=session.cp_size,
-        pre_process=session.is_first_stage,
-    )
-
-
 def schedule_over(
     config: NaViLConfig,
     session: Session,
     chunks: Chunks,
-    inputs: Sequence[ModelInputs],
+    microbatches: Sequence[Microbatch],
     forward: Callable[..., Any],
+    *,
+    router_loss_scale: Tensor | None = None,
     **options: Any,
 ) -> list[Any]:
     """Run megatron-core's schedule for the layout. -> what the loss functions reported, on the last stage."""
     schedule = get_forward_backward_func(
         pp_size=session.pp_size, vp_size=config.parallel.virtual_pipeline_model_parallel_size
     )
-    iterators = [iter(enumerate(inputs, 1)) for _ in chunks]
+    # Each chunk of the model asks for a microbatch at its own time.
+    iterators = [
+        upload_ahead(
+            microbatches,
+            session.platform,
+            with_images=session.is_first_stage and number == 0,
+            router_loss_scale=router_loss_scale,
+        )
+        for number in range(len(chunks))
+    ]
     return schedule(
         forward_step_func=forward,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(inputs),
+        num_microbatches=len(microbatches),
         seq_length=config.microbatch_tokens,
         micro_batch_size=1,
         **options,
@@ -216,11 +212,9 @@ def finalize_gradients(
 
 def _global_sums(microbatches: Sequence[Microbatch], session: Session) -> tuple[Tensor, Tensor]:
     """Weight of the global batch, [] float32, and its text and visual tokens, [2] float32, padding not counted."""
-    weight, visual, tokens = 0.0, 0, 0
-    for microbatch in microbatches:
-        weight += float(microbatch.loss_weights.sum(dtype="float64"))
-        visual += int((microbatch.visual_token_mask & microbatch.sample_tokens).sum())
-        tokens += microbatch.num_tokens
+    weight = sum(float(microbatch.loss_weights.sum(dtype="float64")) for microbatch in microbatches)
+    visual = sum(microbatch.num_visual_tokens for microbatch in microbatches)
+    tokens = sum(microbatch.num_tokens for microbatch in microbatches)
     # Filled on the device: a copy of a host tensor would make the host wait for it.
     numbers = (weight, tokens - visual, visual)
     sums = torch.stack([torch.full((), number, dtype=torch.float32, device=session.device) for number in numbers])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from navil_megatron.models.build import build_model
-from navil_megatron.training.step import inputs_of
+from navil_megatron.training.batch import build_model_inputs
 from tests.oracle import IMAGE_ONLY, TEXT_ONLY, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
 
@@ -13,10 +13,10 @@ def gradients(rank: int, world_size: int, composition: tuple, parallel: dict) ->
     config = oracle_config(parallel=parallel)
     with start_session(rank, world_size, config) as session:
         (model,) = build_model(config, session.groups, session.device)
-        (microbatch,) = global_batch(config, (composition,))
+        (microbatch,) = global_batch(config, (composition,), session)
         if composition == TEXT_ONLY:
             assert not microbatch.visual_token_mask.any()
-        inputs = inputs_of(microbatch, config, session)
+        inputs = build_model_inputs(microbatch)
         (model(inputs) * inputs.loss_weights).sum().backward()
         return {
             name: None if parameter.grad is None else float(parameter.grad.abs().sum())

@@ -1,6 +1,7 @@
 """The benchmarks run where no GPU is, at tiny size, and their peers compute what ours computes."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,22 @@ def test_peers_of_the_experts_give_our_outputs_and_gradients() -> None:
 def test_a_peer_that_computes_something_else_stops_the_bench(way: str) -> None:
     with pytest.raises(AssertionError, match="a relative distance of"):
         run_ranks(1, compare, way)
+
+
+def host_time(rank: int, world_size: int) -> dict:
+    from tools.bench import host_time
+    from tools.bench.small_run import small_config
+
+    config = small_config(layers=1, tokens=2048, precision="fp32", shape=SMALL)
+    return host_time.measure(config, Namespace(rows=2, rounds=1))
+
+
+def test_the_model_inputs_of_a_step_are_mostly_its_pixels() -> None:
+    (found,) = run_ranks(1, host_time)
+    pixels = found["patches"] * 3 * 16 * 16
+    assert 2 * 1024 < found["patches"] < 2 * 2048 * 4
+    assert pixels < found["uploaded_bytes"] < 1.1 * pixels
+    assert min(found["loader_threads_ms"], *found["training_thread_ms"].values()) > 0
 
 
 def test_a_profile_counts_overlapping_kernels_once() -> None:

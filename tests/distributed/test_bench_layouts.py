@@ -50,7 +50,7 @@ AXES = {"tp2-sp": "tp", "pp2": "pp", "pp2-interleaved-tied": "embd", "dp2": "dp"
 def count(rank: int, world_size: int, sections: dict) -> list[dict[str, Any]]:
     config = oracle_config(**sections)
     with start_session(rank, world_size, config) as session:
-        trainer = Trainer(config, session, global_batch(config, BATCH))
+        trainer = Trainer(config, session, global_batch(config, BATCH, session))
         trainer.step()
         return compare(trainer.counted_step(), traffic_by_formula(trainer.view()))
 

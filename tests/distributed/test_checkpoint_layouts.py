@@ -37,7 +37,7 @@ def run(rank: int, world_size: int, sections: dict, source: str | None, target: 
         manager.directory = Path(target)
         if state is not None:
             manager.save(step, model, optimizer, {"step": step})
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
         losses = []

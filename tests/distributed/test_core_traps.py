@@ -46,13 +46,14 @@ from megatron.core.tensor_parallel import random as core_random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-from navil_megatron.blueprint.segments import group_segments
+from navil_megatron.blueprint.segments import SegmentOrder
 from navil_megatron.kernels.torch_kernels import segment_attention
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.mcore_on_cpu import PATCHES
 from navil_megatron.runtime.session import Session
+from navil_megatron.training.batch import build_model_inputs
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
-from navil_megatron.training.step import inputs_of, train_step, weighted_loss
+from navil_megatron.training.step import train_step, weighted_loss
 from tests.distributed.test_layouts import BATCH
 from tests.oracle import global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -179,10 +180,13 @@ def test_packed_samples_do_not_see_each_other() -> None:
     query, key, value = (torch.randn(sum(lengths), heads, 8, generator=generator) for heads in (4, 2, 2))
 
     def attend(lengths: list[int], *rows: torch.Tensor) -> torch.Tensor:
-        order, groups = group_segments(lengths)
-        ordered = (x[torch.from_numpy(order)] for x in rows)
-        found = segment_attention(*ordered, groups=groups, cu_seqlens=torch.empty(0), max_seqlen=0, causal=True)
-        return torch.empty_like(found).index_copy_(0, torch.from_numpy(order), found)
+        segments = SegmentOrder.of(lengths)
+        order = torch.from_numpy(segments.order)
+        ordered = (x[order] for x in rows)
+        found = segment_attention(
+            *ordered, groups=segments.groups, cu_seqlens=torch.empty(0), max_seqlen=0, causal=True
+        )
+        return torch.empty_like(found).index_copy_(0, order, found)
 
     alone = [
         attend([length], *(x.split(lengths)[number] for x in (query, key, value)))
@@ -194,8 +198,8 @@ def test_packed_samples_do_not_see_each_other() -> None:
 def _report_after_core(rank: int, world_size: int) -> tuple[float, float, float]:
     config = oracle_config()
     with start_session(rank, world_size, config) as session:
-        (microbatch,) = global_batch(config, BATCH[:1])
-        inputs = inputs_of(microbatch, config, session)
+        (microbatch,) = global_batch(config, BATCH[:1], session)
+        inputs = build_model_inputs(microbatch)
         losses = torch.ones_like(inputs.loss_weights, requires_grad=True)
         reports: list[dict[str, torch.Tensor]] = []
         divided, _ = forward_step_calc_loss(
@@ -227,11 +231,11 @@ def _gradients_of_step(rank: int, world_size: int) -> None:
         (plain,) = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         optimizer = build_optimizer(config, chunks, session)
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         train_step(config, session, chunks, optimizer, batch, lr=0.0)
         weight = sum(float(microbatch.loss_weights.sum()) for microbatch in batch)
         for microbatch in batch:
-            inputs = inputs_of(microbatch, config, session)
+            inputs = build_model_inputs(microbatch)
             ((plain(inputs) * inputs.loss_weights).sum() / weight).backward()
         expected = dict(plain.named_parameters())
         for name, parameter in chunks[0].module.named_parameters():
@@ -252,7 +256,9 @@ def _gathers_of_step(rank: int, world_size: int, parallel: dict) -> list[int]:
         buckets = [bucket for chunk in chunks for bucket in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
         for number, bucket in enumerate(buckets):
             bucket.start_param_sync = functools.partial(_counted, bucket.start_param_sync, gathers, number)
-        train_step(config, session, chunks, optimizer, global_batch(config, BATCH)[2 * rank : 2 * rank + 2], lr=1e-2)
+        train_step(
+            config, session, chunks, optimizer, global_batch(config, BATCH, session)[2 * rank : 2 * rank + 2], lr=1e-2
+        )
         return [gathers[number] for number in range(len(buckets))]
 
 

@@ -10,9 +10,9 @@ from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.plan import Row
 from navil_megatron.data.shards.source import Source
-from navil_megatron.data.types import DataPlace, Microbatch
+from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model
-from navil_megatron.training.batch import needed_images
+from navil_megatron.training.batch import place_of
 from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
@@ -42,11 +42,10 @@ def learn(rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: 
     """One step on real data: what it learned, and how many samples failed on the replica."""
     config = run_config(data, sections)
     with start_session(rank, world_size, config) as session:
-        place = DataPlace(session.dp_rank, session.dp_size, session.is_first_stage)
-        loader = TrainLoader(config, place, decodes=needed_images(config.model, session.row_rank, session.row_size))
+        loader = TrainLoader(config, place_of(session))
         step = next(loader)
         loader.close()
-        microbatches, num_failed = settle_failures(session, step.microbatches, step.failures)
+        microbatches, num_failed = settle_failures(session, step.microbatches)
         if alone:
             microbatches = [sample_alone(loader, row, n) for row in _rows(loader) for n in range(len(row.samples))]
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
@@ -67,7 +66,7 @@ def sample_alone(loader: TrainLoader, row: Row, number: int) -> Microbatch:
     """One sample of a row in a row of its own."""
     one = slice(number, number + 1)
     builder: MicrobatchBuilder = loader._builder
-    return builder.build([Row(row.sources[one], row.indices[one], row.dropped[one], 0)])[0]
+    return builder.build([Row(row.sources[one], row.indices[one], row.dropped[one], 0)])
 
 
 @pytest.fixture(scope="module")

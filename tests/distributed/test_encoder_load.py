@@ -16,9 +16,9 @@ THREE: Composition = ((5, (LARGE, LARGE, SMALL)),)
 def reported(rank: int, world_size: int, parallel: dict, steps: tuple[tuple[Composition, ...], ...]) -> float:
     config = oracle_config(parallel=parallel)
     with start_session(rank, world_size, config) as session:
-        load = EncoderLoad(config, session)
+        load = EncoderLoad(session.device)
         for compositions in steps:
-            rows = global_batch(config, compositions)
+            rows = global_batch(config, compositions, session)
             share = len(rows) // session.dp_size
             load.add(rows[session.dp_rank * share : (session.dp_rank + 1) * share])
         return load.take()

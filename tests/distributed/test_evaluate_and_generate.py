@@ -13,6 +13,7 @@ from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.models.build import build_model
+from navil_megatron.models.vision_encoder import normalise
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.generate import generate
 from navil_megatron.training.optimizer import wrap_ddp
@@ -44,10 +45,10 @@ def outcome(rank: int, world_size: int, sections: dict) -> tuple[float, list[lis
     with start_session(rank, world_size, config) as session:
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model)
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
-        loss = evaluate(config, session, chunks, [(microbatch, ()) for microbatch in mine])
+        loss = evaluate(config, session, chunks, mine)
         prompts, pixels = zip(*(prompt_of(config, number) for number in range(len(GRIDS))), strict=True)
         row_format = RowFormat(
             seq_length=SEQ_LENGTH, pad_segments_to=4, pad_id=0, special_token_ids=config.model.special_token_ids
@@ -90,7 +91,7 @@ def test_text_is_what_the_exported_model_generates() -> None:
         scale = prompt.scales[0][0]
         row = torch.from_numpy(prompt.input_ids)[None]
         grid = torch.tensor([[1, scale.grid_height, scale.grid_width]])
-        inputs = {"pixel_values": pixels, "image_grid_thw": grid}
+        inputs = {"pixel_values": normalise(pixels), "image_grid_thw": grid}
         found = model.generate(row, **inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, row.shape[1] :]
         special = set(config.model.special_token_ids)
         # Beyond a special token the reference embeds differently (see the docstring of training.generate).

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.checkpoint.manager import CheckpointManager
-from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params, plan_modality_order
+from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params
 from navil_megatron.layers.modality_experts import ModalityExperts
 from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.layers.modality_mlp import ModalityMLP
@@ -50,7 +51,7 @@ UNBALANCED: dict[str, dict[str, Any]] = {"training": {"global_batch_size": 2}, "
 
 def _plan(num_text: int) -> NaViLPackedSeqParams:
     visual = np.arange(ROWS) >= num_text
-    return build_packed_seq_params(plan_modality_order(visual, [ROWS]), torch.device("cpu"))
+    return build_packed_seq_params(plan_modality_order(visual, [ROWS]))
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -152,7 +153,7 @@ def _resave(rank: int, world_size: int, sections: dict, steps: int, number: int)
         optimizer = build_optimizer(config, chunks, session)
         manager = CheckpointManager(config, session)
         manager.restore_latest(chunks, optimizer)
-        batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY, TINY_IMAGE))
+        batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY, TINY_IMAGE), session)
         share = len(batch) // session.dp_size
         for _ in range(steps):
             mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]

@@ -45,7 +45,7 @@ def save(rank: int, world_size: int, config: NaViLConfig, source: Path | None) -
             manager.load_weights(source, chunks)
         wrapped = wrap_ddp(config, session, chunks)
         optimizer = build_optimizer(config, wrapped, session)
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
         for _ in range(SOURCE_STEPS if source is None else 1):

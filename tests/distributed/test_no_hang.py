@@ -51,7 +51,7 @@ def steps(rank: int, world_size: int, sections: dict) -> dict[str, tuple[float, 
         for kind, composition in KINDS.items():
             for place in (*range(ROWS), None):
                 rows = [composition if place in (None, number) else MIXED for number in range(ROWS)]
-                batch = global_batch(config, tuple(rows))
+                batch = global_batch(config, tuple(rows), session)
                 mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
                 result = train_step(config, session, chunks, optimizer, mine, lr=1e-3)
                 for chunk in chunks:

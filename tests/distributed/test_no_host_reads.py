@@ -52,7 +52,7 @@ def reads_of_step(rank: int, world_size: int, choices: list[dict]) -> list[str]:
         with start_session(rank, world_size, config) as session:
             chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
             FeatureScale(config, chunks, session.groups, session.device).is_on = True
-            batch = global_batch(config, (*BATCH, MIXED))
+            batch = global_batch(config, (*BATCH, MIXED), session)
             with watching_host_reads() as reads:
                 run_schedule(config, session, chunks, batch, forward_only=False)
             found += reads

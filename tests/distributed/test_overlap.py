@@ -44,7 +44,7 @@ def three_steps(rank: int, world_size: int, sections: dict, num_steps: int = 3) 
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model, bucket_size=BUCKET)
         optimizer = build_optimizer(config, chunks, session)
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
         found: Found = {"losses": [], "norms": [], "held_out": []}
@@ -53,7 +53,7 @@ def three_steps(rank: int, world_size: int, sections: dict, num_steps: int = 3) 
             found["losses"].append(global_loss(result, session))
             found["norms"].append(float(result.grad_norm))
             if step == 1:
-                found["held_out"].append(evaluate(config, session, chunks, [(one, ()) for one in mine]))
+                found["held_out"].append(evaluate(config, session, chunks, mine))
         gather_parameters(chunks)
         found["weights"] = [
             (name, weight.detach().clone()) for chunk in model for name, weight in chunk.named_parameters()
@@ -94,7 +94,14 @@ def starts_in_backward(rank: int, world_size: int, sections: dict) -> list[tuple
         for chunk in chunks:
             chunk.finish_grad_sync = functools.partial(_under_way, found, chunk, chunk.finish_grad_sync)
         for _ in range(2):
-            train_step(config, session, chunks, optimizer, global_batch(config, BATCH)[2 * rank : 2 * rank + 2], lr=0.0)
+            train_step(
+                config,
+                session,
+                chunks,
+                optimizer,
+                global_batch(config, BATCH, session)[2 * rank : 2 * rank + 2],
+                lr=0.0,
+            )
         return found
 
 
@@ -119,7 +126,9 @@ def stale_weights(rank: int, world_size: int) -> tuple[int, int]:
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model, bucket_size=BUCKET)
         optimizer = build_optimizer(config, chunks, session)
-        train_step(config, session, chunks, optimizer, global_batch(config, BATCH)[2 * rank : 2 * rank + 2], lr=1e-2)
+        train_step(
+            config, session, chunks, optimizer, global_batch(config, BATCH, session)[2 * rank : 2 * rank + 2], lr=1e-2
+        )
         before = _num_different(model)
         gather_parameters(chunks)
         return before, _num_different(model)

@@ -36,7 +36,7 @@ def phase(rank: int, world_size: int, sections: dict, before: str | None, folder
             manager.load_optimizer(Path(before), model, optimizer)
         manager.directory = Path(folder)
         manager.save(0, model, optimizer, {})
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
         losses = [

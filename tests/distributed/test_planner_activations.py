@@ -9,8 +9,7 @@ from navil_megatron.blueprint.workload import Workload
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import ActivationModel
-from navil_megatron.training.flops import workload_of
-from navil_megatron.training.step import inputs_of
+from navil_megatron.training.batch import build_model_inputs
 from tests.held_memory import watching
 from tests.oracle import MIXED, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -60,8 +59,8 @@ def held_by_parts(rank: int, world_size: int, sections: dict) -> dict[str, tuple
     config = oracle_config(**sections)
     with start_session(rank, world_size, config) as session:
         (model,) = build_model(config, session.groups, session.device)
-        (row,) = global_batch(config, (MIXED,))
-        inputs = inputs_of(row, config, session)
+        (row,) = global_batch(config, (MIXED,), session)
+        inputs = build_model_inputs(row)
         assert inputs.first_stage is not None
         parameters = list(model.parameters())
         with watching(parameters) as encoder:
@@ -85,7 +84,7 @@ def held_by_parts(rank: int, world_size: int, sections: dict) -> dict[str, tuple
         text_tokens=row.input_ids.size - visual,
         visual_tokens=visual,
         segment_lengths=row.segment_lengths,
-        grids=workload_of(config.model, row).grids,
+        grids=row.workload.grids,
         num_predictions=int((row.labels != -100).sum()),
     )
     planned = ActivationModel(config, work, fused=False)

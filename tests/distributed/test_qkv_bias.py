@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
+from navil_megatron.blueprint.modality_order import plan_modality_order
+from navil_megatron.layers.modality import build_packed_seq_params
 from navil_megatron.layers.modality_linear import LinearKernels, ModalityColumnParallelLinear
 from navil_megatron.models.mcore_config import build_transformer_config
 from tests.ranks import run_ranks, start_session, tiny_config
@@ -34,7 +35,7 @@ def project(rank: int, world_size: int, num_text: int, sequence_parallel: bool) 
         weight = torch.randn(NUM_TOKENS, OUTPUT, generator=generator, dtype=torch.float64)
 
         mask = torch.arange(NUM_TOKENS).numpy() >= num_text
-        plan = build_packed_seq_params(plan_modality_order(mask, [NUM_TOKENS]), session.device)
+        plan = build_packed_seq_params(plan_modality_order(mask, [NUM_TOKENS]))
         mine = rows.chunk(world_size)[rank] if sequence_parallel else rows
         output = layer(mine.unsqueeze(1), plan)
         (output.squeeze(1) * weight.chunk(world_size, dim=1)[rank]).sum().backward()

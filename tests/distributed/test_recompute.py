@@ -60,8 +60,8 @@ def held_bytes(rank: int, world_size: int, names: tuple[str, ...], num_samples: 
         config = oracle_config(training={**CHOICES, **ALONE}[name])
         with start_session(rank, world_size, config) as session:
             (model,) = build_model(config, session.groups, session.device)
-            row = synthetic_microbatch(config.model, 20 * num_samples, 1, [SAMPLE] * num_samples, pad_segments_to=4)
-            inputs = build_model_inputs(row, config.model, session.device)
+            row = synthetic_microbatch(config.model, 20 * num_samples, 1, [[SAMPLE] * num_samples], pad_segments_to=4)
+            inputs = build_model_inputs(row)
             with watching(model.parameters()) as watched:
                 losses = model(inputs)
             assert losses.requires_grad

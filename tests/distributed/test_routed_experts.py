@@ -106,7 +106,7 @@ def _load_after_a_step(rank: int, world_size: int, sections: dict) -> torch.Tens
     with start_session(rank, world_size, config) as session:
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         load = ExpertLoad(chunks, 2, 4)
-        mine = global_batch(config, BATCH)
+        mine = global_batch(config, BATCH, session)
         train_step(config, session, chunks, build_optimizer(config, chunks, session), mine, lr=0.0)
         counts = load.take(session.device)
         assert not load.take(session.device).any()
@@ -160,7 +160,7 @@ def _evaluate(rank: int, world_size: int, sections: dict, weights: Path) -> floa
     with start_session(rank, world_size, config) as session:
         model = build_model(config, session.groups, session.device)
         CheckpointManager(config, session).load_weights(weights, model)
-        batch = global_batch(config, BATCH)
+        batch = global_batch(config, BATCH, session)
         share = len(batch) // session.dp_size
         mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
         return global_loss(evaluate_step(config, session, wrap_ddp(config, session, model), mine), session)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.hf.remote_code.modeling_language_ve import ExpertsVE, SplitVEMLP
 from navil_megatron.kernels.torch_kernels import Linear
-from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params, plan_modality_order
+from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params
 from navil_megatron.layers.modality_experts import ModalityExperts
 from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.models.build import _random_slice
@@ -38,7 +39,7 @@ def _plan(num_text: int = NUM_TEXT) -> NaViLPackedSeqParams:
     """Causal order is modality-major here; some rows are padding."""
     sample = ~np.isin(np.arange(ROWS), PADDED)
     order = plan_modality_order(np.arange(ROWS) >= num_text, [ROWS], sample_tokens=sample)
-    return build_packed_seq_params(order, torch.device("cpu"))
+    return build_packed_seq_params(order)
 
 
 def _start_layer(config: Any, session: Any) -> tuple[ModalityExperts, Tensor]:

@@ -40,7 +40,7 @@ def step_from(rank: int, world_size: int, experts: tuple[str, ...], start: str |
             manager.restore_latest(model, optimizer)
         manager.directory = Path(folder)
         manager.save(0, model, optimizer, {})
-        result = train_step(config, session, chunks, optimizer, global_batch(config, BATCH), lr=1e-2)
+        result = train_step(config, session, chunks, optimizer, global_batch(config, BATCH, session), lr=1e-2)
         manager.save(1, model, optimizer, {})
         return Outcome(
             [global_loss(result, session)],

@@ -11,9 +11,8 @@ import torch
 from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.data.loader import StepData
-from navil_megatron.data.microbatches import DataCounts
+from navil_megatron.data.loss_groups import groups_of
 from navil_megatron.data.types import Microbatch, SampleId
-from navil_megatron.layers.modality import plan_modality_order
 from navil_megatron.models.build import build_model
 from navil_megatron.training.grad_norms import PARTS, part_of
 from navil_megatron.training.metrics import StepMeter
@@ -42,12 +41,13 @@ SAME = ("loss", "grad_norm", "visual_share")
 """What the names of the numbers that must not depend on the layout begin with."""
 
 
-def rows_of_two_sources(config) -> list[Microbatch]:
+def rows_of_two_sources(config, session) -> list[Microbatch]:
     """Every row but the second has samples of both."""
-    return [
+    rows = [
         dataclasses.replace(row, samples=tuple(SampleId((n + place) % 2, n) for n in range(len(row.samples))))
-        for place, row in enumerate(global_batch(config, BATCH))
+        for place, row in enumerate(global_batch(config, BATCH, session))
     ]
+    return [dataclasses.replace(row, loss_groups=groups_of(row)) for row in rows]
 
 
 def watched(rank: int, world_size: int, sections: dict) -> tuple[dict, dict]:
@@ -58,13 +58,13 @@ def watched(rank: int, world_size: int, sections: dict) -> tuple[dict, dict]:
         chunks = wrap_ddp(config, session, model)
         optimizer = build_optimizer(config, chunks, session)
         meter = StepMeter(config, session, model, optimizer)
-        rows = rows_of_two_sources(config)
+        rows = rows_of_two_sources(config, session)
         share = len(rows) // session.dp_size
         mine = rows[session.dp_rank * share : (session.dp_rank + 1) * share]
         for step in (1, 2):
             meter.feature_scale.is_on = step == 2
             result = train_step(config, session, chunks, optimizer, mine, lr=0.0)
-            meter.add(result, mine, StepData(tuple(mine), (), 1.0, 0, DataCounts()), 0, 0.0)
+            meter.add(result, mine, StepData(tuple(mine), 1.0, 0), 0, 0.0)
         meter.feature_scale.is_on = False
         evaluate_step(config, session, chunks, mine)
         record, scales = meter.record(0.0)
@@ -100,7 +100,7 @@ def plain(rank: int, world_size: int) -> tuple[dict, dict]:
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model)
         optimizer = build_optimizer(config, chunks, session)
-        rows = rows_of_two_sources(config)
+        rows = rows_of_two_sources(config, session)
         seen: list[list[torch.Tensor]] = [[] for _ in range(config.model.language.num_layers + 1)]
         layers = model[0].decoder.layers
 
@@ -143,7 +143,7 @@ def only(row: Microbatch, wanted) -> Microbatch:
 
 def plain_scales(rows: list[Microbatch], seen: list[list[torch.Tensor]]) -> dict[str, float]:
     found = {}
-    orders = [plan_modality_order(row.visual_token_mask, row.segment_lengths).modality_major for row in rows]
+    orders = [row.modality_order.rows for row in rows]
     for modality, is_visual in zip(MODALITIES, (False, True), strict=True):
         masks = [row.sample_tokens & (row.visual_token_mask == is_visual) for row in rows]
         chosen = [torch.from_numpy(mask[order]) for mask, order in zip(masks, orders, strict=True)]

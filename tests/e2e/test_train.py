@@ -21,9 +21,9 @@ from navil_megatron.config.precision import PrecisionConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import plan_run
 from navil_megatron.data.shards.source import Source
-from navil_megatron.data.types import DataPlace
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.models.build import build_model
+from navil_megatron.training.batch import place_of
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.grad_norms import PARTS
 from tests.e2e.runs import (
@@ -259,8 +259,7 @@ def held_out_loss_in_rank(rank: int, world_size: int, config: NaViLConfig, check
     with start_session(rank, world_size, config) as session:
         chunks = build_model(config, session.groups, session.device)
         CheckpointManager(config, session).load_weights(checkpoint, chunks)
-        place = DataPlace(session.dp_rank, session.dp_size, is_first_stage=session.is_first_stage)
-        rows = ValidationLoader(config, config.evaluation.sources[0], place)
+        rows = ValidationLoader(config, config.evaluation.sources[0], place_of(session))
         return evaluate(config, session, chunks, rows)
 
 

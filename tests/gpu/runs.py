@@ -74,7 +74,7 @@ def gpu_config(**sections: Any) -> NaViLConfig:
 
 def row(composition: Composition, seed: int = 0) -> Microbatch:
     """One row of this composition."""
-    return synthetic_microbatch(MODEL, SEQ_LENGTH, seed, list(composition), pad_segments_to=PAD_TO)
+    return synthetic_microbatch(MODEL, SEQ_LENGTH, seed, [composition], pad_segments_to=PAD_TO)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def forward(config: NaViLConfig, microbatch: Microbatch, folder: Path) -> dict[s
     outputs: dict[str, torch.Tensor] = {}
     with session_of(config, folder) as session:
         (model,) = build_model(config, session.groups, session.device)
-        inputs = build_model_inputs(microbatch, config.model, session.device)
+        inputs = session.platform.upload(build_model_inputs(microbatch))()
         assert inputs.first_stage is not None
         outputs["vision features"] = model.encode_images(inputs.first_stage).float().cpu()
         for layer in model.decoder.layers:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.data.dali_decode import DaliDecoder
-from navil_megatron.data.image_decode import DecodeJob, ImageDecodeError, blank_patches, normalise
+from navil_megatron.data.image_decode import DecodeJob, ImageDecodeError
+from navil_megatron.models.vision_encoder import normalise
 from tests.tolerances import DALI_PIXELS
 
 PATCH, MERGE, MAX_PIXELS = 16, 2, 2**24
@@ -57,10 +58,14 @@ def test_pixels_of_the_gpu_are_the_cpus(jobs: list[DecodeJob]) -> None:
             continue
         assert isinstance(ours, list)
         for found, expected in zip(ours, theirs, strict=True):
-            assert found.device == device and found.dtype == torch.uint8
+            assert found.device == expected.device and found.dtype == torch.uint8
             assert (found.cpu().int() - expected.int()).abs().max() <= DALI_PIXELS
-    blank = blank_patches(jobs[0].scales[0], PATCH, device)
-    assert normalise(blank).device == device and normalise(blank).unique().numel() == 1
+
+
+@pytest.mark.gpu
+def test_pixels_are_normalised_to_the_bits_of_the_cpu() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(normalise(every.cuda()).cpu(), normalise(every))
 
 
 @pytest.mark.gpu

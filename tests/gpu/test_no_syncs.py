@@ -49,7 +49,7 @@ def test_step_waits_only_in_the_optimizer(choice: str, experts: dict, overlap: b
     with Session.start(config, launch) as session:
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         optimizer = build_optimizer(config, chunks, session)
-        batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY))
+        batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY), session)
         # The first step loads kernels and opens the communicator.
         train_step(config, session, chunks, optimizer, batch, lr=1e-3)
         update = optimizer.step

@@ -14,7 +14,6 @@ from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import ActivationModel
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
-from navil_megatron.training.flops import workload_of
 from tests.oracle import oracle_config
 from tests.tolerances import ACTIVATION_BYTES_ON_GPU
 
@@ -43,10 +42,10 @@ def test_forward_allocates_what_is_planned(recompute: str) -> None:
     }
     config = oracle_config(**sections)
     samples = [(256, ((32, 48),)) for _ in range(5)]
-    row = synthetic_microbatch(config.model, 4096, 1, samples)
+    row = synthetic_microbatch(config.model, 4096, 1, [samples])
     with Session.start(config) as session:
         (model,) = build_model(config, session.groups, session.device)
-        inputs = build_model_inputs(row, config.model, session.device)
+        inputs = session.platform.upload(build_model_inputs(row))()
         before = torch.cuda.memory_allocated()
         losses = model(inputs)
         allocated = torch.cuda.memory_allocated() - before
@@ -56,7 +55,7 @@ def test_forward_allocates_what_is_planned(recompute: str) -> None:
         text_tokens=row.input_ids.size - visual,
         visual_tokens=visual,
         segment_lengths=row.segment_lengths,
-        grids=workload_of(config.model, row).grids,
+        grids=row.workload.grids,
         num_predictions=inputs.loss_positions.numel(),
     )
     planned = ActivationModel(config, work, fused=True)

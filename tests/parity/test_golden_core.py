@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from navil_megatron.blueprint.vision_plan import plan_vision
 from navil_megatron.models.build import build_model
-from navil_megatron.models.inputs import FirstStageInputs
+from navil_megatron.training.batch import place_of
 from tests.golden_cases import GoldenCase
 from tests.ranks import run_ranks, start_session, tiny_config
 from tests.tolerances import GOLDEN, GOLDEN_GRADIENT
@@ -96,8 +95,6 @@ def test_one_rank_equals_the_authors_code(golden_dir: Path, name: str) -> None:
 
 def encoder_variants(rank: int, world_size: int, golden_dir: Path, name: str) -> None:
     case = GoldenCase(golden_dir, name)
-    grids = [tuple(grid) for grid in case.inputs["image_grid_thw"].tolist()]
-    pixels = case.inputs["pixel_values"].float().flatten(1)
     for variant in case.meta["variants"]:
         full = variant["fullatt_block_indexes"]
         vision = dataclasses.replace(
@@ -108,9 +105,7 @@ def encoder_variants(rank: int, world_size: int, golden_dir: Path, name: str) ->
         case.model = dataclasses.replace(case.model, vision=vision)
         session, (model,) = build_case(case, rank, world_size, parallel={"tp": world_size})
         with session:
-            plan = plan_vision(grids, vision, session.tp_rank, session.tp_size)
-            first_stage = FirstStageInputs(torch.empty(0), torch.empty(0), pixels, plan)
-            features = model.encode_images(first_stage)
+            features = model.encode_images(case.image_inputs(place_of(session)))
         torch.testing.assert_close(features, case.expected[f"{variant['name']}/mlp1.out"][:, 0], **GOLDEN)
 
 
@@ -134,6 +129,6 @@ def forward_at_tensor_parallel_2(rank: int, world_size: int, golden_dir: Path, n
     split = {"tp": 2, "sequence_parallel": case.inputs["input_ids"].numel() % 2 == 0}
     session, (model,) = build_case(case, rank, world_size, parallel=split)
     with session:
-        inputs = case.model_inputs("loss", tp_rank=session.tp_rank, tp_size=session.tp_size)
+        inputs = case.model_inputs("loss", place_of(session))
         loss = (model(inputs) * inputs.loss_weights).sum() / _denominator(case, "loss")
         torch.testing.assert_close(loss.reshape(1), case.expected["loss"], **GOLDEN)

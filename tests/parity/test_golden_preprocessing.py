@@ -21,7 +21,8 @@ from navil_megatron.blueprint.image_plan import (
 )
 from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.dali_decode import DaliDecoder
-from navil_megatron.data.image_decode import DecodeJob, ImageDecoder, PillowDecoder, normalise, read_image_size
+from navil_megatron.data.image_decode import DecodeJob, ImageDecoder, PillowDecoder, read_image_size
+from navil_megatron.models.vision_encoder import normalise
 from tests.tolerances import DALI_PIXELS
 
 PATCH, MERGE = 16, 2

@@ -12,8 +12,9 @@ from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.config.load import load_config
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.assemble import MAX_PADDING_SEGMENT, RowFormat, assemble, drop_loss
-from navil_megatron.data.synthetic import synthetic_microbatch, synthetic_rows
-from navil_megatron.data.types import EncodedSample, PackedSequence, SampleId
+from navil_megatron.data.rank_share import plan_microbatch
+from navil_megatron.data.synthetic import synthetic_microbatch
+from navil_megatron.data.types import ALONE, EncodedSample, PackedSequence, SampleId
 from tests.unit.config_examples import EXAMPLE_TOML
 
 
@@ -37,7 +38,8 @@ def test_one_row_by_hand(model: ModelConfig) -> None:
     )
     text_alone = EncodedSample(SampleId(1, 9), np.array([5, 6]), np.array([0, 1], np.float32), ())
     row_format = RowFormat(seq_length=16, pad_segments_to=4, pad_id=1, special_token_ids=model.special_token_ids)
-    batch = assemble([PackedSequence((with_image, text_alone), 16)], row_format, None)
+    rows = assemble([PackedSequence((with_image, text_alone), 16)], row_format)
+    batch = plan_microbatch(rows, model, ALONE)
     assert batch.input_ids.tolist() == [*image, 7, 8, 5, 6, 1, 1, 1, 1, 1, 1]
     assert batch.labels.tolist() == [-100] * 5 + [7, 8, -100, 6, -100] + [-100] * 6
     assert batch.loss_weights.tolist() == [0] * 5 + [1, 0.5, 0, 1, 0] + [0] * 6
@@ -47,7 +49,9 @@ def test_one_row_by_hand(model: ModelConfig) -> None:
     assert batch.image_grid_thw.tolist() == [[1, 2, 4]]
     assert (batch.num_tokens, batch.samples, batch.pixel_values) == (10, (SampleId(0, 3), SampleId(1, 9)), None)
     assert (batch.sample_starts, batch.sample_lengths) == ((0, 8), (8, 2))
-    assert batch.has_pixels.tolist() == [False]
+    assert (batch.num_visual_tokens, batch.image_rows.tolist()) == (3, [12 + 1, 12 + 2])
+    assert batch.loss_groups.tolist() == [1] * 8 + [2] * 2 + [0] * 6
+    assert batch.workload.num_predictions == 3
 
     failed = drop_loss(batch, {0})
     assert np.array_equal(failed.input_ids, batch.input_ids)
@@ -57,7 +61,7 @@ def test_one_row_by_hand(model: ModelConfig) -> None:
 
 def test_a_row_that_is_over_full_is_an_error(model: ModelConfig) -> None:
     with pytest.raises(ValueError, match="a row of 32 tokens is over-full by 1"):
-        synthetic_microbatch(model, 32, 0, [(33, [])])
+        synthetic_microbatch(model, 32, 0, [[(33, [])]])
 
 
 samples = st.tuples(
@@ -70,7 +74,7 @@ samples = st.tuples(
 @given(rows=st.lists(st.lists(samples, max_size=3), min_size=1, max_size=3), pad=st.sampled_from([8, 16, 128]))
 def test_every_row_keeps_the_rules(model: ModelConfig, rows: list, pad: int) -> None:
     length = 1024
-    batch = synthetic_rows(model, length, 0, rows, pad)
+    batch = synthetic_microbatch(model, length, 0, rows, pad)
     assert len(batch.input_ids) == length * len(rows) == sum(batch.segment_lengths)
     special = np.isin(batch.input_ids, [model.special_token_id("<IMG_CONTEXT>"), model.special_token_id("<img>")])
     assert batch.visual_token_mask[special].all()
@@ -98,7 +102,7 @@ def test_every_row_keeps_the_rules(model: ModelConfig, rows: list, pad: int) -> 
 
 @pytest.mark.parametrize("composition", [[(20, [])], [(1, [(4, 4)])], []], ids=["text", "image", "empty"])
 def test_a_modality_may_be_absent(model: ModelConfig, composition: list) -> None:
-    batch = synthetic_microbatch(model, 1024, 1, composition)
+    batch = synthetic_microbatch(model, 1024, 1, [composition])
     assert batch.pixel_values is not None
     assert batch.pixel_values.shape[0] == batch.image_grid_thw.prod(axis=1).sum()
     assert max(batch.segment_lengths[len(composition) :]) == MAX_PADDING_SEGMENT
@@ -106,7 +110,7 @@ def test_a_modality_may_be_absent(model: ModelConfig, composition: list) -> None
 
 
 def test_the_seed_decides_a_synthetic_batch(model: ModelConfig) -> None:
-    first, same, other = (synthetic_microbatch(model, 128, seed, [(20, [(4, 4)])]) for seed in (0, 0, 1))
+    first, same, other = (synthetic_microbatch(model, 128, seed, [[(20, [(4, 4)])]]) for seed in (0, 0, 1))
     assert np.array_equal(first.input_ids, same.input_ids) and not np.array_equal(first.input_ids, other.input_ids)
     assert first.pixel_values is not None and same.pixel_values is not None
     assert bool((first.pixel_values == same.pixel_values).all())

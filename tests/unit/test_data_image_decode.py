@@ -27,9 +27,9 @@ from navil_megatron.data.image_decode import (
     blank_patches,
     build_image_decoder,
     decode_image,
-    normalise,
     read_image_size,
 )
+from navil_megatron.models.vision_encoder import normalise
 from tests.tolerances import DALI_PIXELS
 from tests.unit.config_examples import EXAMPLE_TOML
 

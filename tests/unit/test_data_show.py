@@ -1,6 +1,7 @@
 """Packed rows as a page or picture: cells in the colours of their tokens, images as the model sees them, the texts."""
 
 import base64
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from PIL import Image
 
 from navil_megatron.blueprint.image_plan import ImagePlanner, image_grid_thw, visual_tokens
 from navil_megatron.data.encode import encode_sample
+from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.show.page import render_rows
 from navil_megatron.data.show.picture import draw_rows
 from navil_megatron.data.show.rows import CELL_HEIGHT, LINE_WIDTH, ShownRow, draw_cells, shown_rows, unpatchify
 from navil_megatron.data.show.tokens import KINDS, TokenKind, token_kinds
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
-from navil_megatron.data.types import Content, Microbatch, PackedSequence, SampleId, Turn
+from navil_megatron.data.types import ALONE, Content, Microbatch, PackedRows, PackedSequence, SampleId, Turn
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor
+from tests.ranks import tiny_config
 
 COLOURS = [colour for _, colour in KINDS]
 BOUNDS = {"min_pixels": 32 * 32, "max_pixels": 128 * 128}
@@ -72,7 +75,7 @@ def lay_out(
     pictures = [image for row in rows for _, images in row for image in images]
     grids = image_grid_thw([scales for row in packed for sample in row.samples for scales in sample.scales])
     pixels = processor.preprocess(pictures)["pixel_values"] if pictures else torch.empty(0, 3 * 256)
-    microbatch = Microbatch(
+    packed_rows = PackedRows(
         input_ids=np.concatenate(ids),
         position_ids=np.concatenate([np.arange(length) for length in segments]),
         labels=np.full(len(rows) * seq_length, -100),  # not drawn
@@ -80,14 +83,17 @@ def lay_out(
         visual_token_mask=np.concatenate(visual),
         segment_lengths=tuple(segments),
         image_grid_thw=grids,
-        pixel_values=pixels.reshape(len(pixels), -1),
-        has_pixels=np.ones(len(grids), dtype=bool),
-        num_tokens=sum(lengths),
         samples=tuple(sample.sample for row in packed for sample in row.samples),
         sample_starts=tuple(starts),
         sample_lengths=tuple(lengths),
     )
-    return Example(packed, microbatch, tokenizer)
+    model = dataclasses.replace(tiny_config().model, special_token_ids=tokenizer.special_token_ids)
+    return Example(packed, plan_microbatch(packed_rows, model, ALONE, levels(pixels)), tokenizer)
+
+
+def levels(patches: torch.Tensor) -> torch.Tensor:
+    """[p, 3 * patch * patch] uint8 of normalised patches."""
+    return ((patches.flatten(1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -184,17 +190,16 @@ def test_long_rows_wrap_and_absent_pixels_are_grey(example: Example) -> None:
     assert len(lines) > 5 and all(line.shape[1] <= LINE_WIDTH for line in lines)
     learned = sum((line == COLOURS[TokenKind.LEARNED]).all(axis=2).sum() for line in lines)
     assert learned == np.count_nonzero(long.kinds() == TokenKind.LEARNED) * 3 * CELL_HEIGHT
-    object.__setattr__(long.microbatch, "has_pixels", np.zeros_like(long.microbatch.has_pixels))
-    object.__setattr__(long.microbatch, "pixel_values", None)
-    assert all(len(np.unique(scale)) <= 12 for scale in pictures_of(long.page(), "jpeg"))
-    assert draw_rows(long.shown(), "").width <= 2400
+    bare = long._replace(microbatch=dataclasses.replace(long.microbatch, pixel_values=None))
+    assert all(len(np.unique(scale)) <= 12 for scale in pictures_of(bare.page(), "jpeg"))
+    assert draw_rows(bare.shown(), "").width <= 2400
 
 
 def test_unpatchify_gives_the_padded_picture_back() -> None:
     picture = noise(50, 90)
     processor = NaViLImageProcessor(min_pixels=1024, multi_scale=False)
-    patches = processor.preprocess([picture])["pixel_values"].reshape(-1, 3 * 256)
-    pixels = unpatchify(patches, 4, 6, 16, 2)
+    patches = processor.preprocess([picture])["pixel_values"]
+    pixels = unpatchify(levels(patches), 4, 6, 16, 2)
     assert (pixels.shape, pixels.dtype) == ((64, 96, 3), np.uint8)
     assert np.array_equal(pixels[:50, :90], np.asarray(picture))
     assert not pixels[50:].any()

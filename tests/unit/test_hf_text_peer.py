@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.data.types import Microbatch, SampleId
+from navil_megatron.data.rank_share import plan_microbatch
+from navil_megatron.data.types import ALONE, Microbatch, PackedRows, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.llm.start import model_config_for_llm, plan_llm_start
 from navil_megatron.hf.param_map import mcore_shapes
@@ -100,7 +101,7 @@ def engine_logits(rank: int, world_size: int, folders: list[Path]) -> None:
         with start_session(rank, world_size, config) as session:
             chunks = build_model(config, session.groups, session.device)
             load_whole(chunks, load_file(folder / "whole"))
-            inputs = build_model_inputs(text_row(expected["ids"].numpy()), model, session.device)
+            inputs = build_model_inputs(text_row(expected["ids"].numpy(), model))
             with torch.no_grad():
                 logits = chunks[0](dataclasses.replace(inputs, labels=None))
         try:
@@ -109,9 +110,9 @@ def engine_logits(rank: int, world_size: int, folders: list[Path]) -> None:
             raise AssertionError(f"{folder.name}: {error}") from None
 
 
-def text_row(ids: np.ndarray) -> Microbatch:
+def text_row(ids: np.ndarray, model: ModelConfig) -> Microbatch:
     """One segment of text, predicted everywhere."""
-    return Microbatch(
+    rows = PackedRows(
         input_ids=ids,
         position_ids=np.arange(ids.size),
         labels=np.zeros_like(ids),
@@ -119,10 +120,8 @@ def text_row(ids: np.ndarray) -> Microbatch:
         visual_token_mask=np.zeros(ids.size, dtype=bool),
         segment_lengths=(ids.size,),
         image_grid_thw=np.zeros((0, 3), np.int64),
-        pixel_values=torch.empty(0, 3 * 16 * 16),
-        num_tokens=ids.size,
-        has_pixels=np.zeros(0, dtype=bool),
         samples=(SampleId(0, 0),),
         sample_starts=(0,),
         sample_lengths=(ids.size,),
     )
+    return plan_microbatch(rows, model, ALONE, torch.empty(0, model.vision.patch_dim))

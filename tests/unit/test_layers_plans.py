@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navil_megatron.blueprint.segments import group_segments, inverse_order
+from navil_megatron.blueprint.modality_order import plan_modality_order
+from navil_megatron.blueprint.segments import SegmentOrder, inverse_order
 from navil_megatron.blueprint.vision_plan import assign_images, block_order, encoding_cost, plan_vision
 from navil_megatron.config.vision import VisionConfig
-from navil_megatron.layers.modality import plan_modality_order
 from navil_megatron.layers.reorder import Reorder
 
 ENCODER = VisionConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=2)
@@ -23,9 +23,13 @@ GRIDS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_segment_groups_cover_every_token_once_and_keep_segments_whole(lengths: list[int]) -> None:
-    order, groups = group_segments(lengths)
+    segments = SegmentOrder.of(lengths)
+    order, groups = segments.order, segments.groups
+    assert segments.cu_seqlens.tolist() == [0, *np.cumsum(sorted(length for length in lengths if length))]
+    assert segments.longest == max(lengths, default=0)
     assert sorted(order.tolist()) == list(range(sum(lengths)))
     assert [g.start for g in groups] == [0, *(g.end for g in groups)][: len(groups)]
     starts = set(np.cumsum([0, *lengths]).tolist())
@@ -35,18 +39,20 @@ def test_segment_groups_cover_every_token_once_and_keep_segments_whole(lengths: 
             assert tokens[0] in starts and (np.diff(tokens) == 1).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 2**32 - 1))
 def test_modality_order_is_a_permutation_that_attention_undoes(lengths: list[int], seed: int) -> None:
     mask = np.random.default_rng(seed).random(sum(lengths)) < 0.5
     order = plan_modality_order(mask, lengths)
-    text, visual = np.split(order.modality_major, [order.num_text_tokens])
+    text, visual = np.split(order.rows, [order.num_text_tokens])
     assert not mask[text].any() and mask[visual].all()
     assert (np.diff(text) > 0).all() and (np.diff(visual) > 0).all()
-    causal_in_attention_order = order.modality_major[order.to_attention]
-    assert (causal_in_attention_order == group_segments(lengths)[0]).all()
-    assert (inverse_order(order.modality_major)[order.modality_major] == np.arange(mask.size)).all()
+    causal_in_attention_order = order.rows[order.to_attention]
+    assert (causal_in_attention_order == SegmentOrder.of(lengths).order).all()
+    assert (order.row_of_token[order.rows] == np.arange(mask.size)).all() and order.is_here.all()
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([2, 3, 4]),
     st.lists(st.booleans(), min_size=1, max_size=8),
@@ -58,12 +64,15 @@ def test_context_parallel_ranks_hold_every_token_once_and_as_many_of_each_modali
 ) -> None:
     mask = np.random.default_rng(seed).permutation(np.repeat(kinds, cp_size))
     lengths = np.diff([0, *sorted({min(cut, mask.size) for cut in np.cumsum(cuts, dtype=int)}), mask.size]).tolist()
-    order = plan_modality_order(mask, lengths, cp_size)
-    for tokens in np.split(order.modality_major, cp_size):
-        text, visual = np.split(tokens, [order.num_text_tokens])
+    orders = [plan_modality_order(mask, lengths, cp_size, cp_rank=rank) for rank in range(cp_size)]
+    for order in orders:
+        text, visual = np.split(order.rows, [order.num_text_tokens])
         assert not mask[text].any() and mask[visual].all()
-    assert sorted(order.modality_major.tolist()) == list(range(mask.size))
-    assert (order.modality_major[order.to_attention] == group_segments(lengths)[0]).all()
+        assert (np.flatnonzero(order.is_here) == np.sort(order.rows)).all()
+        assert (order.row_of_token[order.rows] == np.arange(order.rows.size)).all()
+    rows = np.concatenate([order.rows for order in orders])
+    assert sorted(rows.tolist()) == list(range(mask.size))
+    assert (rows[orders[0].to_attention] == SegmentOrder.of(lengths).order).all()
 
 
 def test_modalities_that_do_not_divide_over_context_parallel_ranks_are_refused() -> None:
@@ -80,14 +89,16 @@ def test_segments_that_do_not_cover_the_row_are_refused() -> None:
 @given(GRIDS, st.integers(1, 4), st.sampled_from([ENCODER, WINDOWED]))
 def test_every_patch_is_encoded_once_and_every_token_found(grids: list, num_ranks: int, config: VisionConfig) -> None:
     plans = [plan_vision(grids, config, rank, num_ranks) for rank in range(num_ranks)]
-    patches = np.concatenate([plan.patch_index for plan in plans])
+    num_patches = [t * h * w for t, h, w in grids]
+    of_plans = [np.flatnonzero(np.repeat(plan.is_mine, num_patches))[plan.patch_index] for plan in plans]
+    patches = np.concatenate(of_plans)
     assert sorted(patches.tolist()) == list(range(sum(t * h * w for t, h, w in grids)))
     # The first patch of the block behind each gathered feature, in the place where the gather puts it.
     gathered = np.full(num_ranks * plans[0].gathered_tokens, -1)
     for rank, plan in enumerate(plans):
-        gathered[rank * plan.gathered_tokens :][: plan.num_tokens] = plan.patch_index[::4]
-        assert sum(plan.image_segments) == sum(plan.window_segments) == plan.patch_index.size
-        assert plan.image_segments == tuple(sorted(plan.image_segments))
+        gathered[rank * plan.gathered_tokens :][: len(of_plans[rank]) // 4] = of_plans[rank][::4]
+        assert plan.images.cu_seqlens[-1] == plan.windows.cu_seqlens[-1] == plan.patch_index.size
+        assert plan.images.is_in_place
     start, expected = 0, []
     for t, h, w in grids:
         blocks = block_order(h // 2, w // 2, config)[0]

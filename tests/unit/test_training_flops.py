@@ -3,9 +3,9 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from navil_megatron.blueprint.flops import forward_terms, training_flops
 from navil_megatron.models.build import build_model
 from navil_megatron.training.batch import build_model_inputs
-from navil_megatron.training.flops import forward_flops, step_flops, tokens_by_modality
 from tests.oracle import MIXED, SEQ_LENGTH, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session
 
@@ -18,14 +18,14 @@ def counted_by_torch(rank: int, world_size: int) -> tuple[float, float, float]:
         (model,) = build_model(config, session.groups, session.device)
         (microbatch,) = global_batch(config, (FULL_ROW,))
         assert microbatch.num_tokens == SEQ_LENGTH, "padding would be counted by torch and not by us"
-        inputs = build_model_inputs(microbatch, config.model, session.device)
+        inputs = build_model_inputs(microbatch)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(inputs)
         language, vision = config.model.language, config.model.vision
         # torch counts attention without the causal mask; ours counts the half that is computed.
         causal = sum(length**2 for length in microbatch.sample_lengths)
         masked = 2.0 * language.num_layers * causal * language.num_attention_heads * language.head_dim
-        ours = sum(flops for _, flops in forward_flops(config.model, microbatch))
+        ours = sum(flops for _, flops in forward_terms(config.model, microbatch.workload))
         assert vision.num_layers > 0
         return counter.get_total_flops(), ours, masked
 
@@ -38,20 +38,22 @@ def test_forward_flops_equal_what_torch_counts() -> None:
 def test_backward_costs_two_forwards_and_one_where_frozen() -> None:
     config = oracle_config()
     (microbatch,) = global_batch(config, (MIXED,))
-    forward = sum(flops for _, flops in forward_flops(config.model, microbatch))
-    everything = step_flops(config.model, "s2", [microbatch])
-    frozen_text = step_flops(config.model, "s1.1", [microbatch])
+    forward = sum(flops for _, flops in forward_terms(config.model, microbatch.workload))
+    everything = training_flops(config.model, microbatch.workload, "s2")
+    frozen_text = training_flops(config.model, microbatch.workload, "s1.1")
     assert everything == 3 * forward
-    text_terms = [f for name, f in forward_flops(config.model, microbatch) if ".text." in name or "output" in name]
+    text_terms = [
+        f for name, f in forward_terms(config.model, microbatch.workload) if ".text." in name or "output" in name
+    ]
     assert frozen_text == everything - sum(text_terms)
 
 
-def test_tokens_by_modality_leave_padding_out() -> None:
+def test_tokens_of_a_workload_leave_padding_out() -> None:
     config = oracle_config()
     (microbatch,) = global_batch(config, (MIXED,))
-    text, visual = tokens_by_modality(config.model, microbatch)
+    work = microbatch.workload
     # One <img> and its context tokens for each of the three images: 4 + 1, 2 + 1, 6 + 1.
-    assert (text + visual, visual) == (microbatch.num_tokens, 15)
+    assert (work.num_tokens, work.visual_tokens) == (microbatch.num_tokens, 15)
 
 
 def test_several_experts_cost_what_a_token_meets() -> None:
@@ -59,7 +61,7 @@ def test_several_experts_cost_what_a_token_meets() -> None:
     one = oracle_config()
     several = oracle_config(model={"language": {"num_experts": 4, "experts_per_token": 2}})
     (microbatch,) = global_batch(one, (MIXED,))
-    costs = [sum(flops for _, flops in forward_flops(config.model, microbatch)) for config in (one, several)]
+    costs = [sum(flops for _, flops in forward_terms(config.model, microbatch.workload)) for config in (one, several)]
     language = one.model.language
     more = 3 * language.hidden_size * language.ffn_hidden_size + 4 * language.hidden_size
     assert costs[1] - costs[0] == 2 * microbatch.num_tokens * language.num_layers * more

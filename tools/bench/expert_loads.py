@@ -24,6 +24,7 @@ from navil_megatron.config.run import NaViLConfig
 from navil_megatron.layers.expert_linear import ExpertLinear
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.models.build import build_model
+from navil_megatron.training.batch import place_of
 from navil_megatron.training.expert_load import ExpertLoad, balance
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
@@ -73,7 +74,7 @@ def measure_rank(rank: int, layout: str, options: argparse.Namespace, folder: st
             is_first = isinstance(module, ExpertLinear) and module.partition_dim == 0
             if is_first or isinstance(module, ModalityMLP):
                 module.register_forward_pre_hook(count)
-        rows = [mixed_row(config, seed, (16, 16)) for seed in range(NUM_ROWS)]
+        rows = [mixed_row(config, seed, (16, 16), place_of(session)) for seed in range(NUM_ROWS)]
         mine = rows[session.dp_rank :: session.dp_size]
         train_step(config, session, chunks, build_optimizer(config, chunks, session), mine, lr=0.0)
         sums = load.take(session.device)

@@ -299,7 +299,7 @@ def compare(config: NaViLConfig, row: Microbatch, rounds: int) -> dict[str, dict
             transformer = build_transformer_config(config)
             model = NaViLModel(config.model, config.training, transformer, choose_kernels(config), session.groups)
         initialize_weights(model, config.model, seed=0)
-        bench = Bench(config, session, model, build_model_inputs(row, config.model, session.device))
+        bench = Bench(config, session, model, session.platform.upload(build_model_inputs(row))())
         for part, ways_of in PARTS.items():
             found[part] = race(ways_of(bench), bench, rounds)
     return found

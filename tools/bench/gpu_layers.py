@@ -9,12 +9,12 @@ import torch
 from gpu_scale import CHOICES, Scale, built, cut, give_back, measure, run_config
 from torch import Tensor
 
+from navil_megatron.blueprint.flops import forward_terms
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.flops import forward_flops
 
 Results = list[dict[str, Any]]
 
@@ -55,7 +55,9 @@ def _decoder_layers(scale: Scale, size: str, choice: str) -> dict[str, Any]:
             output.backward(hidden.detach())
 
         # No encoder layer runs here, so the terms without a name are the decoder's attention.
-        flops = sum(f for name, f in forward_flops(model, microbatch) if name.startswith("decoder.") or not name)
+        flops = sum(
+            f for name, f in forward_terms(model, microbatch.workload) if name.startswith("decoder.") or not name
+        )
         measured = measure(step, chunk, scale, flops)
     return {"model": size, "kernels": choice, "layers": scale.decoder_layers, "tokens": scale.tokens, **measured}
 
@@ -69,12 +71,12 @@ def _encoder(scale: Scale, size: str, choice: str) -> dict[str, Any]:
         assert first is not None
 
         def step() -> None:
-            features = chunk.module.vision_encoder(first.pixel_values, first.vision_plan)
+            features = chunk.module.vision_encoder(first.encoder)
             features.backward(features.detach())
 
-        (_, products), (_, attention), *_ = forward_flops(config.model, microbatch)
+        (_, products), (_, attention), *_ = forward_terms(config.model, microbatch.workload)
         measured = measure(step, chunk, scale, products + attention)
-    patches = first.pixel_values.shape[0]
+    patches = first.encoder.patch_index.numel()
     return {"model": size, "kernels": choice, "layers": scale.encoder_layers, "patches": patches, **measured}
 
 
@@ -98,7 +100,9 @@ def _predict(scale: Scale, config: NaViLConfig) -> dict[str, Any]:
         def step() -> None:
             chunk.module.predict(hidden, inputs).sum().backward()
 
-        flops = sum(f for name, f in forward_flops(config.model, microbatch) if name.startswith("output_layer"))
+        flops = sum(
+            f for name, f in forward_terms(config.model, microbatch.workload) if name.startswith("output_layer")
+        )
         return {"predicted": inputs.loss_positions.numel(), **measure(step, chunk, scale, flops)}
 
 
@@ -110,7 +114,7 @@ def _experts(scale: Scale, size: str, choice: str) -> dict[str, Any]:
     # Gradients are compared as autograd gives them.
     config = run_config(scale, model, choice, runtime={"gradient_accumulation_fusion": "none"})
     give_back()
-    row = synthetic_microbatch(model, scale.tokens, 0, scale.samples, pad_segments_to=128)
+    row = synthetic_microbatch(model, scale.tokens, 0, [scale.samples], pad_segments_to=128)
     ratios = expert_ways.compare(config, row, scale.rounds)
     return {"model": size, "kernels": choice, "layers": scale.experts_layers, "tokens": scale.tokens, "ratios": ratios}
 

@@ -179,10 +179,10 @@ def built(config: NaViLConfig, scale: Scale) -> Iterator[tuple[Any, ModelInputs,
     """The model as training wraps it, and a row on its device."""
     give_back()
     with Session.start(config) as session:
-        microbatch = synthetic_microbatch(config.model, scale.tokens, 0, scale.samples, pad_segments_to=128)
+        microbatch = synthetic_microbatch(config.model, scale.tokens, 0, [scale.samples], pad_segments_to=128)
         model: list[NaViLModel] = build_model(config, session.groups, session.device)
         (chunk,) = wrap_ddp(config, session, model)
-        yield chunk, build_model_inputs(microbatch, config.model, session.device), microbatch
+        yield chunk, session.platform.upload(build_model_inputs(microbatch))(), microbatch
 
 
 def measure(step: Callable[[], None], chunk: Any, scale: Scale, forward: float) -> dict[str, Any]:

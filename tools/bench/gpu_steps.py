@@ -24,17 +24,16 @@ from profile_shares import summarize
 from torch.profiler import ProfilerActivity
 from turns import clock
 
-from navil_megatron.blueprint.flops import backward_flops, head_terms, layer_terms
+from navil_megatron.blueprint.flops import backward_flops, head_terms, layer_terms, training_flops
 from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
-from navil_megatron.data.types import DataPlace, Microbatch
+from navil_megatron.data.types import ALONE, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
 from navil_megatron.planner.machine import Machine
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.flops import step_flops, workload_of
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 
@@ -71,7 +70,7 @@ def whole_step(scale: Scale) -> list[dict[str, Any]]:
             run.step(rows)
             seconds.append(clock(run.session.device) - begun)
             waits.append(run.loader.wait_seconds)
-            flops.append(step_flops(run.config.model, run.config.training.phase, rows))
+            flops.append(sum(training_flops(run.config.model, row.workload, run.config.training.phase) for row in rows))
         whole = {
             **speed(seconds, statistics.fmean(flops), scale),
             "tflop": statistics.fmean(flops) / 1e12,
@@ -95,7 +94,7 @@ def decoder_step(config: NaViLConfig, scale: Scale, rows: Sequence[Microbatch]) 
     give_back()
     language, flops = config.model.language, 0.0
     for row in rows:
-        work = workload_of(config.model, row)
+        work = row.workload
         terms = [(name, f * language.num_layers) for name, f in layer_terms(language, work)]
         terms += head_terms(language, work)
         flops += sum(f for _, f in terms) + backward_flops(terms, config.training.phase)
@@ -172,7 +171,7 @@ def started(scale: Scale) -> Iterator[Run]:
         room = math.inf if scale.depth else ROOM * torch.cuda.get_device_properties(0).total_memory
         deepest = scale.depth or model.language.num_layers
         config = deepest_that_fits(scale, model, deepest, room, **sections)
-        with running(config) as run, closing(TrainLoader(config, DataPlace())) as loader:
+        with running(config) as run, closing(TrainLoader(config, ALONE)) as loader:
             yield dataclasses.replace(run, loader=loader)
 
 

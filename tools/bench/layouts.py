@@ -35,9 +35,8 @@ from small_run import mixed_row, one_sample_row, small_config
 from traffic_count import CountTraffic
 from turns import quartiles, resident_bytes, restart_peak
 
-from navil_megatron.blueprint.vision_plan import plan_vision
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import ALONE, DataPlace, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.communication import (
     MicrobatchSizes,
@@ -49,6 +48,7 @@ from navil_megatron.planner.communication import (
 )
 from navil_megatron.planner.memory import state_bytes
 from navil_megatron.runtime.session import Session
+from navil_megatron.training.batch import place_of
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 from tests.ranks import run_ranks, start_session
@@ -95,21 +95,20 @@ def bench_config(layout: str, options: argparse.Namespace) -> NaViLConfig:
     return small_config(layers=4, tokens=options.tokens, precision=options.precision, shape=SHAPE, **sections)
 
 
-def bench_rows(config: NaViLConfig) -> list[Microbatch]:
+def bench_rows(config: NaViLConfig, place: DataPlace = ALONE) -> list[Microbatch]:
     """The global batch: rows with 80% visual tokens, and one of text alone."""
-    rows = [mixed_row(config, seed, GRID) for seed in range(NUM_ROWS)]
-    rows[1] = one_sample_row(config, 1, config.data.seq_length, [])
+    rows = [mixed_row(config, seed, GRID, place) for seed in range(NUM_ROWS)]
+    rows[1] = one_sample_row(config, 1, config.data.seq_length, [], place)
     return rows
 
 
 def sizes_of(microbatch: Microbatch, config: NaViLConfig) -> MicrobatchSizes:
     """What the formula needs, counted on the host."""
     ranks = config.parallel.row_ranks
-    grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
     num_visual = int(np.count_nonzero(microbatch.visual_token_mask))
     return MicrobatchSizes(
         num_predictions=int(np.count_nonzero(microbatch.labels != -100)),
-        gathered_features=ranks * plan_vision(grids, config.model.vision, 0, ranks).gathered_tokens,
+        gathered_features=ranks * microbatch.vision_plan.gathered_tokens,
         rows_by_modality=(microbatch.visual_token_mask.size - num_visual, num_visual),
     )
 
@@ -182,7 +181,7 @@ def measure_rank(rank: int, world_size: int, layout: str, options: argparse.Name
     for _ in range(options.rounds):
         before = resident_bytes("VmRSS")
         with start_session(rank, world_size, config) as session:
-            trainer = Trainer(config, session, bench_rows(config))
+            trainer = Trainer(config, session, bench_rows(config, place_of(session)))
             trainer.step()
             if not found:
                 found = measure_once(trainer, before)

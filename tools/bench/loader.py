@@ -53,7 +53,7 @@ from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.image_decode import DecodeJob, build_image_decoder
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
-from navil_megatron.data.types import DataPlace
+from navil_megatron.data.types import ALONE
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
@@ -102,15 +102,11 @@ class Peer:
         return np.concatenate([image, self.tokenizer.encode(caption), [self.tokenizer.end_id]])
 
     def patches(self, picture: np.ndarray, scale: ScalePlan) -> np.ndarray:
-        """[patches, 768] float32 of a resized picture [height, width, 3], padded and normalised."""
+        """[patches, 768] uint8 of a resized picture [height, width, 3], padded."""
         canvas = np.zeros((scale.grid_height * 16, scale.grid_width * 16, 3), dtype=np.uint8)
         canvas[: scale.resized_height, : scale.resized_width] = picture
         blocks = canvas.reshape(scale.grid_height // 2, 2, 16, scale.grid_width // 2, 2, 16, 3)
-        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 768).astype(np.float32)
-        patches /= 255
-        patches -= 0.5
-        patches /= 0.5
-        return patches
+        return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 768)
 
     def row(self, samples: list[tuple[np.ndarray, np.ndarray]]) -> Row:
         """The arrays of one row."""
@@ -200,7 +196,7 @@ class EnergonRows(DefaultTaskEncoder):
 
 def ours(config: NaViLConfig) -> Iterator[Row]:
     """Rows of the loader of a run."""
-    with closing(TrainLoader(config, DataPlace())) as loader:
+    with closing(TrainLoader(config, ALONE)) as loader:
         for step in loader:
             for microbatch in step.microbatches:
                 names = ("input_ids", "position_ids", "labels", "loss_weights", "visual_token_mask", "pixel_values")
@@ -260,7 +256,7 @@ def samples_of(row: Row, context_id: int) -> Iterator[tuple[bytes, np.ndarray]]:
 
 def largest_differences(
     sides: dict[str, Callable[[], Iterator[Row]]], num_samples: int, context_id: int
-) -> dict[str, float]:
+) -> dict[str, int]:
     """How far each peer's patches are from ours, in 255ths, over every sample; the ids must be equal.
 
     Raises:
@@ -278,7 +274,7 @@ def largest_differences(
         if samples.keys() != found["ours"].keys():
             raise SystemExit(f"{name} makes {len(samples.keys() ^ found['ours'].keys())} samples that are not ours")
     return {
-        name: max(float(np.abs(patches - found["ours"][ids]).max()) for ids, patches in samples.items()) * 255 / 2
+        name: max(int(np.abs(patches.astype(int) - found["ours"][ids]).max()) for ids, patches in samples.items())
         for name, samples in found.items()
         if name != "ours"
     }
@@ -328,13 +324,13 @@ def decode_on_gpu(config: NaViLConfig, rounds: int) -> dict[str, Any]:
 
 def step_on_gpu(config: NaViLConfig, rounds: int) -> float:
     """Seconds of a step (forward and backward) fed by the loader over those of one fed from memory."""
-    with Session.start(config) as session, closing(TrainLoader(config, DataPlace())) as loader:
+    with Session.start(config) as session, closing(TrainLoader(config, ALONE)) as loader:
         (model,) = build_model(config, session.groups, session.device)
         held = [next(loader).microbatches[0] for _ in range(WARM_ROWS)]
 
         def step(microbatch: Any) -> None:
             model.zero_grad()
-            model(build_model_inputs(microbatch, config.model, session.device)).mean().backward()
+            model(session.platform.upload(build_model_inputs(microbatch))()).mean().backward()
 
         def seconds(microbatches: Iterable[Any]) -> float:
             torch.accelerator.synchronize()

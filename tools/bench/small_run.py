@@ -10,7 +10,7 @@ import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.synthetic import synthetic_microbatch
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import ALONE, DataPlace, Microbatch
 from navil_megatron.runtime.session import Launch, Session
 
 SHAPE = {"hidden": 512, "ffn": 1536, "heads": 8, "groups": 4, "head_dim": 64, "vocabulary": 16_384, "vision": 256}
@@ -66,23 +66,29 @@ def small_config(
     )
 
 
-def mixed_row(config: NaViLConfig, seed: int = 0, grid: tuple[int, int] = (32, 32)) -> Microbatch:
+def mixed_row(
+    config: NaViLConfig, seed: int = 0, grid: tuple[int, int] = (32, 32), place: DataPlace = ALONE
+) -> Microbatch:
     """One sample that fills the row: images of ``grid`` patches for 80% of the tokens, then text."""
     rows, columns = grid
     # Line and frame tokens and both ends of an image are text for the experts, but for <img>.
     per_image = rows * columns // 4 + rows // 2 + 3
     num_images = round(0.8 * config.data.seq_length / (rows * columns // 4))
     num_text = config.data.seq_length - num_images * per_image - 1
-    return one_sample_row(config, seed, num_text, [grid] * num_images)
+    return one_sample_row(config, seed, num_text, [grid] * num_images, place)
 
 
-def one_sample_row(config: NaViLConfig, seed: int, num_text: int, grids: list[tuple[int, int]]) -> Microbatch:
+def one_sample_row(
+    config: NaViLConfig, seed: int, num_text: int, grids: list[tuple[int, int]], place: DataPlace = ALONE
+) -> Microbatch:
     """A row of one sample, as long as it takes to fill it."""
     length = config.data.seq_length
     for shorter in range(num_text, 0, -1):
         try:
             padded = config.parallel.context_parallel_size
-            return synthetic_microbatch(config.model, length, seed, [(shorter, grids)], pad_segments_to=padded)
+            return synthetic_microbatch(
+                config.model, length, seed, [[(shorter, grids)]], pad_segments_to=padded, place=place
+            )
         except ValueError:
             continue
     raise SystemExit(f"--tokens {length} has no room for {len(grids)} images")

@@ -33,8 +33,9 @@ from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConf
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
+from navil_megatron.models.vision_encoder import normalise
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.batch import build_model_inputs
+from navil_megatron.training.batch import build_model_inputs, place_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from small_run import mixed_row, one_sample_row, small_config, start_rank
@@ -88,12 +89,12 @@ def steps_of_both(
     (model,) = build_model(config, session.groups, session.device)
     reference = reference_model(model, config)
     microbatch = mixed_row(config)
-    inputs = build_model_inputs(microbatch, config.model, session.device)
+    inputs = build_model_inputs(microbatch)
     labels = torch.full((1, microbatch.input_ids.size), -100)
     labels[0, 1:] = torch.from_numpy(microbatch.labels[:-1])
     row = {
         "input_ids": torch.from_numpy(microbatch.input_ids)[None],
-        "pixel_values": microbatch.pixel_values,
+        "pixel_values": normalise(microbatch.pixel_values),
         "image_grid_thw": torch.from_numpy(microbatch.image_grid_thw),
         "labels": labels,
     }
@@ -136,7 +137,7 @@ def steps_of_text(config: NaViLConfig, session: Session) -> tuple[Callable[[], f
         )
     ).to(dtype)
     microbatch = one_sample_row(config, 1, config.data.seq_length, [])
-    inputs = build_model_inputs(microbatch, config.model, session.device)
+    inputs = build_model_inputs(microbatch)
     input_ids = torch.from_numpy(microbatch.input_ids)[None]
 
     def ours() -> float:
@@ -192,8 +193,7 @@ def time_rank(rank: int, world_size: int, options: argparse.Namespace, folder: s
     config = bench_config(options, world_size, 1 if world_size > 1 else 2)
     with start_rank(config, rank, world_size, Path(folder) / f"rendezvous-{world_size}") as session:
         (model,) = build_model(config, session.groups, session.device)
-        place = {"tp_rank": session.tp_rank, "tp_size": session.tp_size}
-        inputs = build_model_inputs(mixed_row(config), config.model, session.device, **place)
+        inputs = build_model_inputs(mixed_row(config, place=place_of(session)))
         seconds = []
         for _ in range(options.rounds + 1):
             session.barrier()

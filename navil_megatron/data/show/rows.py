@@ -115,18 +115,19 @@ def shown_rows(
 def unpatchify(
     patches: torch.Tensor, grid_height: int, grid_width: int, patch_size: int, merge_size: int
 ) -> np.ndarray:
-    """[height, width, 3] uint8 of one scale image, from its normalised patches in merge-block order, padding included.
+    """[height, width, 3] uint8 of one scale image, from its patches in merge-block order, padding included.
 
     Args:
-        patches: [p, 3 * patch * patch] float from -1 to 1.
+        patches: [p, 3 * patch * patch] uint8.
         grid_height: patches down.
         grid_width: patches across.
         patch_size: side of a patch, in pixels.
         merge_size: patches along one side of a merge block.
     """
-    levels = ((patches.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    blocks = levels.reshape(
-        grid_height // merge_size, grid_width // merge_size, merge_size, merge_size, 3, patch_size, patch_size
+    blocks = (
+        patches.cpu()
+        .numpy()
+        .reshape(grid_height // merge_size, grid_width // merge_size, merge_size, merge_size, 3, patch_size, patch_size)
     )
     pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4)
     return np.ascontiguousarray(pixels.reshape(grid_height * patch_size, grid_width * patch_size, 3))
@@ -174,7 +175,8 @@ def _cost(row: PackedSequence, segments: np.ndarray) -> str:
 def _scale_pictures(microbatch: Microbatch, patch_size: int, merge_size: int) -> list[Image.Image]:
     """Every scale image in order; grey where this rank holds no pixels."""
     pictures, first = [], 0
-    for (_, height, width), held in zip(microbatch.image_grid_thw.tolist(), microbatch.has_pixels, strict=True):
+    is_held = microbatch.vision_plan.is_mine
+    for (_, height, width), held in zip(microbatch.image_grid_thw.tolist(), is_held, strict=True):
         if held and microbatch.pixel_values is not None:
             patches = microbatch.pixel_values[first : first + height * width]
             pictures.append(Image.fromarray(unpatchify(patches, height, width, patch_size, merge_size)))

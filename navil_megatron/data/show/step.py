@@ -5,12 +5,12 @@ from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.loader import decodes_of, load_run_tokenizer, open_sources, plan_run
+from navil_megatron.data.loader import load_run_tokenizer, open_sources, plan_run
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.show.page import render_rows
 from navil_megatron.data.show.picture import draw_rows
 from navil_megatron.data.show.rows import shown_rows
-from navil_megatron.data.types import DataPlace
+from navil_megatron.data.types import ALONE
 
 
 def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, output: Path) -> dict[str, Any]:
@@ -34,10 +34,10 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, out
     rows = batch[first_row : first_row + num_rows]
     if not rows:
         raise UserError(f"row {first_row}: a global batch has {len(batch)} rows; count from 0")
-    builder = MicrobatchBuilder(config, sources, tokenizer, decodes=decodes_of(DataPlace(), None))
+    builder = MicrobatchBuilder(config, sources, tokenizer, place=ALONE)
     sequences = builder.encode(rows)
-    microbatch, counts, failures = builder.build(rows)
-    fill = 1 - counts.padding_share
+    microbatch = builder.build(rows)
+    fill = microbatch.num_tokens / microbatch.input_ids.size
     title = (
         f"step {step}, rows {first_row} to {first_row + len(rows) - 1} of {len(batch)}, seed {config.training.seed}: "
         f"{fill:.1%} full, {sum(row.cost for row in rows) / len(rows):.3g} FLOPs a row"
@@ -48,14 +48,16 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, out
     if output.suffix == ".png":
         draw_rows(shown, title).save(output, "PNG")
     else:
-        notes = [f"{failed.shard}: {failed.key}: {failed.reason}; blank, and without loss" for failed in failures]
+        notes = [
+            f"{failed.shard}: {failed.key}: {failed.reason}; blank, and without loss" for failed in microbatch.failures
+        ]
         output.write_text(render_rows(shown, title, patch * merge, notes), encoding="utf-8")
     return {
         "step": step,
         "rows": len(rows),
-        "samples": counts.samples,
-        "shrunk_samples": counts.shrunk,
-        "failed_samples": len(failures),
+        "samples": len(microbatch.samples),
+        "shrunk_samples": microbatch.num_shrunk,
+        "failed_samples": len(microbatch.failures),
         "fill": round(fill, 4),
         "costs": [row.cost for row in rows],
     }

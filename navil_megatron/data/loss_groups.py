@@ -12,7 +12,7 @@ from torch import Tensor
 
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.source_names import source_names
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import Microbatch, PackedRows
 
 KINDS = ("text_only", "with_images")
 """Of samples; the groups are these of the first source, then these of the second, and so on."""
@@ -23,13 +23,13 @@ def num_loss_groups(config: NaViLConfig) -> int:
     return len(KINDS) * len(config.data.train_sources)
 
 
-def groups_of(microbatch: Microbatch) -> np.ndarray:
+def groups_of(rows: PackedRows) -> np.ndarray:
     """[t] int64: the group of each token's sample; 0 on padding, which predicts nothing."""
-    groups = np.zeros(microbatch.input_ids.size, dtype=np.int64)
-    samples = zip(microbatch.samples, microbatch.sample_starts, microbatch.sample_lengths, strict=True)
+    groups = np.zeros(rows.input_ids.size, dtype=np.int64)
+    samples = zip(rows.samples, rows.sample_starts, rows.sample_lengths, strict=True)
     for sample, start, length in samples:
         tokens = slice(start, start + length)
-        groups[tokens] = len(KINDS) * sample.source + int(microbatch.visual_token_mask[tokens].any())
+        groups[tokens] = len(KINDS) * sample.source + int(rows.visual_token_mask[tokens].any())
     return groups
 
 
@@ -37,7 +37,7 @@ def group_weights(microbatches: Iterable[Microbatch], num_groups: int) -> Tensor
     """[groups] float64: weight of the predictions of each group, on the host."""
     weights = np.zeros(num_groups)
     for microbatch in microbatches:
-        weights += np.bincount(groups_of(microbatch), microbatch.loss_weights, num_groups)
+        weights += np.bincount(microbatch.loss_groups, microbatch.loss_weights, num_groups)
     return torch.from_numpy(weights)
 
 
