@@ -63,13 +63,3 @@ class LanguageConfig:
     def shares(self, part: ModalityPart) -> bool:
         """Whether both modalities go through the same weights in a part of a layer."""
         return part not in self.modality_experts
-
-    @property
-    def router_weights(self) -> int:
-        """Weights of one modality's router in one layer; one expert needs none."""
-        return self.hidden_size * self.num_experts if self.num_experts > 1 else 0
-
-    @property
-    def feed_forward_weights_per_token(self) -> int:
-        """Weights that a token meets in one layer's feed-forward network: its experts' and its router's."""
-        return 3 * self.hidden_size * self.ffn_hidden_size * self.experts_per_token + self.router_weights

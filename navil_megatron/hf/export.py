@@ -45,8 +45,8 @@ def mcore_to_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> Iter
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     require_mcore_tensors(found, model, "the set of tensors")
     for row in table(model):
-        whole = tensors[row.mcore_key]
-        layers = (whole,) if row.num_layers is None else unstack_layers(whole)
+        whole = tensors[row.parameter.key]
+        layers = (whole,) if row.parameter.num_layers is None else unstack_layers(whole)
         for keys, layer in zip(row.hf_keys_of_layers(), layers, strict=True):
             yield from zip(keys, row.function.to_hf(layer, model), strict=True)
 

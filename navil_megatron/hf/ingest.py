@@ -50,7 +50,7 @@ def hf_to_mcore(
             row.function.to_mcore(tuple(tensors[key].to(dtype or tensors[key].dtype) for key in keys), model)
             for keys in row.hf_keys_of_layers()
         ]
-        whole[row.mcore_key] = layers[0].contiguous() if row.num_layers is None else stack_layers(layers)
+        whole[row.parameter.key] = layers[0].contiguous() if row.parameter.num_layers is None else stack_layers(layers)
     return whole
 
 

@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.hf.param_map import Shape, table
+from navil_megatron.hf.param_map import table
 from navil_megatron.hf.transforms import TRANSFORMS, Tensors
 
 
@@ -89,7 +90,12 @@ def _pairs(model: ModelConfig) -> list[tuple[str, Slot, tuple[Slot, ...]]]:
     return [
         (
             row.transform,
-            Slot(row.mcore_key, row.shape, None if row.num_layers is None else layer, row.num_layers),
+            Slot(
+                row.parameter.key,
+                row.parameter.shape,
+                None if row.parameter.num_layers is None else layer,
+                row.parameter.num_layers,
+            ),
             tuple(Slot(key, shape) for key, shape in zip(keys, row.hf_shapes(model), strict=True)),
         )
         for row in table(model)

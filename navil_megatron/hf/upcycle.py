@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import parameters_by_key
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
@@ -47,7 +48,8 @@ def plan_upcycle(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.
         elif slot.name in known:
             steps.append(Step((slot,), (slot,), _unchanged))
         else:
-            router = partial(draw, key=slot.key, layer=slot.layer, shape=slot.shape, model=new, seed=seed, dtype=dtype)
+            row = parameters_by_key(new)[slot.key]
+            router = partial(draw, parameter=row, layer=slot.layer, seed=seed, dtype=dtype)
             steps.append(Step((), (slot,), router, dtype))
     return steps
 

@@ -55,23 +55,16 @@ class ExpertLinear(MegatronModule):
         shape = [output_size, input_size]
         shape[partition_dim] = divide(shape[partition_dim], self.tp_group.size())
         for modality, numbers in experts.items():
+            holder: Any = nn.Module()
             if self.is_stack:
-                holder = nn.Module()
-                stack = torch.empty(len(numbers), *shape, dtype=config.params_dtype)
-                holder.register_parameter("weight", nn.Parameter(stack))
+                holder.weight = nn.Parameter(torch.empty(len(numbers), *shape, dtype=config.params_dtype))
             else:
                 holder = linears.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
-            self._mark(holder.weight, numbers)
+            dim = self.is_stack + self.partition_dim
+            set_tensor_model_parallel_attributes(holder.weight, True, dim, self.num_blocks)
+            # Core's mark of a weight that only the ranks with the same experts share: they alone sum its gradient.
+            holder.weight.allreduce = False
             self.add_module(modality, holder)
-
-    def _mark(self, weight: Any, numbers: range) -> None:
-        """What core, and whoever fills the weight, must know of it."""
-        set_tensor_model_parallel_attributes(weight, True, self.is_stack + self.partition_dim, self.num_blocks)
-        # Core's mark of a weight that only the ranks with the same experts share: they alone sum its gradient.
-        weight.allreduce = False
-        weight.tp_group = self.tp_group
-        if self.is_stack:
-            weight.experts, weight.num_experts = numbers, self.num_experts
 
     def forward(self, rows: Tensor, modality: Modality, ends: Tensor) -> Tensor:
         """[rows, in] sorted by expert -> [rows, out], of which in or out is this rank's part.

@@ -6,20 +6,21 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from navil_megatron.blueprint.experts_placement import local_experts
-from navil_megatron.blueprint.parameters import expert_replicas, is_expert, is_routed, layers_of_chunks
+from navil_megatron.blueprint.held_parameters import HeldParameter, expert_replicas, is_routed, layers_of_chunks
+from navil_megatron.blueprint.parameters import EMBEDDING, parameters_by_key
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.planner.memory import FP32, INT64, number_bytes
+from navil_megatron.planner.memory import FP32, INT64
 
 PARAMETER_ALIGNMENT, BUFFER_ALIGNMENT = 64, 128
 """Numbers to which the distributed optimizer aligns each parameter, and each buffer as a whole."""
 
-type Part = tuple[str, str, int, int]
+type Sent = tuple[str, str, int, int]
 """Axis, collective, calls, bytes of all of them."""
 
 
@@ -63,8 +64,8 @@ class RankView:
     """Ranks of the run."""
     batch: Sequence[Sequence[MicrobatchSizes]]
     """The global batch: microbatches of each replica."""
-    parameters: Sequence[Mapping[str, int]]
-    """For each model chunk of this rank, how many numbers each trained parameter holds here."""
+    parameters: Sequence[Sequence[HeldParameter]]
+    """Those that train, of each model chunk of this rank."""
 
     @property
     def mine(self) -> Sequence[MicrobatchSizes]:
@@ -95,7 +96,7 @@ class RankView:
     @property
     def row_bytes(self) -> int:
         """Bytes of a token's hidden state."""
-        return self.config.model.language.hidden_size * number_bytes(self.config)
+        return self.config.model.language.hidden_size * self.config.precision.number_bytes
 
     @property
     def tokens_bytes(self) -> int:
@@ -126,7 +127,7 @@ def traffic_of_step(view: RankView) -> TrafficTable:
     return dict(found)
 
 
-def layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
+def layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Sent]:
     """Tensor-parallel collectives of one decoder layer and microbatch, forward and backward."""
     # A part that is computed again repeats the forward collectives of its column and its row layer.
     again = (config.training.recompute == "full") + config.training.recomputes("mlp")
@@ -144,7 +145,7 @@ def layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
         yield "tp", "all-reduce", 4 + again, (4 + again) * tokens_bytes
 
 
-def _routed_layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part]:
+def _routed_layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Sent]:
     """The same under sequence parallelism where rows are sent, or sorted, to their experts; routers are left out."""
     again = config.training.recompute == "full"
     yield "tp", "all-gather", 3 + again, (3 + again) * tokens_bytes
@@ -160,7 +161,7 @@ def _routed_layer_parts(config: NaViLConfig, tokens_bytes: int) -> Iterator[Part
     yield "tp", "reduce-scatter", 2 + again, (2 + again) * rows_bytes
 
 
-def tensor_parallel(view: RankView) -> Iterator[Part]:
+def tensor_parallel(view: RankView) -> Iterator[Sent]:
     """Activations: t tokens of width h, in every layer; g image features; k predictions."""
     if view.config.parallel.tensor_model_parallel_size == 1:
         return
@@ -170,7 +171,7 @@ def tensor_parallel(view: RankView) -> Iterator[Part]:
         yield from edge_parts(view, microbatch)
 
 
-def edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Part]:
+def edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Sent]:
     """Tensor-parallel collectives around the layers: embeddings and images before them, the head behind."""
     split_rows, tokens = view.config.parallel.sequence_parallel, view.tokens_bytes
     if view.is_first:
@@ -189,24 +190,20 @@ def edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Part]:
         yield "tp", "all-reduce", 2, 3 * microbatch.num_predictions * FP32
 
 
-def tensor_parallel_gradients(view: RankView) -> Iterator[Part]:
+def tensor_parallel_gradients(view: RankView) -> Iterator[Sent]:
     """Weights that every rank of a tensor-parallel group holds whole but used on other rows, heads or images."""
     parallel = view.config.parallel
     if parallel.tensor_model_parallel_size == 1:
         return
-    parameters = [item for chunk in view.parameters for item in chunk.items()]
-    by_heads = ("q_layernorm", "k_layernorm")
-    by_rows: tuple[str, ...] = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm", ".mlp.router.")
-    if view.config.model.language.composed_visual_output_projection:
-        by_rows += ("linear_proj.visual",)
-    words = (*by_heads, *by_rows) if parallel.sequence_parallel else by_heads
-    summed = sum(n for name, n in parameters if any(word in name for word in words))
+    held = [piece for chunk in view.parameters for piece in chunk]
+    kinds = ("heads", "rows") if parallel.sequence_parallel else ("heads",)
+    summed = sum(piece.numel for piece in held if piece.parameter.used_on in kinds)
     yield "tp", "all-reduce", int(summed > 0), summed * FP32  # core sends them as one
-    images = [n for name, n in parameters if name.startswith(("vision_encoder.", "connector."))]
+    images = [piece.numel for piece in held if piece.parameter.used_on == "images"]
     yield "tp", "all-reduce", len(images), sum(images) * FP32
 
 
-def context(view: RankView) -> Iterator[Part]:
+def context(view: RankView) -> Iterator[Sent]:
     """Heads for tokens around every softmax; features of the images of all ranks that share the row."""
     if view.config.parallel.context_parallel_size == 1:
         return
@@ -217,12 +214,12 @@ def context(view: RankView) -> Iterator[Part]:
             yield from context_edge_parts(view, microbatch)
 
 
-def context_layer_parts(config: NaViLConfig) -> Iterator[Part]:
+def context_layer_parts(config: NaViLConfig) -> Iterator[Sent]:
     """Context-parallel collectives of one decoder layer and microbatch: query, key and value one way, the softmax's
     output the other, and both again for their gradients.
     """
     language, training, tensor = config.model.language, config.training, config.parallel.tensor_model_parallel_size
-    head = config.rank_tokens * language.head_dim * number_bytes(config) // tensor
+    head = config.rank_tokens * language.head_dim * config.precision.number_bytes // tensor
     there = (language.num_attention_heads + 2 * language.num_query_groups) * head
     back = language.num_attention_heads * head
     # A part that is computed again stops where its last saved tensor is: the softmax's output is not sent again.
@@ -230,14 +227,14 @@ def context_layer_parts(config: NaViLConfig) -> Iterator[Part]:
     yield "cp", "all-to-all", 2 + (training.recompute == "full"), (2 + (training.recompute == "full")) * back
 
 
-def context_edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Part]:
+def context_edge_parts(view: RankView, microbatch: MicrobatchSizes) -> Iterator[Sent]:
     """Features of all ranks' images, and the gradients of this rank's summed over the ranks that used them."""
     gathered = microbatch.gathered_features * view.row_bytes
     yield "cp", "all-gather", 1, gathered
     yield "cp", "reduce-scatter", 1, gathered // view.config.parallel.tensor_model_parallel_size
 
 
-def pipeline(view: RankView) -> Iterator[Part]:
+def pipeline(view: RankView) -> Iterator[Sent]:
     """Each chunk sends its activations on and its gradient back, but for the first and the last of all."""
     parallel = view.config.parallel
     if parallel.pipeline_model_parallel_size == 1:
@@ -247,12 +244,11 @@ def pipeline(view: RankView) -> Iterator[Part]:
     shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     yield "pp", "send", sends, sends * view.tokens_bytes // shares
     if view.config.model.language.tied_embeddings and (view.is_first or view.is_last):
-        language = view.config.model.language
-        numbers = language.vocab_size * language.hidden_size // parallel.tensor_model_parallel_size
-        yield "embd", "all-reduce", 1, numbers * FP32
+        table = parameters_by_key(view.config.model)[EMBEDDING]
+        yield "embd", "all-reduce", 1, table.numel // parallel.tensor_model_parallel_size * FP32
 
 
-def experts(view: RankView) -> Iterator[Part]:
+def experts(view: RankView) -> Iterator[Sent]:
     """Rows to the rank of their expert and back, forward and backward."""
     if view.config.parallel.expert_model_parallel_size == 1:
         return
@@ -261,7 +257,7 @@ def experts(view: RankView) -> Iterator[Part]:
             yield axis, collective, calls * view.num_layers, num_bytes * view.num_layers
 
 
-def expert_layer_parts(view: RankView, number: int) -> Iterator[Part]:
+def expert_layer_parts(view: RankView, number: int) -> Iterator[Sent]:
     """What one layer sends between the ranks of an expert-parallel group for one microbatch."""
     ranks, language = view.config.parallel.expert_model_parallel_size, view.config.model.language
     shares = view.config.parallel.tensor_model_parallel_size if view.config.parallel.sequence_parallel else 1
@@ -281,16 +277,16 @@ def expert_layer_parts(view: RankView, number: int) -> Iterator[Part]:
     yield "ep", "all-gather", 1, ranks * len(MODALITIES) * language.num_experts * INT64
     # Own rows out (forward) and their output's gradient out (backward); core sends each row's probability along, and
     # gets a learned one's gradient back.
-    probabilities = view.config.rank_tokens * number_bytes(view.config)
+    probabilities = view.config.rank_tokens * view.config.precision.number_bytes
     learned = language.num_experts > 1
     yield "ep", "all-to-all", 3, times * (2 * view.tokens_bytes + probabilities) // shares
     if learned:
-        yield "ep", "all-to-all", 1, arriving * number_bytes(view.config) // shares
+        yield "ep", "all-to-all", 1, arriving * view.config.precision.number_bytes // shares
     # The expert's rows back: their output (forward), their gradient (backward).
     yield "ep", "all-to-all", 2, 2 * arriving * view.row_bytes // shares
 
 
-def data_parallel(view: RankView) -> Iterator[Part]:
+def data_parallel(view: RankView) -> Iterator[Sent]:
     """Gradients, in FP32; with the distributed optimizer the updated weights too. And the batch's loss weight and its
     tokens of both modalities.
     """
@@ -300,8 +296,8 @@ def data_parallel(view: RankView) -> Iterator[Part]:
         yield "dp", "all-reduce", 1, 3 * FP32
     is_split = view.config.optimizer.distributed
     for chunk in view.parameters:
-        of_experts = [n for name, n in chunk.items() if routed and is_expert(name)]
-        shared = [n for name, n in chunk.items() if not (routed and is_expert(name))]
+        of_experts = [piece.numel for piece in chunk if routed and piece.parameter.num_experts]
+        shared = [piece.numel for piece in chunk if not (routed and piece.parameter.num_experts)]
         for axis, numbers, ranks in (
             ("dp", shared, view.dp_size * parallel.context_parallel_size),
             ("expert dp", of_experts, expert_replicas(parallel, view.dp_size)),
@@ -312,7 +308,7 @@ def data_parallel(view: RankView) -> Iterator[Part]:
                 yield axis, "all-reduce", 1, sum(numbers) * FP32
                 continue
             yield axis, "reduce-scatter", 1, buffer_size(numbers, ranks) * FP32
-            yield axis, "all-gather", 1, buffer_size(numbers, ranks) * number_bytes(view.config)
+            yield axis, "all-gather", 1, buffer_size(numbers, ranks) * view.config.precision.number_bytes
 
 
 def buffer_size(numbers: Sequence[int], ranks: int) -> int:
@@ -321,7 +317,7 @@ def buffer_size(numbers: Sequence[int], ranks: int) -> int:
     return _round_up(aligned, math.lcm(ranks, BUFFER_ALIGNMENT))
 
 
-def gradient_norm(view: RankView) -> Iterator[Part]:
+def gradient_norm(view: RankView) -> Iterator[Sent]:
     """One number, summed over the ranks that hold different gradients."""
     parallel = view.config.parallel
     if view.config.optimizer.distributed:

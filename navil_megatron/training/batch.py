@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.image_plan import grids_of
 from navil_megatron.blueprint.segments import inverse_order
-from navil_megatron.blueprint.vision_plan import Grid, images_of_rank, plan_vision
+from navil_megatron.blueprint.vision_plan import images_of_rank, plan_vision
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.layers.modality import build_packed_seq_params, plan_modality_order
@@ -83,11 +84,6 @@ def needed_images(model: ModelConfig, row_rank: int, row_size: int) -> Callable[
     [num_scales, 3].
     """
     return lambda grids: images_of_rank(grids_of(grids), model.vision, row_rank, row_size)
-
-
-def grids_of(image_grid_thw: np.ndarray) -> list[Grid]:
-    """[num_scales, 3] as tuples."""
-    return [(int(t), int(h), int(w)) for t, h, w in image_grid_thw]
 
 
 def _pixels(microbatch: Microbatch, patch_index: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:

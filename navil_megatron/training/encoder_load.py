@@ -1,14 +1,15 @@
-"""How evenly the visual encoder's work lies on the ranks: what ``layers.vision_plan`` and the packer came to."""
+"""How evenly the visual encoder's work lies on the ranks: what ``blueprint.vision_plan`` and the packer came to."""
 
 from collections.abc import Sequence
 
 import torch
 
-from navil_megatron.blueprint.vision_plan import encoding_cost
+from navil_megatron.blueprint.flops import encoding_cost
+from navil_megatron.blueprint.image_plan import grids_of
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.batch import grids_of, needed_images
+from navil_megatron.training.batch import needed_images
 
 
 class EncoderLoad:

@@ -1,8 +1,9 @@
-"""Model FLOPs of the microbatches of a step; ``planner.flops`` holds the formulas."""
+"""Model FLOPs of the microbatches of a step; ``blueprint.flops`` holds the formulas."""
 
 from collections.abc import Iterable, Iterator
 
 from navil_megatron.blueprint.flops import Term, backward_flops, forward_terms
+from navil_megatron.blueprint.image_plan import grids_of, visual_tokens
 from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.types import Microbatch
@@ -29,13 +30,12 @@ def workload_of(model: ModelConfig, microbatch: Microbatch) -> Workload:
         text_tokens=text,
         visual_tokens=visual,
         segment_lengths=microbatch.sample_lengths,
-        grids=tuple((int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw),
+        grids=tuple(grids_of(microbatch.image_grid_thw)),
         num_predictions=int((microbatch.labels != -100).sum()),
     )
 
 
 def tokens_by_modality(model: ModelConfig, microbatch: Microbatch) -> tuple[int, int]:
     """(text, visual) tokens of a microbatch, padding not counted."""
-    image_ids = (model.special_token_id("<IMG_CONTEXT>"), model.special_token_id("<img>"))
-    visual = sum(int((microbatch.input_ids == token).sum()) for token in image_ids)
+    visual = int(visual_tokens(microbatch.input_ids, model.special_token_ids).sum())
     return microbatch.num_tokens - visual, visual

@@ -35,6 +35,9 @@ from small_run import mixed_row, one_sample_row, small_config
 from traffic_count import CountTraffic
 from turns import quartiles, resident_bytes, restart_peak
 
+from navil_megatron.blueprint.held_parameters import HeldParameter
+from navil_megatron.blueprint.image_plan import grids_of
+from navil_megatron.blueprint.parameters import parameter_of
 from navil_megatron.blueprint.vision_plan import plan_vision
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
@@ -105,7 +108,7 @@ def bench_rows(config: NaViLConfig) -> list[Microbatch]:
 def sizes_of(microbatch: Microbatch, config: NaViLConfig) -> MicrobatchSizes:
     """What the formula needs, counted on the host."""
     ranks = config.parallel.row_ranks
-    grids = [(int(t), int(h), int(w)) for t, h, w in microbatch.image_grid_thw]
+    grids = grids_of(microbatch.image_grid_thw)
     num_visual = int(np.count_nonzero(microbatch.visual_token_mask))
     return MicrobatchSizes(
         num_predictions=int(np.count_nonzero(microbatch.labels != -100)),
@@ -157,7 +160,13 @@ class Trainer:
             dp_rank=self.session.dp_rank,
             world_size=self.session.world_size,
             batch=[[sizes_of(row, self.config) for row in share] for share in self.shares],
-            parameters=[{name: p.numel() for name, p in chunk.module.named_parameters()} for chunk in self.chunks],
+            parameters=[
+                [
+                    HeldParameter(name, tuple(p.shape), parameter_of(self.config.model, name))
+                    for name, p in chunk.module.named_parameters()
+                ]
+                for chunk in self.chunks
+            ],
         )
 
     def state_bytes(self) -> int:

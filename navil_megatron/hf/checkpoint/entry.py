@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.files.file_bytes import FileWindow
 from navil_megatron.hf.checkpoint.inert_pickle import Name, Outside, Record, read_pickle
 from navil_megatron.hf.checkpoint.metadata import Chunk
-from navil_megatron.hf.param_map import Shape
 
 _REBUILD = "torch._utils._rebuild_tensor_v2"
 _STORAGES = {

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.config.errors import UserError
 from navil_megatron.hf.checkpoint.inert_pickle import Name, Record, read_pickle
-from navil_megatron.hf.param_map import Shape
 
 METADATA_FILE = ".metadata"
 OPTIMIZER_PREFIX = "optimizer."

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import torch
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.files.checksums import raw_bytes
 from navil_megatron.files.file_bytes import WriteBehind
 from navil_megatron.hf.checkpoint.metadata import METADATA_FILE
 from navil_megatron.hf.checkpoint.reader import LAYOUT_FILE
-from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
