@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, forward_terms, head_terms, layer_terms
 from navil_megatron.blueprint.held_parameters import HeldParameter, chunk_parameters, layers_of_chunks
@@ -15,13 +14,9 @@ from navil_megatron.planner.communication import (
     MicrobatchSizes,
     RankView,
     Sent,
-    context_edge_parts,
-    context_layer_parts,
-    data_parallel,
-    edge_parts,
-    expert_layer_parts,
-    layer_parts,
-    tensor_parallel_gradients,
+    edge_traffic,
+    gradient_traffic,
+    layer_traffic,
 )
 from navil_megatron.planner.machine import Machine, ring_share
 from navil_megatron.planner.memory import ActivationModel, StateBytes, state_bytes
@@ -115,9 +110,7 @@ class Estimator:
         )
         schedule = simulate(times, stages, num_microbatches, send)
         views = [self._view(config, stage) for stage in range(stages)]
-        gradients = max(
-            self._seconds(config, chain(data_parallel(view), tensor_parallel_gradients(view))) for view in views
-        )
+        gradients = max(self._seconds(config, gradient_traffic(view)) for view in views)
         # Gradient and state are read, state is written.
         update = max(2 * stage.optimizer + stage.gradients for stage in memory) / (self.machine.hbm_bandwidth * 1e9)
         terms = list(forward_terms(config.model, self.work))
@@ -185,25 +178,12 @@ class Estimator:
 
     def _layer_traffic(self, config: NaViLConfig) -> float:
         """Seconds of the collectives inside one decoder layer."""
-        parts: list[Sent] = []
-        view = self._view(config, 0)
-        if config.parallel.tensor_model_parallel_size > 1:
-            parts += layer_parts(config, view.tokens_bytes)
-        if config.parallel.context_parallel_size > 1:
-            parts += context_layer_parts(config)
-        if config.parallel.expert_model_parallel_size > 1:
-            parts += expert_layer_parts(view, 0)
-        return self._seconds(config, parts)
+        return self._seconds(config, layer_traffic(self._view(config, 0), 0))
 
     def _edge_traffic(self, config: NaViLConfig, stage: int) -> float:
         """Seconds of the collectives before the first layer or behind the last."""
         view = self._view(config, stage)
-        parts: list[Sent] = []
-        if config.parallel.tensor_model_parallel_size > 1:
-            parts += edge_parts(view, view.batch[0][0])
-        if config.parallel.context_parallel_size > 1 and view.is_first:
-            parts += context_edge_parts(view, view.batch[0][0])
-        return self._seconds(config, parts)
+        return self._seconds(config, edge_traffic(view, view.batch[0][0]))
 
     def _seconds(self, config: NaViLConfig, parts: Iterable[Sent]) -> float:
         """Time of these collectives, one after the other, at ring cost."""
