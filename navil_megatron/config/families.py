@@ -1,7 +1,7 @@
 """What each family of language models fixes about the decoder; every size is free."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from navil_megatron.config.language import LanguageConfig
 
@@ -17,6 +17,11 @@ class FamilyTraits:
     may_compose_visual_output: bool = False
     """The released code of a NaViL of this family applies the visual output projection after the text one."""
 
+    @property
+    def fixed(self) -> dict[str, bool]:
+        """Settings of ``model.language`` that have one value in the family."""
+        return {name: value for name, value in asdict(self).items() if name != "may_compose_visual_output"}
+
 
 FAMILIES: dict[str, FamilyTraits] = {
     "qwen3": FamilyTraits(qk_norm=True),
@@ -30,8 +35,8 @@ FAMILIES: dict[str, FamilyTraits] = {
 def family_rules(language: LanguageConfig) -> Iterator[str]:
     """One line for every setting that the family's published code could not read or would compute otherwise."""
     traits = FAMILIES[language.family]
-    for name in ("qk_norm", "qkv_bias"):
-        found, expected = getattr(language, name), getattr(traits, name)
+    for name, expected in traits.fixed.items():
+        found = getattr(language, name)
         if found != expected:
             yield (
                 f"model.language.{name} is {str(found).lower()}, but models of the {language.family} family have "

@@ -100,8 +100,7 @@ def of_family(family: str, sizes: ModelConfig, layout: bool) -> ModelConfig:
     language = dataclasses.replace(
         sizes.language,
         family=family,
-        qk_norm=traits.qk_norm,
-        qkv_bias=traits.qkv_bias,
+        **traits.fixed,
         tied_embeddings=layout,
         composed_visual_output_projection=layout and traits.may_compose_visual_output,
     )

@@ -13,12 +13,13 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from navil_megatron.blueprint.parameters import Shape
+from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Shape
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.load import config_to_dict, section_from_dict
@@ -29,11 +30,10 @@ from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import language_from_hf, language_problems
 from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
 from navil_megatron.hf.param_map import Row, table
-from navil_megatron.hf.plan import Slot, Step
+from navil_megatron.hf.plan import Slot, Step, checkpoint_slot
 
 _PREFIX = "language_model."
 """Stands before the LLM's own names in a NaViL's files."""
-_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.(original_)?inv_freq")
 _FREE = ("visual_expert_init", "modality_experts", "init_std", "composed_visual_output_projection")
 """Settings of the language section that an LLM does not decide."""
@@ -144,9 +144,9 @@ def _steps(
 ) -> Iterator[Step]:
     """What fills one layer of one parameter; nothing for a visual expert that its text expert fills."""
     language = model.language
-    target = _slot(row.parameter.key, row, layer)
+    target = checkpoint_slot(row.parameter, layer)
     drawn = partial(draw, parameter=row.parameter, layer=target.layer, seed=seed, dtype=dtype)
-    is_visual_expert = ".visual." in row.parameter.key
+    is_visual_expert = row.parameter.modality == "visual"
     copies = language.visual_expert_init == "copy"
     composed = language.composed_visual_output_projection and ".linear_proj." in row.parameter.key
     if not keys[0].startswith(_PREFIX) or (is_visual_expert and not copies):
@@ -154,7 +154,7 @@ def _steps(
     elif is_visual_expert:
         if composed:
             yield Step((), (target,), partial(identity, size=language.hidden_size, dtype=dtype), dtype)
-    elif row.parameter.key in _TABLES:
+    elif row.parameter.key in (EMBEDDING, HEAD):
         names = [keys[0].removeprefix(_PREFIX)]
         head = f"{HF_FAMILIES[language.family].head}.weight"
         if language.tied_embeddings and head in stored:
@@ -166,14 +166,10 @@ def _steps(
             Slot(key.removeprefix(_PREFIX), shape) for key, shape in zip(keys, row.hf_shapes(model), strict=True)
         )
         targets = [target]
-        if copies and ".text." in row.parameter.key and not composed:
-            targets.append(_slot(row.parameter.key.replace(".text.", ".visual."), row, layer))
+        if copies and row.parameter.modality == "text" and not composed:
+            targets.append(replace(target, key=target.key.replace(".text.", ".visual.")))
         taken = partial(take, transform=row.transform, model=model, dtype=dtype, copies=len(targets))
         yield Step(sources, tuple(targets), taken, dtype)
-
-
-def _slot(key: str, row: Row, layer: int) -> Slot:
-    return Slot(key, row.parameter.shape, None if row.parameter.num_layers is None else layer, row.parameter.num_layers)
 
 
 def _family(config_json: Mapping[str, Any]) -> str:
