@@ -65,6 +65,8 @@ class CheckpointManager:
         self.config = config
         self.session = session
         self.directory = Path(config.checkpoint.directory)
+        self.shapes = checkpoint_shapes(config.model)
+        """Key and whole shape of every weight that a checkpoint must hold."""
 
     def save(
         self,
@@ -152,7 +154,7 @@ class CheckpointManager:
     def _require_keys(self, folder: Path) -> None:
         """The checkpoint's weights must be those of the model, no more and no fewer."""
         stored = self._guarded(folder, lambda: stored_shapes(folder))
-        require_keys(folder, stored, checkpoint_shapes(self.config.model))
+        require_keys(folder, stored, self.shapes)
 
     def _agree[T](self, look: Callable[[], T]) -> T:
         """What rank 0 sees on its file system, on every rank."""
