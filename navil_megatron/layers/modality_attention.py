@@ -91,8 +91,8 @@ class ModalitySelfAttention(MegatronModule):
         )
         self.linear_proj = projection(config, linears, config.hidden_size, query_size, tp_group)
         if language.qk_norm:
-            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, tp_group, linears.shared)
-            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, tp_group, linears.shared)
+            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, linears.shared)
+            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, linears.shared)
         self.core_attention = submodules.attention
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules

@@ -18,19 +18,12 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-)
 from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
 from navil_megatron.layers.collectives import all_gather_single, reduce_scatter_single
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-
-type Offsets = tuple[tuple[int, int, int], ...]
-"""Where a module lies along prepended axes of the whole tensor: (axis, index, size)."""
 
 
 class ModalityProduct(Protocol):
@@ -165,7 +158,7 @@ class LinearKernels:
 
 
 class ModalityLinear(MegatronModule):
-    """What the two parallel kinds share: a matrix per modality, split along one dimension, and its checkpoint layout.
+    """What the two parallel kinds share: a matrix per modality, split along one dimension.
 
     Args:
         config: Supplies the parameter type and the sequence-parallel switch.
@@ -205,20 +198,6 @@ class ModalityLinear(MegatronModule):
             set_tensor_model_parallel_attributes(
                 parameter, is_parallel=True, dim=partition_dim, stride=partition_stride
             )
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Both matrices, and biases, as shards of the whole ones."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            dict.fromkeys(state, self.partition_dim),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
 
 
 class ModalityColumnParallelLinear(ModalityLinear):
@@ -296,19 +275,6 @@ class ComposedRowParallelLinear(ModalityRowParallelLinear):
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
         num_text = packed_seq_params.local_num_text_tokens(self.tp_group.rank() if ranks > 1 else 0, ranks)
         return torch.cat([output[:num_text], self.visual(output[num_text:])])
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """The text matrix as a shard, the visual one as a replica."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"text.weight": self.partition_dim},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
 
 
 def reduce_over_tensor_parallel(partial: Tensor, config: ModelParallelConfig, tp_group: ProcessGroup) -> Tensor:

@@ -14,6 +14,7 @@ from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.models.freezing import apply_phase
 from navil_megatron.models.mcore_config import build_transformer_config
 from navil_megatron.models.navil_model import NaViLModel
+from navil_megatron.models.sharded_weights import layer_number
 
 
 def build_model(config: NaViLConfig, pg_collection: ProcessGroupCollection, device: torch.device) -> list[NaViLModel]:
@@ -51,14 +52,12 @@ def initialize_weights(chunk: NaViLModel, model: ModelConfig, seed: int) -> None
     """
     if any(parameter.is_meta for parameter in chunk.parameters()):
         return  # a dry run: shapes without values
-    first_layer = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
     for name, parameter in chunk.named_parameters():
         row = parameter_of(model, name)
         if row.std == 0:
             parameter.fill_(row.mean)
         else:
-            number = int(name.split(".")[2]) if row.num_layers else 0  # vision_encoder.layers.N., decoder.layers.N.
-            whole_name = row.name(number + (first_layer if row.key.startswith("decoder.") else 0))
+            whole_name = row.name(layer_number(row, name, chunk.first_layer))
             parameter.copy_(_random_slice(row, whole_name, seed, chunk.pg_collection, parameter.device))
 
 
