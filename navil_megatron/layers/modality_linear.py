@@ -8,7 +8,7 @@ modality without rows leaves a zero gradient, never none, and no rank waits for 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -167,10 +167,12 @@ class ModalityLinear(MegatronModule):
         output_size: Rows of the whole matrix.
         input_size: Columns of the whole matrix.
         tp_group: Tensor-parallel ranks.
-        partition_dim: 0 splits the output, 1 the input.
         partition_stride: Blocks of the output that are split each on its own (2 for [gate; up]).
         bias: A bias per modality, split like the rows; only where the output is split.
     """
+
+    partition_dim: ClassVar[int]
+    """0 splits the output, 1 the input."""
 
     def __init__(
         self,
@@ -179,15 +181,13 @@ class ModalityLinear(MegatronModule):
         output_size: int,
         input_size: int,
         tp_group: ProcessGroup,
-        partition_dim: int,
         partition_stride: int = 1,
         bias: bool = False,
     ):
         super().__init__(config=config)
         self.product = kernels.product
         self.tp_group = tp_group
-        self.partition_dim = partition_dim
-        if partition_dim == 0:
+        if self.partition_dim == 0:
             output_size = divide(output_size, tp_group.size())
         else:
             input_size = divide(input_size, tp_group.size())
@@ -196,24 +196,14 @@ class ModalityLinear(MegatronModule):
         self.visual = self.text if kernels.shared else build()
         for parameter in self.parameters():
             set_tensor_model_parallel_attributes(
-                parameter, is_parallel=True, dim=partition_dim, stride=partition_stride
+                parameter, is_parallel=True, dim=self.partition_dim, stride=partition_stride
             )
 
 
 class ModalityColumnParallelLinear(ModalityLinear):
     """[t/tp, 1, in] under sequence parallelism, else [t, 1, in] -> [t, 1, out/tp], rows in modality-major order."""
 
-    def __init__(
-        self,
-        config: ModelParallelConfig,
-        kernels: LinearKernels,
-        output_size: int,
-        input_size: int,
-        tp_group: ProcessGroup,
-        partition_stride: int = 1,
-        bias: bool = False,
-    ):
-        super().__init__(config, kernels, output_size, input_size, tp_group, 0, partition_stride, bias)
+    partition_dim = 0
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix."""
@@ -231,15 +221,7 @@ class ModalityColumnParallelLinear(ModalityLinear):
 class ModalityRowParallelLinear(ModalityLinear):
     """[t, 1, in/tp] -> [t/tp, 1, out] under sequence parallelism, else [t, 1, out], rows in modality-major order."""
 
-    def __init__(
-        self,
-        config: ModelParallelConfig,
-        kernels: LinearKernels,
-        output_size: int,
-        input_size: int,
-        tp_group: ProcessGroup,
-    ):
-        super().__init__(config, kernels, output_size, input_size, tp_group, 1)
+    partition_dim = 1
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix and sum over the ranks."""
