@@ -79,7 +79,9 @@ class _Cut:
             experts = tuple(((len(layer), number, row.num_experts),) for number in numbers)
         found = []
         for expert, matrix in zip(experts, held if self.is_stack else [held], strict=True):
-            for number, block in enumerate(matrix.chunk(row.split_blocks, dim=self._dim)):
+            # Core's optimizer knows a parameter by its identity, so one that is not cut stays itself.
+            blocks = (matrix,) if row.split_blocks == 1 else matrix.chunk(row.split_blocks, dim=self._dim)
+            for number, block in enumerate(blocks):
                 place = (len(layer) + (row.split_dim or 0), number * size + rank, row.split_blocks * size)
                 found.append(
                     ShardedTensor.from_rank_offsets(
