@@ -110,7 +110,7 @@ def parameters(model: ModelConfig) -> tuple[Parameter, ...]:
             std=std,
         ),
         *_stacked("decoder.layers", language.num_layers, (*_attention(language), *_feed_forward(language))),
-        *_norm("decoder.final_layernorm", h, part="norms", used_on="rows"),
+        *_module("decoder.final_layernorm", (h,), mean=1.0, part="norms", used_on="rows"),
     ]
     if not language.tied_embeddings:
         found.append(Parameter(key=HEAD, part="output_layer", **table))
@@ -122,15 +122,15 @@ def vision_parameters(vision: VisionConfig) -> Iterator[Parameter]:
     w, f, std = vision.hidden_size, vision.ffn_hidden_size, vision.init_std
     about: dict[str, Any] = {"part": "vision_encoder", "used_on": "images"}
     norm_bias = vision.norm == "layernorm"
-    yield from _linear("vision_encoder.patch_embedding", (w, vision.patch_dim), std, bias=True, **about)
+    yield from _module("vision_encoder.patch_embedding", (w, vision.patch_dim), std=std, bias=True, **about)
     layer = (
         *(Parameter(key=f"layer_scale{n}", shape=(w,), mean=vision.layer_scale_init, **about) for n in (1, 2)),
-        *_norm("norm1", w, bias=norm_bias, **about),
-        *_linear("linear_qkv", (3 * w, w), std, bias=vision.qkv_bias, **about),
-        *_linear("linear_proj", (w, w), std, bias=True, **about),
-        *_norm("norm2", w, bias=norm_bias, **about),
-        *_linear("linear_fc1", (f, w), std, bias=True, **about),
-        *_linear("linear_fc2", (w, f), std, bias=True, **about),
+        *_module("norm1", (w,), mean=1.0, bias=norm_bias, **about),
+        *_module("linear_qkv", (3 * w, w), std=std, bias=vision.qkv_bias, **about),
+        *_module("linear_proj", (w, w), std=std, bias=True, **about),
+        *_module("norm2", (w,), mean=1.0, bias=norm_bias, **about),
+        *_module("linear_fc1", (f, w), std=std, bias=True, **about),
+        *_module("linear_fc2", (w, f), std=std, bias=True, **about),
     )
     yield from _stacked("vision_encoder.layers", vision.num_layers, layer)
 
@@ -173,18 +173,11 @@ def active_parameters(model: ModelConfig) -> int:
     )
 
 
-def _linear(key: str, shape: Shape, std: float, *, bias: bool = False, **about: Any) -> Iterator[Parameter]:
-    """A matrix [out, in] and its bias [out], which is split as the matrix's rows are."""
-    yield Parameter(key=f"{key}.weight", shape=shape, std=std, **about)
+def _module(key: str, shape: Shape, *, bias: bool = False, **about: Any) -> Iterator[Parameter]:
+    """The weight of a module and its bias [out], which is split as the weight's rows are and starts with zeros."""
+    yield Parameter(key=f"{key}.weight", shape=shape, **about)
     if bias:
-        yield Parameter(key=f"{key}.bias", shape=shape[:1], **about)
-
-
-def _norm(key: str, size: int, *, bias: bool = False, **about: Any) -> Iterator[Parameter]:
-    """A scale, and what is added."""
-    yield Parameter(key=f"{key}.weight", shape=(size,), mean=1.0, **about)
-    if bias:
-        yield Parameter(key=f"{key}.bias", shape=(size,), **about)
+        yield Parameter(key=f"{key}.bias", shape=shape[:1], **{**about, "mean": 0.0, "std": 0.0})
 
 
 def _stacked(prefix: str, num_layers: int, layer: Iterable[Parameter]) -> Iterator[Parameter]:
@@ -196,9 +189,9 @@ def _stacked(prefix: str, num_layers: int, layer: Iterable[Parameter]) -> Iterat
 def _connector(model: ModelConfig) -> Iterator[Parameter]:
     merged, h, std = model.vision.merged_size, model.language.hidden_size, model.vision.init_std
     about: dict[str, Any] = {"part": "connector", "used_on": "images"}
-    yield from _norm("connector.norm", merged, bias=True, **about)
-    yield from _linear("connector.linear_fc1", (h, merged), std, bias=True, **about)
-    yield from _linear("connector.linear_fc2", (h, h), std, bias=True, **about)
+    yield from _module("connector.norm", (merged,), mean=1.0, bias=True, **about)
+    yield from _module("connector.linear_fc1", (h, merged), std=std, bias=True, **about)
+    yield from _module("connector.linear_fc2", (h, h), std=std, bias=True, **about)
 
 
 def _of_modality(part: str, shared: bool) -> dict[Modality, dict[str, Any]]:
@@ -211,34 +204,34 @@ def _attention(language: LanguageConfig) -> Iterator[Parameter]:
     h, d, std = language.hidden_size, language.head_dim, language.init_std
     query, key_value = language.num_attention_heads * d, 2 * language.num_query_groups * d
     of_modality = _of_modality("attention", language.shares("attention"))
-    yield from _norm("input_layernorm", h, part="norms", used_on="rows")
+    yield from _module("input_layernorm", (h,), mean=1.0, part="norms", used_on="rows")
     for modality, about in of_modality.items():
         name = f"self_attention.linear_qkv.{modality}"
-        yield from _linear(name, (query + key_value, h), std, bias=language.qkv_bias, split_dim=0, **about)
+        yield from _module(name, (query + key_value, h), std=std, bias=language.qkv_bias, split_dim=0, **about)
     for modality, about in of_modality.items():
         # The released 2B applies the visual output projection to the sum over the ranks, so each holds it whole.
         composed = modality == "visual" and language.composed_visual_output_projection
         split: dict[str, Any] = {"used_on": "rows"} if composed else {"split_dim": 1}
-        yield from _linear(f"self_attention.linear_proj.{modality}", (h, query), std, **split, **about)
+        yield from _module(f"self_attention.linear_proj.{modality}", (h, query), std=std, **split, **about)
     for norm in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
         for modality, about in of_modality.items():
-            yield from _norm(f"self_attention.{norm}.{modality}", d, used_on="heads", **about)
+            yield from _module(f"self_attention.{norm}.{modality}", (d,), mean=1.0, used_on="heads", **about)
 
 
 def _feed_forward(language: LanguageConfig) -> Iterator[Parameter]:
     """Of one decoder layer: the norm before it, both modalities' routers, and all their experts."""
     h, f, std, num_experts = language.hidden_size, language.ffn_hidden_size, language.init_std, language.num_experts
     of_modality = _of_modality("feed-forward", language.shares("ffn"))
-    yield from _norm("pre_mlp_layernorm", h, part="norms", used_on="rows")
+    yield from _module("pre_mlp_layernorm", (h,), mean=1.0, part="norms", used_on="rows")
     stack = () if num_experts == 1 else (num_experts,)
     for modality, about in of_modality.items() if stack else ():
-        yield from _linear(f"mlp.router.{modality}", (num_experts, h), std, used_on="rows", **about)
+        yield from _module(f"mlp.router.{modality}", (num_experts, h), std=std, used_on="rows", **about)
     for module, shape, dim, blocks in (("linear_fc1", (2 * f, h), 0, 2), ("linear_fc2", (h, f), 1, 1)):
         for modality, about in of_modality.items():
-            yield from _linear(
+            yield from _module(
                 f"mlp.{module}.{modality}",
                 (*stack, *shape),
-                std,
+                std=std,
                 split_dim=len(stack) + dim,
                 split_blocks=blocks,
                 num_experts=num_experts,

@@ -7,11 +7,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from navil_megatron.blueprint.experts_placement import local_experts
-from navil_megatron.blueprint.parameters import Parameter, parameter_of
+from navil_megatron.blueprint.parameters import Parameter, is_trainable, parameter_of
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
-from navil_megatron.models.freezing import apply_phase
 from navil_megatron.models.mcore_config import build_transformer_config
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.models.sharded_weights import layer_number
@@ -39,7 +38,9 @@ def build_model(config: NaViLConfig, pg_collection: ProcessGroupCollection, devi
             )
     for built in chunks:
         initialize_weights(built, config.model, config.training.seed)
-    apply_phase(chunks, config.model, config.training.phase)
+        # Before any gradient buffer is made.
+        for name, parameter in built.named_parameters():
+            parameter.requires_grad_(is_trainable(parameter_of(config.model, name).part, config.training.phase))
     return chunks
 
 
