@@ -59,10 +59,10 @@ def initialize_weights(chunk: NaViLModel, model: ModelConfig, seed: int) -> None
             parameter.fill_(row.mean)
         else:
             whole_name = row.name(layer_number(row, name, chunk.first_layer))
-            parameter.copy_(_random_slice(row, whole_name, seed, chunk.pg_collection, parameter.device))
+            parameter.copy_(random_slice(row, whole_name, seed, chunk.pg_collection, parameter.device))
 
 
-def _random_slice(
+def random_slice(
     row: Parameter, name: str, seed: int, pg_collection: ProcessGroupCollection, device: torch.device
 ) -> Tensor:
     """This rank's slice of the whole random tensor, of which every rank draws all."""
