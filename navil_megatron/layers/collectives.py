@@ -1,4 +1,4 @@
-"""Collectives on one tensor, by the names that the installed torch has (2.14 renamed two of them)."""
+"""Collectives on one tensor, by the names that the installed torch has: newer versions renamed two."""
 
 import torch.distributed as dist
 
