@@ -104,5 +104,7 @@ class GoldenCase:
             ]
             for number, layer in enumerate(layers):
                 if layer is not None:
-                    gradients[row.mcore_key if row.num_layers is None else f"{row.mcore_key}[{number}]"] = layer
+                    gradients[
+                        row.parameter.key if row.parameter.num_layers is None else f"{row.parameter.key}[{number}]"
+                    ] = layer
         return gradients

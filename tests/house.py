@@ -57,7 +57,7 @@ IMPORT_TABLE = {
     ),
     "planner": Row(("blueprint", "data")),
     "scaling": Row((), ("numpy", "scipy", "matplotlib")),
-    "checkpoint": Row(("files", "runtime"), _ENGINE),
+    "checkpoint": Row(("blueprint", "files", "runtime"), _ENGINE),
     "training": Row(_BELOW_TRAINING, (*_ENGINE, "rich", "wandb")),
     "hf": Row(
         ("blueprint", "files"),

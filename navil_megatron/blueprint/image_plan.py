@@ -4,7 +4,7 @@ Visual multi-scale packing of paper section 4.1, computed as the released prepro
 aspect ratio kept, padded to whole merge blocks, and each smaller scale is cut from the *padded* area of the one before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,10 @@ from navil_megatron.config.vision import VisionConfig
 
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that the reference accepts."""
+
+
+Grid = tuple[int, int, int]
+"""Frames, patch rows, patch columns of one scale-image."""
 
 
 class ImageSizeError(UserError):
@@ -34,6 +38,16 @@ class ScalePlan:
     """Patches down, after padding to whole merge blocks."""
     grid_width: int
     """Patches across, after padding to whole merge blocks."""
+
+    @property
+    def grid(self) -> Grid:
+        """Its patches, of one frame."""
+        return 1, self.grid_height, self.grid_width
+
+    @property
+    def num_patches(self) -> int:
+        """Patches, padding included."""
+        return self.grid_height * self.grid_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,15 +212,19 @@ def _stack(planned: Sequence[Pyramids]) -> Pyramids:
     )
 
 
-def num_patches(scale: ScalePlan) -> int:
-    """Patches of one scale, padding included."""
-    return scale.grid_height * scale.grid_width
-
-
 def image_grid_thw(images: Sequence[Sequence[ScalePlan]]) -> np.ndarray:
     """[num_scales, 3] int64: frames (always 1), patch rows and patch columns, in order of appearance."""
-    rows = [(1, scale.grid_height, scale.grid_width) for scales in images for scale in scales]
-    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return np.array([scale.grid for scales in images for scale in scales], dtype=np.int64).reshape(-1, 3)
+
+
+def grids_of(image_grid_thw: np.ndarray) -> list[Grid]:
+    """[num_scales, 3] as tuples."""
+    return [(frames, rows, columns) for frames, rows, columns in image_grid_thw.tolist()]
+
+
+def num_patches(grids: Iterable[Grid]) -> int:
+    """Patches of these scale-images."""
+    return sum(frames * rows * columns for frames, rows, columns in grids)
 
 
 def image_token_layout(scales: Sequence[ScalePlan], merge_size: int) -> list[tuple[str, int]]:
@@ -230,7 +248,7 @@ def image_token_ids(scales: Sequence[ScalePlan], merge_size: int, special_token_
 def count_image_tokens(scales: Sequence[ScalePlan], merge_size: int) -> tuple[int, int]:
     """How many tokens of one image go to the text experts (breaks, ``</img>``) and how many to the visual experts."""
     rows = sum(scale.grid_height // merge_size for scale in scales)
-    context = sum(num_patches(scale) for scale in scales) // merge_size**2
+    context = sum(scale.num_patches for scale in scales) // merge_size**2
     return rows + len(scales) + 1, context + 1
 
 

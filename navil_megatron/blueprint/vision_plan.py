@@ -7,14 +7,14 @@ images are independent. Patch order inside an image, 2D positions and windows fo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from navil_megatron.blueprint.flops import encoding_cost
+from navil_megatron.blueprint.image_plan import Grid, num_patches
 from navil_megatron.blueprint.segments import SegmentOrder
 from navil_megatron.config.vision import VisionConfig
-
-Grid = tuple[int, int, int]
-"""Frames, patch rows, patch columns of one scale-image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,6 @@ class VisionPlan:
     the tokens that it holds."""
 
 
-def encoding_cost(grid: Grid, config: VisionConfig) -> int:
-    """Multiply-adds of one layer on one scale-image: projections per patch plus attention per pair of a frame."""
-    frames, height, width = grid
-    segment = height * width
-    w, f = config.hidden_size, config.ffn_hidden_size
-    return frames * segment * (4 * w * w + 2 * w * f + 2 * segment * w)
-
-
 def assign_images(costs: Sequence[int], num_ranks: int) -> list[int]:
     """Rank of each image: the costliest first, each to the least loaded rank. Deterministic."""
     loads = [0] * num_ranks
@@ -58,6 +50,16 @@ def assign_images(costs: Sequence[int], num_ranks: int) -> list[int]:
         ranks[image] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
         loads[ranks[image]] += costs[image]
     return ranks
+
+
+@cache
+def fullest_share(grids: tuple[Grid, ...], config: VisionConfig, num_ranks: int) -> tuple[Grid, ...]:
+    """The scale-images of the rank that encodes most patches, of so many that share a row."""
+    shares: list[list[Grid]] = [[] for _ in range(num_ranks)]
+    owners = assign_images([encoding_cost(grid, config) for grid in grids], num_ranks)
+    for grid, owner in zip(grids, owners, strict=True):
+        shares[owner].append(grid)
+    return tuple(max(shares, key=num_patches))
 
 
 def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> VisionPlan:

@@ -1,19 +1,11 @@
 """The tokens and images of one microbatch, as numbers: what FLOPs, activations and traffic follow from."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 
 from navil_megatron.blueprint.experts_placement import loads_of_ranks
-from navil_megatron.blueprint.image_plan import ImagePlanner, count_image_tokens
-from navil_megatron.blueprint.vision_plan import Grid, assign_images, encoding_cost
+from navil_megatron.blueprint.image_plan import Grid, ImagePlanner, count_image_tokens, num_patches
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.vision import VisionConfig
-
-
-def num_patches(grids: Iterable[Grid]) -> int:
-    """Patches of these scale-images."""
-    return sum(frames * rows * columns for frames, rows, columns in grids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +55,7 @@ def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> 
     left = config.microbatch_tokens - num_samples * length
     # What is left of a row is filled with text that carries no loss, as padding would.
     segments = (length,) * num_samples + ((left,) if left else ())
-    grids = tuple((1, scale.grid_height, scale.grid_width) for scale in scales) * num_samples
+    grids = tuple(scale.grid for scale in scales) * num_samples
     return Workload(
         text_tokens=config.microbatch_tokens - num_samples * visual,
         visual_tokens=num_samples * visual,
@@ -77,13 +69,3 @@ def expert_loads(work: Workload, config: NaViLConfig) -> list[float]:
     """Rows of each expert-parallel rank over their mean, routers being even."""
     ranks, num_experts = config.parallel.expert_model_parallel_size, config.model.language.num_experts
     return loads_of_ranks(work.visual_tokens / max(work.num_tokens, 1), ranks, num_experts)
-
-
-@cache
-def fullest_share(work: Workload, vision: VisionConfig, num_ranks: int) -> tuple[Grid, ...]:
-    """The scale-images of the rank that encodes most patches, of so many that share a row."""
-    owners = assign_images([encoding_cost(grid, vision) for grid in work.grids], num_ranks)
-    shares: list[list[Grid]] = [[] for _ in range(num_ranks)]
-    for grid, owner in zip(work.grids, owners, strict=True):
-        shares[owner].append(grid)
-    return tuple(max(shares, key=num_patches))

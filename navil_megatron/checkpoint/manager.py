@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.checkpoint.compatibility import (
     require_kept_optimizer,
     require_keys,
@@ -30,7 +31,6 @@ from navil_megatron.checkpoint.sharded import (
     save_sharded,
     saved_bytes,
     stored_shapes,
-    wanted_shapes,
 )
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
@@ -69,6 +69,8 @@ class CheckpointManager:
         self.config = config
         self.session = session
         self.directory = Path(config.checkpoint.directory)
+        self.shapes = checkpoint_shapes(config.model)
+        """Key and whole shape of every weight that a checkpoint must hold."""
 
     def save(
         self,
@@ -99,15 +101,14 @@ class CheckpointManager:
         self._written(final, lambda: self._finish(partial, final), OSError)
         return final
 
-    def require_space(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def require_space(self) -> None:
         """Refuses to train where the disk has no room for one checkpoint.
 
         Raises:
             UserError: It has not.
         """
-        needed = saved_bytes(chunks)
         if self.session.is_main:
-            require_space(self.directory, needed)
+            require_space(self.directory, saved_bytes(self.config))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same one on every rank."""
@@ -124,7 +125,7 @@ class CheckpointManager:
             return None
         require_same_model(folder, self.config)
         require_same_optimizer(folder, self.config)
-        self._require_keys(folder, chunks)
+        self._require_keys(folder)
         state = self._guarded(folder, lambda: load_sharded(folder, self.session, chunks, optimizer))
         logger.info("restored %s", folder)
         return state
@@ -139,7 +140,7 @@ class CheckpointManager:
         """
         folder = self._agree(lambda: find_checkpoint(folder, "correct checkpoint.initial_weights"))
         require_same_model(folder, self.config, only_function=True)
-        self._require_keys(folder, chunks)
+        self._require_keys(folder)
         self._guarded(folder, lambda: load_model(folder, chunks))
         logger.info("loaded weights of %s", folder)
 
@@ -154,12 +155,10 @@ class CheckpointManager:
         self._guarded(folder, lambda: load_optimizer(folder, chunks, optimizer))
         logger.info("kept the optimizer state of %s", folder)
 
-    def _require_keys(self, folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
-        """The checkpoint's weights must be those of all ranks together, no more and no fewer."""
+    def _require_keys(self, folder: Path) -> None:
+        """The checkpoint's weights must be those of the model, no more and no fewer."""
         stored = self._agree(lambda: stored_shapes(folder))
-        of_ranks: list[dict[str, tuple[int, ...]]] = [{}] * self.session.world_size
-        torch.distributed.all_gather_object(of_ranks, wanted_shapes(chunks))
-        require_keys(folder, stored, {key: shape for rank in of_ranks for key, shape in rank.items()})
+        require_keys(folder, stored, self.shapes)
 
     def _agree[T](self, look: Callable[[], T]) -> T:
         """What rank 0 sees on its file system, on every rank."""

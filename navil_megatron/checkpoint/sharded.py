@@ -13,21 +13,20 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
-    apply_factories,
-    is_main_replica,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer
 
+from navil_megatron.blueprint.parameters import is_trainable, parameters_by_key
 from navil_megatron.config.errors import UserError
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.checkpoint_metadata import Place, read_metadata
 from navil_megatron.runtime.seeding import restore_rng_state, rng_state
 from navil_megatron.runtime.session import Session
@@ -79,22 +78,18 @@ def save_sharded(
     dist_checkpointing.save(state, str(folder), TorchDistSaveShardedStrategy(thread_count=1))
 
 
-def saved_bytes(chunks: Sequence[torch.nn.Module]) -> int:
-    """Bytes of a checkpoint of all ranks together, without the few of its metadata; every rank calls it.
+def saved_bytes(config: NaViLConfig) -> int:
+    """Bytes of a checkpoint of all ranks together, without the few of its metadata.
 
     Of what trains, the fp32 weights and both of Adam's moments are saved too.
     """
-    state = model_state(chunks)
-    apply_factories(state)
-    shards = [entry for entry in nested_values(state) if isinstance(entry, ShardedTensor)]
-    local = sum(
-        entry.data.numel() * (entry.data.element_size() + 3 * torch.float32.itemsize * entry.data.requires_grad)
-        for entry in shards
-        if is_main_replica(entry.replica_id)
-    )
-    of_ranks = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, local)
-    return sum(of_ranks)
+    rows, size = parameters_by_key(config.model), config.precision.number_bytes
+    total = 0
+    for key, row in rows.items():
+        held = rows[key.replace(".visual.", ".text.")] if row.is_shared else row
+        trained = is_trainable(held.part, config.training.phase)
+        total += row.numel * (size + 3 * torch.float32.itemsize * trained)
+    return total
 
 
 def load_sharded(
@@ -148,13 +143,6 @@ def load_optimizer(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: C
     updates = dist_checkpointing.load_common_state_dict(str(folder))["optimizer_step"]
     for group in optimizer.param_groups:
         group["step"] = updates
-
-
-def wanted_shapes(chunks: Sequence[torch.nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Key and whole shape of every weight that this rank's chunks read."""
-    state = model_state(chunks)
-    apply_factories(state)
-    return {entry.key: tuple(entry.global_shape) for entry in nested_values(state) if isinstance(entry, ShardedTensor)}
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """``[model.language]``: the decoder."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, get_args
 
 from navil_megatron.config.modality import ModalityPart
@@ -66,16 +66,6 @@ class LanguageConfig:
         """Whether both modalities go through the same weights in a part of a layer."""
         return part not in self.modality_experts
 
-    @property
-    def router_weights(self) -> int:
-        """Weights of one modality's router in one layer; one expert needs none."""
-        return self.hidden_size * self.num_experts if self.num_experts > 1 else 0
-
-    @property
-    def feed_forward_weights_per_token(self) -> int:
-        """Weights that a token meets in one layer's feed-forward network: its experts' and its router's."""
-        return 3 * self.hidden_size * self.ffn_hidden_size * self.experts_per_token + self.router_weights
-
 
 @dataclass(frozen=True, slots=True)
 class FamilyTraits:
@@ -87,6 +77,11 @@ class FamilyTraits:
     """Bias on query, key and value."""
     may_compose_visual_output: bool = False
     """The released code of a NaViL of this family applies the visual output projection after the text one."""
+
+    @property
+    def fixed(self) -> dict[str, bool]:
+        """Settings of ``model.language`` that have one value in the family."""
+        return {name: value for name, value in asdict(self).items() if name != "may_compose_visual_output"}
 
 
 FAMILIES: dict[str, FamilyTraits] = {
@@ -131,8 +126,8 @@ def language_rules(language: LanguageConfig) -> Iterator[str]:
 def family_rules(language: LanguageConfig) -> Iterator[str]:
     """One line for every setting that the family's published code could not read or would compute otherwise."""
     traits = FAMILIES[language.family]
-    for name in ("qk_norm", "qkv_bias"):
-        found, expected = getattr(language, name), getattr(traits, name)
+    for name, expected in traits.fixed.items():
+        found = getattr(language, name)
         if found != expected:
             yield (
                 f"model.language.{name} is {str(found).lower()}, but models of the {language.family} family have "

@@ -38,6 +38,11 @@ class PrecisionConfig:
     fp8_encoder: bool = False
     """Run the encoder's layers in FP8 too; not with ``delayed``."""
 
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 4 if self.type == "fp32" else 2
+
     def segment_multiple(self, parallel: ParallelConfig) -> int:
         """Tokens of which each modality's segment of a row holds a multiple, so that every rank's share fits FP8."""
         return FP8_ROWS.get(self.fp8, 1) * parallel.context_parallel_size

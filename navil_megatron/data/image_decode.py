@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from navil_megatron.blueprint.image_plan import ScalePlan, num_patches
+from navil_megatron.blueprint.image_plan import ScalePlan
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 
@@ -168,7 +168,7 @@ def patchify(picture: torch.Tensor, scale: ScalePlan, patch_size: int, merge_siz
 
 def blank_patches(scale: ScalePlan, patch_size: int) -> torch.Tensor:
     """[patches, 3 * patch * patch] uint8 of mid grey, the stand-in for an image that does not decode."""
-    return torch.full((num_patches(scale), 3 * patch_size**2), 127, dtype=torch.uint8)
+    return torch.full((scale.num_patches, 3 * patch_size**2), 127, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from typing import Self
 
 import numpy as np
 
+from navil_megatron.blueprint.flops import attending_pairs, sample_flops
 from navil_megatron.blueprint.image_plan import ImagePlanner, Pyramids
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.cost import CostModel
 from navil_megatron.data.shards.shard_index import SourceIndex
 
 REFUSED = -1
@@ -45,7 +45,7 @@ class Ruler:
         self.planner = ImagePlanner.from_config(config.data, config.model.vision)
         self.seq_length = config.data.seq_length
         self.pad_segments_to = config.pad_segments_to
-        self._costs = CostModel.from_config(config.model)
+        self._model = config.model
 
     def measure(self, index: SourceIndex, samples: np.ndarray) -> Measures:
         """Measures of [n] samples of a source."""
@@ -61,7 +61,7 @@ class Ruler:
         dropped = self._fit(text, owner, pyramids)
         lines, patches, pairs = self._sum_images(owner, pyramids, dropped, len(samples))
         num_text, num_visual = text + lines, patches // self.planner.merge_size**2 + num_images
-        return Measures(num_text, num_visual, self._costs.samples(num_text, num_visual, patches, pairs), dropped)
+        return Measures(num_text, num_visual, sample_flops(self._model, num_text, num_visual, patches, pairs), dropped)
 
     def row_tokens(self, num_text: np.ndarray, num_visual: np.ndarray) -> np.ndarray:
         """Tokens that a row needs for so many text and visual tokens, the visual segment padded."""
@@ -93,7 +93,7 @@ class Ruler:
     def _sum_images(
         self, owner: np.ndarray, pyramids: Pyramids, dropped: np.ndarray, count: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each sample, [count] int64: text tokens of its images, patches, and pairs of patches that attend."""
+        """For each sample, [count] int64: text tokens of its images, patches, and ``attending_pairs`` of them."""
         keep = self.planner.kept_scales(pyramids, np.maximum(dropped, 0)[owner])
         patches = pyramids.patches(keep)
         lines = (pyramids.grid[:, :, 0] // self.planner.merge_size * keep).sum(axis=1) + keep.sum(axis=1) + 1
@@ -103,4 +103,5 @@ class Ruler:
             np.add.at(summed, owner, values)
             return summed
 
-        return total(lines), total(patches.sum(axis=1)), total((patches**2).sum(axis=1))
+        pairs = attending_pairs(pyramids.grid[:, :, 0], pyramids.grid[:, :, 1], self._model.vision) * keep
+        return total(lines), total(patches.sum(axis=1)), total(pairs.sum(axis=1))

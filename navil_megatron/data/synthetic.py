@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids, num_patches
+from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.rank_share import plan_microbatch
@@ -44,7 +44,7 @@ def synthetic_microbatch(
         for num_text, grids in row:
             index = sum(len(done) for done in encoded)
             encoded[-1].append(_random_sample(model, index, num_text, grids, random, plain_ids))
-    patches = sum(num_patches(scale) for row in encoded for s in row for image in s.scales for scale in image)
+    patches = sum(scale.num_patches for row in encoded for s in row for image in s.scales for scale in image)
     pixels = random.integers(0, 256, (patches, model.vision.patch_dim), dtype=np.uint8)
     row_format = RowFormat(
         seq_length=seq_length,

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from navil_megatron.blueprint.image_plan import ScalePlan
+from navil_megatron.blueprint.image_plan import Grid, ScalePlan
 from navil_megatron.blueprint.modality_order import ModalityOrder
-from navil_megatron.blueprint.vision_plan import Grid, VisionPlan
+from navil_megatron.blueprint.vision_plan import VisionPlan
 from navil_megatron.blueprint.workload import Workload
 
 IGNORED_LABEL = -100

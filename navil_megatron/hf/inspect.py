@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import Part, parameters
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, step_of
@@ -18,7 +19,19 @@ from navil_megatron.hf.param_map import table
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import Signature, read_model_config, type_name
 
-PARTS = ("vision_encoder", "connector", "embeddings", "text_experts", "visual_experts", "norms", "head", "unknown")
+_GROUPS: Mapping[Part, str] = {
+    "vision_encoder": "vision_encoder",
+    "connector": "connector",
+    "embedding": "embeddings",
+    "special_token_embedding": "embeddings",
+    "text attention": "text_experts",
+    "text feed-forward": "text_experts",
+    "visual attention": "visual_experts",
+    "visual feed-forward": "visual_experts",
+    "norms": "norms",
+    "output_layer": "head",
+}
+PARTS = (*dict.fromkeys(_GROUPS.values()), "unknown")
 """What parameters are counted by; ``norms`` are those of the decoder that both modalities share."""
 
 
@@ -57,9 +70,12 @@ def describe_contents(report: Mapping[str, Any]) -> str:
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     model, reader = read_model_config(folder), CheckpointReader(folder)
+    parts = {row.key: _GROUPS[row.part] for row in parameters(model)}
     chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
     return {
-        **_counts("checkpoint", folder, model.language.family, reader.signatures(), part_of_key),
+        **_counts(
+            "checkpoint", folder, model.language.family, reader.signatures(), lambda key: parts.get(key, "unknown")
+        ),
         "sizes": _sizes(model),
         "files": sorted({chunk.place.file for chunk in chunks}),
         "num_chunks": len(chunks),
@@ -76,7 +92,9 @@ def _of_folder(folder: Path, kind: str) -> dict[str, Any]:
         family, sizes, parts = str(config["model_type"]), {"language": _llm_sizes(config)}, {}
     else:
         model = model_of_folder(folder, config)
-        family, sizes, parts = model.language.family, _sizes(model), _parts_by_hf_key(model)
+        family, sizes = model.language.family, _sizes(model)
+        rows = ((row, keys) for row in table(model) for keys in row.hf_keys_of_layers())
+        parts = {key: _GROUPS[row.parameter.part] for row, keys in rows for key in keys}
     part_of = _llm_part if kind == "LLM folder" else lambda key: parts.get(key, "unknown")
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     return {
@@ -86,23 +104,6 @@ def _of_folder(folder: Path, kind: str) -> dict[str, Any]:
         "tokenizer": str(folder / TOKENIZER_FILE) if has_tokenizer else None,
         "has_checksums": reader.checksums is not None,
     }
-
-
-def part_of_key(key: str) -> str:
-    """Which part of the model a key of a checkpoint belongs to."""
-    if key.startswith(("embedding.", "special_token_embedding.")):
-        return "embeddings"
-    if key.startswith(("vision_encoder.", "connector.")):
-        return key.partition(".")[0]
-    if key.startswith("output_layer."):
-        return "head"
-    if not key.startswith("decoder."):
-        return "unknown"
-    return next((f"{modality}_experts" for modality in ("text", "visual") if f".{modality}." in key), "norms")
-
-
-def _parts_by_hf_key(model: ModelConfig) -> dict[str, str]:
-    return {key: part_of_key(row.mcore_key) for row in table(model) for keys in row.hf_keys_of_layers() for key in keys}
 
 
 def _llm_part(key: str) -> str:

@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 
+from navil_megatron.blueprint.parameters import Parameter, Shape
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.hf.param_map import Shape, table
+from navil_megatron.hf.param_map import table
 from navil_megatron.hf.transforms import TRANSFORMS, Tensors
 
 
@@ -54,6 +55,11 @@ class Step:
     """Type of the targets; ``None``: that of the sources."""
 
 
+def checkpoint_slot(row: Parameter, layer: int) -> Slot:
+    """Where one layer of a parameter lies in a checkpoint; all of it, if it exists once."""
+    return Slot(row.key, row.shape, None if row.num_layers is None else layer, row.num_layers)
+
+
 def plan_export(model: ModelConfig) -> list[Step]:
     """The steps from a checkpoint to a Hugging Face folder, in the order in which the folder holds its tensors."""
     return [Step((ours,), theirs, partial(_to_hf, transform=name, model=model)) for name, ours, theirs in _pairs(model)]
@@ -89,7 +95,7 @@ def _pairs(model: ModelConfig) -> list[tuple[str, Slot, tuple[Slot, ...]]]:
     return [
         (
             row.transform,
-            Slot(row.mcore_key, row.shape, None if row.num_layers is None else layer, row.num_layers),
+            checkpoint_slot(row.parameter, layer),
             tuple(Slot(key, shape) for key, shape in zip(keys, row.hf_shapes(model), strict=True)),
         )
         for row in table(model)

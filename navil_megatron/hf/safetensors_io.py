@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.config.errors import UserError
 from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.files.file_bytes import read_into
-from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot
 from navil_megatron.hf.tensor_bytes import raw_bytes
 from navil_megatron.hf.verify import Signature

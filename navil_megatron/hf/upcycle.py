@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import parameters_by_key
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import new_folder, require_new
@@ -21,9 +22,8 @@ from navil_megatron.files.worker_pool import OnProgress
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
-from navil_megatron.hf.llm.families import EXPERT_TRANSFORMS
 from navil_megatron.hf.llm.start_values import draw
-from navil_megatron.hf.plan import Slot, Step, plan_export
+from navil_megatron.hf.plan import Step, plan_export
 from navil_megatron.hf.transforms import Tensors
 from navil_megatron.hf.verify import read_model_config, require_mcore_tensors, require_valid_model, summary
 
@@ -40,13 +40,14 @@ def plan_upcycle(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.
     known = {slot.name: slot for step in plan_export(old) for slot in step.sources}
     steps = []
     for (slot,) in (step.sources for step in plan_export(new)):
-        if _is_expert(slot):
+        row = parameters_by_key(new)[slot.key]
+        if row.num_experts:
             repeated = partial(_repeat, times=new.language.num_experts)
             steps.append(Step((known[slot.name],), (slot,), repeated))
         elif slot.name in known:
             steps.append(Step((slot,), (slot,), _unchanged))
         else:
-            router = partial(draw, key=slot.key, layer=slot.layer, shape=slot.shape, model=new, seed=seed, dtype=dtype)
+            router = partial(draw, parameter=row, layer=slot.layer, seed=seed, dtype=dtype)
             steps.append(Step((), (slot,), router, dtype))
     return steps
 
@@ -117,12 +118,6 @@ def convert_upcycle(
         "notes": [],
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _is_expert(slot: Slot) -> bool:
-    """Whether the slot holds the experts of one modality."""
-    module = slot.key.removeprefix("decoder.layers.").removesuffix(".weight").rpartition(".")[0]
-    return slot.key.startswith("decoder.layers.mlp.") and f"{module}.weight" in EXPERT_TRANSFORMS
 
 
 def _repeat(tensors: Tensors, *, times: int) -> Tensors:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import Shape, checkpoint_shapes
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.validate import model_problems
 from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config
-from navil_megatron.hf.param_map import Shape, hf_shapes, mcore_shapes, table
+from navil_megatron.hf.param_map import hf_shapes, table
 
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that weights may have."""
@@ -92,7 +93,7 @@ def require_mcore_tensors(found: Mapping[str, Signature], model: ModelConfig, wh
     Raises:
         UserError: As ``require_hf_tensors``.
     """
-    _refuse(list(_differences(found, mcore_shapes(model))), where)
+    _refuse(list(_differences(found, checkpoint_shapes(model))), where)
 
 
 def require_tensors(

@@ -1,10 +1,8 @@
 """The matrices of the feed-forward experts that live on one rank, and their product with rows sorted by expert."""
 
-from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from navil_megatron.blueprint.experts_placement import LocalExperts
 from navil_megatron.config.modality import MODALITIES, Modality
-from navil_megatron.layers.modality_linear import LinearKernels, Offsets
+from navil_megatron.layers.modality_linear import LinearKernels
 
 
 class ExpertLinear(MegatronModule):
@@ -48,30 +46,20 @@ class ExpertLinear(MegatronModule):
     ):
         super().__init__(config=config)
         assert config.num_moe_experts is not None
-        self.experts, self.num_experts = experts, config.num_moe_experts // len(MODALITIES)
-        self.partition_dim, self.num_blocks = partition_dim, partition_stride
-        self.tp_group, self.dp_group = pg_collection.expt_tp, pg_collection.expt_dp
-        self.is_stack = self.num_experts > 1
+        self.is_stack = config.num_moe_experts > len(MODALITIES)
         shape = [output_size, input_size]
-        shape[partition_dim] = divide(shape[partition_dim], self.tp_group.size())
+        shape[partition_dim] = divide(shape[partition_dim], pg_collection.expt_tp.size())
         for modality, numbers in experts.items():
+            holder: Any = nn.Module()
             if self.is_stack:
-                holder = nn.Module()
-                stack = torch.empty(len(numbers), *shape, dtype=config.params_dtype)
-                holder.register_parameter("weight", nn.Parameter(stack))
+                holder.weight = nn.Parameter(torch.empty(len(numbers), *shape, dtype=config.params_dtype))
             else:
                 holder = linears.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
-            self._mark(holder.weight, numbers)
+            dim = self.is_stack + partition_dim
+            set_tensor_model_parallel_attributes(holder.weight, True, dim, partition_stride)
+            # Core's mark of a weight that only the ranks with the same experts share: they alone sum its gradient.
+            holder.weight.allreduce = False
             self.add_module(modality, holder)
-
-    def _mark(self, weight: Any, numbers: range) -> None:
-        """What core, and whoever fills the weight, must know of it."""
-        set_tensor_model_parallel_attributes(weight, True, self.is_stack + self.partition_dim, self.num_blocks)
-        # Core's mark of a weight that only the ranks with the same experts share: they alone sum its gradient.
-        weight.allreduce = False
-        weight.tp_group = self.tp_group
-        if self.is_stack:
-            weight.experts, weight.num_experts = numbers, self.num_experts
 
     def forward(self, rows: Tensor, modality: Modality, ends: Tensor) -> Tensor:
         """[rows, in] sorted by expert -> [rows, out], of which in or out is this rank's part.
@@ -88,53 +76,3 @@ class ExpertLinear(MegatronModule):
         if len(weight) == 1 or not len(rows):
             return nn.functional.linear(rows, weight[0])
         return nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Each matrix as a shard of the whole one; its replicas are the ranks with the same experts."""
-        sharded = {}
-        for modality, numbers in self.experts.items():
-            key, replica = f"{prefix}{modality}.weight", (0, 0, self.dp_group.rank())
-            build = partial(self._shards, numbers=numbers, sharded_offsets=sharded_offsets)
-            weight = self.get_parameter(f"{modality}.weight")
-            sharded[key] = ShardedTensorFactory(key, weight, build, self._merge, replica)
-        return sharded
-
-    def _shards(
-        self,
-        key: str,
-        held: Tensor,
-        replica_id: ReplicaId,
-        flattened_range: None,
-        *,
-        numbers: range,
-        sharded_offsets: Offsets,
-    ) -> list[ShardedTensor]:
-        """Expert by expert, and block by block. Several experts of a modality have an axis before the matrix."""
-        prepended, shards = len(sharded_offsets), []
-        axis, size = prepended + self.is_stack + self.partition_dim, self.tp_group.size()
-        for number, matrix in zip(numbers, held if self.is_stack else [held], strict=True):
-            of_expert = ((prepended, number, self.num_experts),) if self.is_stack else ()
-            for block, piece in enumerate(matrix.chunk(self.num_blocks, dim=self.partition_dim)):
-                place = (axis, block * size + self.tp_group.rank(), self.num_blocks * size)
-                shards.append(
-                    ShardedTensor.from_rank_offsets(
-                        key,
-                        piece,
-                        *sharded_offsets,
-                        *of_expert,
-                        place,
-                        replica_id=replica_id,
-                        prepend_axis_num=prepended + self.is_stack,
-                    )
-                )
-        return shards
-
-    def _merge(self, pieces: list[Tensor]) -> Tensor:
-        """The inverse of ``_shards``."""
-        matrices = [
-            torch.cat(pieces[first : first + self.num_blocks], dim=self.partition_dim)
-            for first in range(0, len(pieces), self.num_blocks)
-        ]
-        return torch.stack(matrices) if self.is_stack else matrices[0]

@@ -15,6 +15,7 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from navil_megatron.blueprint.segments import SegmentGroup
+from navil_megatron.config.language import LanguageConfig
 from navil_megatron.layers.head_exchange import heads_to_rows, rows_to_heads
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
@@ -55,7 +56,7 @@ class ModalityAttentionSubmodules:
 
     attention: SegmentAttention
     linears: LinearKernels
-    composed_visual_output_projection: bool = False
+    language: LanguageConfig
 
 
 class ModalitySelfAttention(MegatronModule):
@@ -75,7 +76,7 @@ class ModalitySelfAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
-        tp_group, linears = pg_collection.tp, submodules.linears
+        tp_group, linears, language = pg_collection.tp, submodules.linears, submodules.language
         self.cp_group = pg_collection.cp
         self.head_dim = config.kv_channels
         self.num_groups = divide(config.num_query_groups, tp_group.size())
@@ -83,15 +84,15 @@ class ModalitySelfAttention(MegatronModule):
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_query_groups * self.head_dim
         self.linear_qkv = ModalityColumnParallelLinear(
-            config, linears, query_size + 2 * kv_size, config.hidden_size, tp_group, bias=config.add_qkv_bias
+            config, linears, query_size + 2 * kv_size, config.hidden_size, tp_group, bias=language.qkv_bias
         )
         projection = (
-            ComposedRowParallelLinear if submodules.composed_visual_output_projection else ModalityRowParallelLinear
+            ComposedRowParallelLinear if language.composed_visual_output_projection else ModalityRowParallelLinear
         )
         self.linear_proj = projection(config, linears, config.hidden_size, query_size, tp_group)
-        if config.qk_layernorm:
-            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, tp_group, linears.shared)
-            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, tp_group, linears.shared)
+        if language.qk_norm:
+            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, linears.shared)
+            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, linears.shared)
         self.core_attention = submodules.attention
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules

@@ -15,7 +15,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.config.modality import MODALITIES, Modality
 from navil_megatron.layers.expert_linear import ExpertLinear
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_linear import LinearKernels, Offsets
+from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.layers.modality_mlp import SwiGLU, swiglu, swiglu_gradient
 from navil_megatron.layers.modality_router import ModalityRouter
 from navil_megatron.layers.reorder import Reorder
@@ -142,21 +141,3 @@ class ModalityExperts(MegatronModule):
         is_learned = self.router.num_experts > 1
         inner = WeightedSwiGLU.apply(gate_up, weights) if is_learned else SwiGLU.apply(gate_up)
         return self.linear_fc2(inner, modality, ends)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """For one expert per modality, same keys and whole shapes as ``ModalityMLP``."""
-        router = make_sharded_tensors_for_checkpoint(
-            self.router.state_dict(prefix="", keep_vars=True),
-            f"{prefix}router.",
-            {},
-            sharded_offsets,
-            tp_group=self.pg_collection.tp,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
-        return {
-            **router,
-            **self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata),
-            **self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata),
-        }

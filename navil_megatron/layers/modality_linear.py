@@ -8,7 +8,7 @@ modality without rows leaves a zero gradient, never none, and no rank waits for 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -18,19 +18,12 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-)
 from megatron.core.utils import divide
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
 from navil_megatron.layers.collectives import all_gather_single, reduce_scatter_single
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-
-type Offsets = tuple[tuple[int, int, int], ...]
-"""Where a module lies along prepended axes of the whole tensor: (axis, index, size)."""
 
 
 class ModalityProduct(Protocol):
@@ -165,7 +158,7 @@ class LinearKernels:
 
 
 class ModalityLinear(MegatronModule):
-    """What the two parallel kinds share: a matrix per modality, split along one dimension, and its checkpoint layout.
+    """What the two parallel kinds share: a matrix per modality, split along one dimension.
 
     Args:
         config: Supplies the parameter type and the sequence-parallel switch.
@@ -174,10 +167,12 @@ class ModalityLinear(MegatronModule):
         output_size: Rows of the whole matrix.
         input_size: Columns of the whole matrix.
         tp_group: Tensor-parallel ranks.
-        partition_dim: 0 splits the output, 1 the input.
         partition_stride: Blocks of the output that are split each on its own (2 for [gate; up]).
         bias: A bias per modality, split like the rows; only where the output is split.
     """
+
+    partition_dim: ClassVar[int]
+    """0 splits the output, 1 the input."""
 
     def __init__(
         self,
@@ -186,15 +181,13 @@ class ModalityLinear(MegatronModule):
         output_size: int,
         input_size: int,
         tp_group: ProcessGroup,
-        partition_dim: int,
         partition_stride: int = 1,
         bias: bool = False,
     ):
         super().__init__(config=config)
         self.product = kernels.product
         self.tp_group = tp_group
-        self.partition_dim = partition_dim
-        if partition_dim == 0:
+        if self.partition_dim == 0:
             output_size = divide(output_size, tp_group.size())
         else:
             input_size = divide(input_size, tp_group.size())
@@ -203,38 +196,14 @@ class ModalityLinear(MegatronModule):
         self.visual = self.text if kernels.shared else build()
         for parameter in self.parameters():
             set_tensor_model_parallel_attributes(
-                parameter, is_parallel=True, dim=partition_dim, stride=partition_stride
+                parameter, is_parallel=True, dim=self.partition_dim, stride=partition_stride
             )
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Both matrices, and biases, as shards of the whole ones."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(
-            state,
-            prefix,
-            dict.fromkeys(state, self.partition_dim),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
 
 
 class ModalityColumnParallelLinear(ModalityLinear):
     """[t/tp, 1, in] under sequence parallelism, else [t, 1, in] -> [t, 1, out/tp], rows in modality-major order."""
 
-    def __init__(
-        self,
-        config: ModelParallelConfig,
-        kernels: LinearKernels,
-        output_size: int,
-        input_size: int,
-        tp_group: ProcessGroup,
-        partition_stride: int = 1,
-        bias: bool = False,
-    ):
-        super().__init__(config, kernels, output_size, input_size, tp_group, 0, partition_stride, bias)
+    partition_dim = 0
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix."""
@@ -252,15 +221,7 @@ class ModalityColumnParallelLinear(ModalityLinear):
 class ModalityRowParallelLinear(ModalityLinear):
     """[t, 1, in/tp] -> [t/tp, 1, out] under sequence parallelism, else [t, 1, out], rows in modality-major order."""
 
-    def __init__(
-        self,
-        config: ModelParallelConfig,
-        kernels: LinearKernels,
-        output_size: int,
-        input_size: int,
-        tp_group: ProcessGroup,
-    ):
-        super().__init__(config, kernels, output_size, input_size, tp_group, 1)
+    partition_dim = 1
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix and sum over the ranks."""
@@ -296,19 +257,6 @@ class ComposedRowParallelLinear(ModalityRowParallelLinear):
         ranks = self.tp_group.size() if self.config.sequence_parallel else 1
         num_text = packed_seq_params.local_num_text_tokens(self.tp_group.rank() if ranks > 1 else 0, ranks)
         return torch.cat([output[:num_text], self.visual(output[num_text:])])
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """The text matrix as a shard, the visual one as a replica."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"text.weight": self.partition_dim},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
 
 
 def reduce_over_tensor_parallel(partial: Tensor, config: ModelParallelConfig, tp_group: ProcessGroup) -> Tensor:

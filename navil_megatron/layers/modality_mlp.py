@@ -4,18 +4,15 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from navil_megatron.config.modality import MODALITIES
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
     LinearKernels,
     ModalityColumnParallelLinear,
     ModalityRowParallelLinear,
-    Offsets,
 )
 
 
@@ -58,26 +55,14 @@ class ModalityMLP(MegatronModule):
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, linears: LinearKernels, **_: Any
     ):
         super().__init__(config=config)
-        self.tp_group = pg_collection.tp
         self.linear_fc1 = ModalityColumnParallelLinear(
-            config, linears, 2 * config.ffn_hidden_size, config.hidden_size, self.tp_group, partition_stride=2
+            config, linears, 2 * config.ffn_hidden_size, config.hidden_size, pg_collection.tp, partition_stride=2
         )
         self.linear_fc2 = ModalityRowParallelLinear(
-            config, linears, config.hidden_size, config.ffn_hidden_size, self.tp_group
+            config, linears, config.hidden_size, config.ffn_hidden_size, pg_collection.tp
         )
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Each token through its modality's expert."""
         gate_up = self.linear_fc1(hidden_states, packed_seq_params)
         return self.linear_fc2(SwiGLU.apply(gate_up), packed_seq_params)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Gate and up are halves of one matrix and each is split over the ranks; the file holds them whole."""
-        sharded = self.linear_fc1.sharded_state_dict(f"{prefix}linear_fc1.", sharded_offsets, metadata)
-        for modality in MODALITIES:
-            key = f"{prefix}linear_fc1.{modality}.weight"
-            sharded[key] = apply_swiglu_sharded_factory(sharded[key], sharded_offsets, tp_group=self.tp_group)
-        sharded.update(self.linear_fc2.sharded_state_dict(f"{prefix}linear_fc2.", sharded_offsets, metadata))
-        return sharded

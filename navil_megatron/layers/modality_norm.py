@@ -1,16 +1,11 @@
 """RMSNorm over each attention head, with one weight per modality (Qwen3-like query and key norms)."""
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_linear import Offsets
 
 
 class NormWeight(nn.Module):
@@ -28,9 +23,8 @@ class ModalityHeadNorm(MegatronModule):
     tensor-parallel ranks because their names hold ``q_layernorm`` or ``k_layernorm``.
     """
 
-    def __init__(self, config: TransformerConfig, head_dim: int, tp_group: ProcessGroup, shared: bool = False):
+    def __init__(self, config: TransformerConfig, head_dim: int, shared: bool = False):
         super().__init__(config=config)
-        self.tp_group = tp_group
         self.text = NormWeight(head_dim, config.params_dtype)
         self.visual = self.text if shared else NormWeight(head_dim, config.params_dtype)
         self.epsilon = config.layernorm_epsilon
@@ -40,16 +34,3 @@ class ModalityHeadNorm(MegatronModule):
         normed = torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, self.epsilon)
         num_text = packed_seq_params.num_text_tokens
         return torch.cat([normed[:num_text] * self.text.weight, normed[num_text:] * self.visual.weight])
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Both weights, whole on every rank; core's own way would leave out the second name of a shared one."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )

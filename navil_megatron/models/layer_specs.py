@@ -36,7 +36,7 @@ def decoder_block_spec(
                 submodules=ModalityAttentionSubmodules(
                     attention=kernels.segment_attention,
                     linears=linears["attention"],
-                    composed_visual_output_projection=language.composed_visual_output_projection,
+                    language=language,
                 ),
             ),
             self_attn_bda=residual_add,

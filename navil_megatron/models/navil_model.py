@@ -6,6 +6,7 @@ embedding to the head (see
 """
 
 import copy
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -29,6 +30,7 @@ from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.connector import Connector
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.models.layer_specs import decoder_block_spec
+from navil_megatron.models.sharded_weights import shard_weights
 from navil_megatron.models.vision_encoder import VisionEncoder
 
 
@@ -82,9 +84,7 @@ class NaViLModel(LanguageModule):
         self.row_group = pg_collection.tp_cp if self.cp_group.size() > 1 else self.tp_group
         self.share_embeddings_and_output_weights = model.language.tied_embeddings
         if pre_process:
-            self.vision_encoder = VisionEncoder(
-                model.vision, config, kernels, self.tp_group, recompute=training.recomputes("encoder")
-            )
+            self.vision_encoder = VisionEncoder(model.vision, config, kernels, training.recomputes("encoder"))
             self.connector = Connector(model, config)
             for parameter in (*self.vision_encoder.parameters(), *self.connector.parameters()):
                 parameter.sum_gradient_over_tensor_parallel = True
@@ -125,6 +125,19 @@ class NaViLModel(LanguageModule):
             skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
             tp_group=self.tp_group,
         )
+
+    @property
+    def first_layer(self) -> int:
+        """Decoder layers before the chunk's first."""
+        return self.decoder.layers[0].layer_number - 1 if len(self.decoder.layers) else 0
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """The weights for core's checkpoints, by the table of parameters instead of module by module."""
+        assert not prefix and not sharded_offsets
+        state = self.state_dict(keep_vars=True)
+        weights = {name: weight for name, weight in state.items() if not name.endswith("_extra_state")}
+        routed = self.config.num_moe_experts is not None
+        return shard_weights(weights, self.model, self.pg_collection, self.first_layer, routed)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the activations that the previous stage sent (megatron-core's schedules call this)."""

@@ -4,19 +4,14 @@ Images of any size and scale are packed into one sequence and attend only inside
 rank encodes whole scale-images and the features are gathered.
 """
 
-from typing import Any
-
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from navil_megatron.blueprint.segments import SegmentOrder, inverse_order
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.kernels.provider import Kernels
-from navil_megatron.layers.modality_linear import Offsets
 from navil_megatron.layers.rope import cos_sin, rotary_angles_2d
 from navil_megatron.layers.vision_layer import VisionKernels, VisionLayer, VisionSegments
 from navil_megatron.models.inputs import EncoderInputs
@@ -30,13 +25,11 @@ class VisionEncoder(MegatronModule):
         vision: VisionConfig,
         config: TransformerConfig,
         kernels: Kernels,
-        tp_group: ProcessGroup,
         recompute: bool = False,
     ):
         super().__init__(config=config)
         self.vision = vision
         self.recompute = recompute
-        self.tp_group = tp_group
         self.patch_embedding = nn.Linear(vision.patch_dim, vision.hidden_size, dtype=config.params_dtype)
         self.rows_multiple = kernels.encoder_rows
         chosen = VisionKernels(
@@ -67,25 +60,6 @@ class VisionEncoder(MegatronModule):
                 patches = layer(patches, rotary, segments)
         # Pixel shuffle: patches arrive block by block, so merging a block is a reshape (TL, TR, BL, BR).
         return patches[:num_patches].reshape(-1, self.vision.merged_size)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Layers stacked along a leading axis, as megatron-core stores the decoder's."""
-        sharded = {}
-        for number, layer in enumerate(self.layers):
-            offsets = ((0, number, len(self.layers)),)
-            layer_sharded = sharded_state_dict_default(
-                layer, f"{prefix}layers.", offsets, metadata, tp_group=self.tp_group
-            )
-            for key, tensor in layer_sharded.items():
-                sharded[key.replace(f"{prefix}layers.", f"{prefix}layers.{number}.", 1)] = tensor
-        sharded.update(
-            sharded_state_dict_default(
-                self.patch_embedding, f"{prefix}patch_embedding.", sharded_offsets, metadata, tp_group=self.tp_group
-            )
-        )
-        return sharded
 
 
 def normalise(patches: Tensor) -> Tensor:

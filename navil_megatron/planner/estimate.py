@@ -2,28 +2,24 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, head_terms, layer_terms, training_flops
-from navil_megatron.blueprint.parameters import chunk_parameters, layers_of_chunks
-from navil_megatron.blueprint.phases import is_trainable
-from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share
+from navil_megatron.blueprint.held_parameters import HeldParameter, chunk_parameters, layers_of_chunks
+from navil_megatron.blueprint.parameters import Part, is_trainable
+from navil_megatron.blueprint.vision_plan import fullest_share
+from navil_megatron.blueprint.workload import Workload, expert_loads
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.training import TrainingConfig
 from navil_megatron.planner.communication import (
     MicrobatchSizes,
-    Part,
     RankView,
-    context_edge_parts,
-    context_layer_parts,
-    data_parallel,
-    edge_parts,
-    expert_layer_parts,
-    layer_parts,
-    tensor_parallel_gradients,
+    Sent,
+    edge_traffic,
+    gradient_traffic,
+    layer_traffic,
 )
 from navil_megatron.planner.machine import Machine, ring_share
-from navil_megatron.planner.memory import ActivationModel, StateBytes, number_bytes, state_bytes
+from navil_megatron.planner.memory import ActivationModel, StateBytes, state_bytes
 from navil_megatron.planner.schedule import ChunkTime, Schedule, balanced_layers, most_in_flight, simulate
 
 
@@ -109,12 +105,12 @@ class Estimator:
         times[0] += first
         times[-1] += last
         send = self._link(config, "pp") * config.rank_tokens * config.model.language.hidden_size
-        send *= number_bytes(config) / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        send *= config.precision.number_bytes / (
+            parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        )
         schedule = simulate(times, stages, num_microbatches, send)
         views = [self._view(config, stage) for stage in range(stages)]
-        gradients = max(
-            self._seconds(config, chain(data_parallel(view), tensor_parallel_gradients(view))) for view in views
-        )
+        gradients = max(self._seconds(config, gradient_traffic(view)) for view in views)
         # Gradient and state are read, state is written.
         update = max(2 * stage.optimizer + stage.gradients for stage in memory) / (self.machine.hbm_bandwidth * 1e9)
         flops = training_flops(config.model, self.work, phase)
@@ -149,29 +145,28 @@ class Estimator:
         """Of one microbatch: one decoder layer; encoder, connector and embeddings; the head."""
         model, parallel, training = config.model, config.parallel, config.training
         work = self.work
-        flops = list(layer_terms(model.language, work))
+        flops = list(layer_terms(model, work))
         fullest = max(expert_loads(work, config))
         if fullest > 1:
             # A rank holds one modality's experts: the fullest computes its rows of all ranks, the others wait for it.
-            alone = [term for term in flops if ".mlp." in term[0]]
-            rows = fullest * sum(forward for _, forward in alone)
-            flops = [term for term in flops if term not in alone] + [(alone[-1][0], rows)]
-        again = sum(forward for name, forward in flops if _is_repeated(name, training))
+            rows = round(fullest * sum(forward for part, forward in flops if _is_feed_forward(part)))
+            flops = [term for term in flops if not _is_feed_forward(term[0])] + [("visual feed-forward", rows)]
+        again = sum(forward for part, forward in flops if _is_repeated(part, training))
         layer = self._compute(config, flops, parallel.row_ranks, again, self._layer_traffic(config))
-        encoded = replace(work, grids=fullest_share(work, model.vision, parallel.row_ranks))
+        encoded = replace(work, grids=fullest_share(work.grids, model.vision, parallel.row_ranks))
         last_stage = parallel.pipeline_model_parallel_size - 1
         before, behind = (self._edge_traffic(config, stage) for stage in (0, last_stage))
         encoder = list(encoder_terms(model, encoded))
-        again = sum(forward for _, forward in encoder) if training.recomputes("encoder") else 0.0
+        again = sum(forward for _, forward in encoder) if training.recomputes("encoder") else 0
         first = self._compute(config, encoder, 1, again, before)
         # One stage is first and last at once: its collectives are counted with the encoder.
-        head = list(head_terms(model.language, work))
+        head = list(head_terms(model, work))
         again = sum(forward for _, forward in head)  # the backward pass makes the logits again, chunk by chunk
         last = self._compute(config, head, parallel.row_ranks, again, behind if last_stage else 0)
         return layer, first, last
 
     def _compute(
-        self, config: NaViLConfig, terms: list[Term], ranks: int, again: float, traffic_seconds: float
+        self, config: NaViLConfig, terms: list[Term], ranks: int, again: int, traffic_seconds: float
     ) -> ChunkTime:
         """Seconds of some matrices; ``again`` FLOPs of them are repeated in the backward pass."""
         forward = sum(flops for _, flops in terms)
@@ -182,27 +177,14 @@ class Estimator:
 
     def _layer_traffic(self, config: NaViLConfig) -> float:
         """Seconds of the collectives inside one decoder layer."""
-        parts: list[Part] = []
-        view = self._view(config, 0)
-        if config.parallel.tensor_model_parallel_size > 1:
-            parts += layer_parts(config, view.tokens_bytes)
-        if config.parallel.context_parallel_size > 1:
-            parts += context_layer_parts(config)
-        if config.parallel.expert_model_parallel_size > 1:
-            parts += expert_layer_parts(view, 0)
-        return self._seconds(config, parts)
+        return self._seconds(config, layer_traffic(self._view(config, 0), 0))
 
     def _edge_traffic(self, config: NaViLConfig, stage: int) -> float:
         """Seconds of the collectives before the first layer or behind the last."""
         view = self._view(config, stage)
-        parts: list[Part] = []
-        if config.parallel.tensor_model_parallel_size > 1:
-            parts += edge_parts(view, view.batch[0][0])
-        if config.parallel.context_parallel_size > 1 and view.is_first:
-            parts += context_edge_parts(view, view.batch[0][0])
-        return self._seconds(config, parts)
+        return self._seconds(config, edge_traffic(view, view.batch[0][0]))
 
-    def _seconds(self, config: NaViLConfig, parts: Iterable[Part]) -> float:
+    def _seconds(self, config: NaViLConfig, parts: Iterable[Sent]) -> float:
         """Time of these collectives, one after the other, at ring cost."""
         return sum(
             num_bytes * ring_share(word, self._ranks(config, axis)[0]) * self._link(config, axis)
@@ -232,7 +214,7 @@ class Estimator:
     def _view(self, config: NaViLConfig, stage: int) -> RankView:
         """A rank of a stage and one microbatch, as the formula of the traffic wants it."""
         ranks, context = config.parallel.row_ranks, config.parallel.context_parallel_size
-        share = replace(self.work, grids=fullest_share(self.work, config.model.vision, ranks))
+        share = replace(self.work, grids=fullest_share(self.work.grids, config.model.vision, ranks))
         sizes = MicrobatchSizes(
             num_predictions=self.work.num_predictions // context,
             gathered_features=ranks * share.image_tokens(config.model.vision),
@@ -246,16 +228,16 @@ class Estimator:
             world_size=self.machine.gpus,
             batch=[[sizes]] * (self.machine.gpus // config.parallel.model_parallel_size),
             parameters=[
-                {name: numbers for name, numbers in chunk.items() if is_trainable(name, phase)}
+                [piece for piece in chunk if is_trainable(piece.parameter.part, phase)]
                 for chunk in self._parameters(config, stage)
             ],
         )
 
-    def _parameters(self, config: NaViLConfig, stage: int) -> list[dict[str, int]]:
+    def _parameters(self, config: NaViLConfig, stage: int) -> list[list[HeldParameter]]:
         """What the rank with the fullest experts holds, chunk by chunk."""
         parallel, num_layers = config.parallel, config.model.language.num_layers
         chunks = range(stage, len(layers_of_chunks(parallel, num_layers)), parallel.pipeline_model_parallel_size)
-        return [dict(chunk_parameters(config.model, parallel, chunk, self._expert_rank(config))) for chunk in chunks]
+        return [list(chunk_parameters(config.model, parallel, chunk, self._expert_rank(config))) for chunk in chunks]
 
     def _expert_rank(self, config: NaViLConfig) -> int:
         loads = expert_loads(self.work, config)
@@ -271,12 +253,12 @@ class Estimator:
         decoder[0] += activations.embedding()
         decoder[-1] += activations.final_norm() + activations.head()
         encoder = [activations.encoder(), *[0] * (len(counts) - 1)]
-        parameters = [item for chunk in self._parameters(config, stage) for item in chunk.items()]
-        state: StateBytes = state_bytes(config, parameters, dp_size)
+        held = [piece for chunk in self._parameters(config, stage) for piece in chunk]
+        state: StateBytes = state_bytes(config, held, dp_size)
         is_last = stage == stages - 1
         return StageMemory(
             stage=stage,
-            parameters=sum(numbers for _, numbers in parameters),
+            parameters=sum(piece.numel for piece in held),
             weights=state.weights,
             gradients=state.gradients,
             optimizer=state.optimizer,
@@ -291,8 +273,12 @@ class Estimator:
         )
 
 
-def _is_repeated(name: str, training: TrainingConfig) -> bool:
-    """Whether the backward pass repeats a matrix group of a decoder layer; the softmax of attention has no name."""
+def _is_feed_forward(part: Part | None) -> bool:
+    return part in ("text feed-forward", "visual feed-forward")
+
+
+def _is_repeated(part: Part | None, training: TrainingConfig) -> bool:
+    """Whether the backward pass repeats a group of a decoder layer's products; those of the softmax have no part."""
     if training.recompute == "full":
         return True
-    return training.recomputes("mlp") if ".mlp." in name else not name and training.recomputes("attention")
+    return training.recomputes("mlp") if _is_feed_forward(part) else part is None and training.recomputes("attention")

@@ -7,9 +7,11 @@ the CUDA kernel keeps its input and one number a row; the CPU's composite form k
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from navil_megatron.blueprint.parameters import Sized, expert_replicas, is_expert, is_routed
-from navil_megatron.blueprint.phases import is_trainable
-from navil_megatron.blueprint.workload import Workload, expert_loads, fullest_share, num_patches
+from navil_megatron.blueprint.held_parameters import HeldParameter, expert_replicas, is_routed
+from navil_megatron.blueprint.image_plan import num_patches
+from navil_megatron.blueprint.parameters import is_trainable
+from navil_megatron.blueprint.vision_plan import fullest_share
+from navil_megatron.blueprint.workload import Workload, expert_loads
 from navil_megatron.config.run import NaViLConfig
 
 FP32, INT64 = 4, 8
@@ -38,23 +40,18 @@ class StateBytes:
         return round(self.weights + self.gradients + self.optimizer)
 
 
-def number_bytes(config: NaViLConfig) -> int:
-    """Bytes of a number of weights and activations."""
-    return FP32 if config.precision.type == "fp32" else 2
-
-
-def state_bytes(config: NaViLConfig, parameters: Iterable[Sized], dp_size: int) -> StateBytes:
+def state_bytes(config: NaViLConfig, held: Iterable[HeldParameter], dp_size: int) -> StateBytes:
     """State of a rank that holds these parameters, one of so many replicas."""
-    size = number_bytes(config)
+    size = config.precision.number_bytes
     optimizer = 2 * FP32 + (FP32 if size == 2 else 0)
     sharing = dp_size * config.parallel.context_parallel_size
     of_experts = expert_replicas(config.parallel, dp_size) if is_routed(config.model, config.parallel) else sharing
     found = StateBytes()
-    for name, numbers in parameters:
-        trained = numbers if is_trainable(name, config.training.phase) else 0
-        holders = of_experts if is_expert(name) else sharing
+    for piece in held:
+        trained = piece.numel if is_trainable(piece.parameter.part, config.training.phase) else 0
+        holders = of_experts if piece.parameter.num_experts else sharing
         shares = holders if config.optimizer.distributed else 1
-        found += StateBytes(numbers * size, trained * FP32, trained * optimizer / shares)
+        found += StateBytes(piece.numel * size, trained * FP32, trained * optimizer / shares)
     return found
 
 
@@ -72,7 +69,7 @@ class ActivationModel:
     @property
     def size(self) -> int:
         """Bytes of a number."""
-        return number_bytes(self.config)
+        return self.config.precision.number_bytes
 
     @property
     def tensor(self) -> int:
@@ -181,7 +178,7 @@ class ActivationModel:
     def encoder(self) -> int:
         """Encoder and connector on the rank with most patches."""
         vision, hidden = self.config.model.vision, self.config.model.language.hidden_size
-        grids = fullest_share(self.work, vision, self.config.parallel.row_ranks)
+        grids = fullest_share(self.work.grids, vision, self.config.parallel.row_ranks)
         patches = num_patches(grids)
         tokens = patches // vision.merge_size**2
         kept = patches * vision.patch_dim * self.size  # input of the patch embedding
@@ -219,7 +216,7 @@ class ActivationModel:
         rows = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
         words = language.vocab_size // self.tensor
         rounded = 0 if self.size == FP32 else self.size
-        trained = is_trainable("output_layer.weight", self.config.training.phase)
+        trained = is_trainable("output_layer", self.config.training.phase)
         return words * (rows * (FP32 + rounded) + language.hidden_size * (FP32 + rounded) * trained)
 
     def layer_working(self) -> int:
@@ -237,7 +234,7 @@ class ActivationModel:
     def patch_numbers(self) -> int:
         """Numbers in the patches of the rank that encodes most."""
         vision = self.config.model.vision
-        return num_patches(fullest_share(self.work, vision, self.config.parallel.row_ranks)) * vision.patch_dim
+        return num_patches(fullest_share(self.work.grids, vision, self.config.parallel.row_ranks)) * vision.patch_dim
 
     def inputs(self, is_first: bool, num_microbatches: int) -> int:
         """What the device is given of the microbatch in work and of the next: ids and orders, and the first stage's

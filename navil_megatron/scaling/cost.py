@@ -1,7 +1,7 @@
 """What a run of a study costs, in FLOPs and GPU-hours.
 
 A multiply-add is 2; the backward pass costs twice the forward pass. The LLM's own attention over so short a row and
-the connector are left out; ``planner/flops.py`` counts every matrix of a config, and a test holds the two together.
+the connector are left out; ``blueprint/flops.py`` counts every matrix of a config, and a test holds the two together.
 """
 
 from dataclasses import dataclass

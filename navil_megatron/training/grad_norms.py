@@ -14,18 +14,18 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from navil_megatron.blueprint.parameters import Parameter, parameter_of
 from navil_megatron.config.modality import MODALITIES
+from navil_megatron.config.model import ModelConfig
 
 PARTS = ("encoder", "connector", *(f"decoder_{modality}" for modality in MODALITIES), "decoder_shared")
 
 
-def part_of(name: str) -> str:
-    """The part of a parameter, by its name. The decoder's shared one is norms, token tables and LM head."""
-    if name.startswith("vision_encoder."):
-        return "encoder"
-    if name.startswith("connector."):
-        return "connector"
-    return next((f"decoder_{modality}" for modality in MODALITIES if f".{modality}." in name), "decoder_shared")
+def part_of(row: Parameter) -> str:
+    """The one of ``PARTS`` that a parameter belongs to. The decoder's shared one is norms, token tables and LM head."""
+    if row.modality:
+        return f"decoder_{row.modality}"
+    return {"vision_encoder": "encoder", "connector": "connector"}.get(row.part, "decoder_shared")
 
 
 class GradNorms:
@@ -34,11 +34,14 @@ class GradNorms:
     Args:
         chunks: This rank's model chunks.
         optimizer: Their optimizer.
+        model: Their config.
     """
 
-    def __init__(self, chunks: Iterable[nn.Module], optimizer: ChainedOptimizer):
+    def __init__(self, chunks: Iterable[nn.Module], optimizer: ChainedOptimizer, model: ModelConfig):
         parts = {
-            parameter: PARTS.index(part_of(name)) for chunk in chunks for name, parameter in chunk.named_parameters()
+            parameter: PARTS.index(part_of(parameter_of(model, name)))
+            for chunk in chunks
+            for name, parameter in chunk.named_parameters()
         }
         self._held: list[tuple[MegatronOptimizer, list[list[nn.Parameter]]]] = []
         for piece in optimizer.chained_optimizers:

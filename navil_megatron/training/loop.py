@@ -45,7 +45,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
         session.together(lambda: manager.load_weights(Path(start), model))
     chunks = wrap_ddp(config, session, model)
     session.watchdog.know(chunks)
-    session.together(lambda: manager.require_space(model))
+    session.together(manager.require_space)
     optimizer = build_optimizer(config, chunks, session)
     if start is not None and config.checkpoint.initial_optimizer == "kept":
         session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))

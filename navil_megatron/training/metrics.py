@@ -86,7 +86,7 @@ class StepMeter:
         language = config.model.language
         self._expert_load = ExpertLoad(chunks, language.num_layers, language.num_experts)
         self._encoder_load = EncoderLoad(session.device)
-        self._grad_norms = GradNorms(chunks, optimizer)
+        self._grad_norms = GradNorms(chunks, optimizer, config.model)
         self.feature_scale = FeatureScale(config, chunks, session.groups, session.device)
         self._last_step = 0.0
         self._reset()

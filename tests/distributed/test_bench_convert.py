@@ -57,7 +57,7 @@ def test_chunks_are_those_of_a_real_save(layout: str, tmp_path: Path) -> None:
         for chunk in tensor.chunks
     }
     made = {
-        (rank, row.mcore_key, offsets, sizes)
+        (rank, row.parameter.key, offsets, sizes)
         for rank, row, offsets, sizes in bench.chunks(read_model_config(checkpoint), *LAYOUTS[layout])
     }
     assert made == real
@@ -78,7 +78,7 @@ def test_a_layout_changes_no_byte_of_the_folder(tmp_path: Path) -> None:
 
 def test_sizes_are_those_of_the_real_model() -> None:
     bench = load_bench()
-    count = sum(torch.Size(row.mcore_shape).numel() for row in table(bench.NAVIL_2B))
+    count = sum(torch.Size(row.parameter.whole_shape).numel() for row in table(bench.NAVIL_2B))
     assert count == 4_040_921_024  # the key list of the published sizes
 
 

@@ -21,10 +21,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from navil_megatron.checkpoint.compatibility import require_same_model, require_same_optimizer
-from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.errors import UserError
 from navil_megatron.training.state import TrainingState
-from tests.distributed.tiny_training import Run
+from tests.distributed.tiny_training import Run, manager_of
 from tests.ranks import RankFailure, run_ranks, start_session, tiny_config
 from tests.whole import read_whole
 
@@ -40,7 +39,7 @@ def _train(rank: int, world_size: int, sections: Sections, steps: list[int], sav
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         restored = manager.restore_latest(run.chunks, run.optimizer)
         for step in steps:
             run.step(step)
@@ -78,7 +77,7 @@ def _straight_and_resumed(rank: int, world_size: int, sections: Sections, saved_
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         straight, stopped = Run(config, session), Run(config, session)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         state = TrainingState(step=saved_after).to_dict()
         for step in range(1, saved_after + 1):
             straight.step(step)
@@ -140,7 +139,7 @@ def _resave(rank: int, world_size: int, sections: Sections, step: int) -> None:
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         state = manager.restore_latest(run.chunks, run.optimizer)
         assert {group["step"] for group in run.optimizer.param_groups} == {2}
         manager.save(step, run.chunks, run.optimizer, state)
@@ -151,7 +150,7 @@ def _with_expert(rank: int, world_size: int, sections: Sections, step: int) -> N
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session, num_experts=4)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session, num_experts=4)
         assert len(run.optimizer.chained_optimizers) == session.ep_size
         state = manager.restore_latest(run.chunks, run.optimizer)
         if state is None:
@@ -177,7 +176,7 @@ def _nothing_to_train(rank: int, world_size: int, sections: Sections) -> list[st
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session, frozen=True)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         manager.save(0, run.chunks, run.optimizer, TrainingState().to_dict())
         run.step(1)
         manager.save(1, run.chunks, run.optimizer, TrainingState(step=1).to_dict())
@@ -200,7 +199,7 @@ def _generators(rank: int, world_size: int, sections: Sections) -> list[float]:
     draws = []
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         if manager.restore_latest(run.chunks, run.optimizer) is None:
             manager.save(1, run.chunks, run.optimizer, {})
         draws = [random.random(), float(np.random.rand()), float(torch.rand(())), float(rank)]
@@ -236,7 +235,7 @@ def _killed_while_saving(rank: int, world_size: int, sections: Sections) -> None
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         run.step(1)
         manager.save(1, run.chunks, run.optimizer, TrainingState(step=1).to_dict())
         if rank == 1:
@@ -266,7 +265,7 @@ def _user_error(rank: int, world_size: int, sections: Sections, initial_weights:
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        manager = CheckpointManager(config, session)
+        manager = manager_of(config, session)
         try:
             if initial_weights is None:
                 manager.restore_latest(run.chunks, run.optimizer)
@@ -367,7 +366,7 @@ def _weights_of(rank: int, world_size: int, sections: Sections, folder: str) -> 
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        CheckpointManager(config, session).load_weights(Path(folder), run.chunks)
+        manager_of(config, session).load_weights(Path(folder), run.chunks)
         return run.weights()
 
 
@@ -408,7 +407,7 @@ def _processes_after_saving(rank: int, world_size: int, sections: Sections) -> l
     config = tiny_config(**sections)
     with start_session(rank, world_size, config) as session:
         run = Run(config, session)
-        CheckpointManager(config, session).save(1, run.chunks, run.optimizer, {})
+        manager_of(config, session).save(1, run.chunks, run.optimizer, {})
         return [process.name for process in multiprocessing.active_children()]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from navil_megatron.blueprint.vision_plan import encoding_cost
+from navil_megatron.blueprint.flops import encoding_cost
 from navil_megatron.training.encoder_load import EncoderLoad
 from tests.oracle import Composition, global_batch, oracle_config
 from tests.ranks import run_ranks, start_session

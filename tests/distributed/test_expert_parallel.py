@@ -12,12 +12,14 @@ import torch
 
 from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.checkpoint.manager import CheckpointManager
+from navil_megatron.config.run import NaViLConfig
 from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params
 from navil_megatron.layers.modality_experts import ModalityExperts
 from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.models.build import build_model
 from navil_megatron.models.mcore_config import build_transformer_config
+from navil_megatron.models.sharded_weights import shard_weights
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
@@ -58,23 +60,43 @@ def _weights() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = {"linear_fc1": (2 * INNER, HIDDEN), "linear_fc2": (HIDDEN, INNER)}
     return {
-        f"{layer}.{modality}.weight": torch.randn(shape, generator=generator) / 8
+        f"decoder.layers.mlp.{layer}.{modality}.weight": torch.randn(1, *shape, generator=generator) / 8
         for layer, shape in shapes.items()
         for modality in ("text", "visual")
     }
 
 
+class _InItsPlace(torch.nn.Module):
+    """The only decoder layer of a model, without its attention: there the table of parameters knows the weights."""
+
+    def __init__(self, feed_forward: torch.nn.Module, config: NaViLConfig, session: Session) -> None:
+        super().__init__()
+        self.config, self.session = config, session
+        layer = torch.nn.Module()
+        layer.mlp = feed_forward
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList([layer])
+
+    def sharded_state_dict(self, metadata: dict) -> dict:
+        """As the model's."""
+        weights, groups = self.state_dict(keep_vars=True), self.session.groups
+        return shard_weights(weights, self.config.model, groups, 0, self.session.ep_size > 1)
+
+
 def _feed_forward(rank: int, world_size: int, parallel: dict) -> list:
     """For every case: outputs, input gradients and weight gradients of the feed-forward layer."""
-    config = oracle_config(parallel=parallel)
+    config = oracle_config(parallel=parallel, model={"language": {"num_layers": 1}})
     with start_session(rank, world_size, config) as session:
         kind = ModalityMLP if session.ep_size == 1 else ModalityExperts
         layer = kind(build_transformer_config(config), session.groups, LinearKernels(torch.nn.Linear))
-        load_whole([layer], _weights())
-        return [_case(layer, session, counts, frozen) for counts in COUNTS for frozen in FROZEN]
+        model = _InItsPlace(layer, config, session)
+        load_whole([model], _weights())
+        return [_case(model, layer, session, counts, frozen) for counts in COUNTS for frozen in FROZEN]
 
 
-def _case(layer: torch.nn.Module, session: Session, counts: tuple[int, ...], frozen: str | None) -> tuple[list, list]:
+def _case(
+    model: torch.nn.Module, layer: torch.nn.Module, session: Session, counts: tuple[int, ...], frozen: str | None
+) -> tuple[list, list]:
     """Replica i has ``counts[i]`` text rows; a lone rank runs all replicas' rows in turn."""
     for name, parameter in layer.named_parameters():
         parameter.grad = None
@@ -89,7 +111,7 @@ def _case(layer: torch.nn.Module, session: Session, counts: tuple[int, ...], fro
         (output * weights).sum().backward()
         seen.append((replica, session.tp_rank, output.detach(), rows.grad))
     assert all(parameter.grad is not None for parameter in layer.parameters() if parameter.requires_grad)
-    return seen, slices_of([layer], "grad")
+    return seen, slices_of([model], "grad")
 
 
 @pytest.mark.parametrize("layout", ["ep2", "ep2-tp2-sp"])

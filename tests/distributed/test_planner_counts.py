@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from navil_megatron.blueprint.parameters import chunk_parameters
-from navil_megatron.blueprint.phases import is_trainable
+from navil_megatron.blueprint.held_parameters import HeldParameter, chunk_parameters
+from navil_megatron.blueprint.parameters import is_trainable
 from navil_megatron.cli import main
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
@@ -42,12 +42,12 @@ LAYOUTS: dict[int, list[dict[str, dict[str, Any]]]] = {
 """Ranks -> sections of the configs."""
 
 
-def planned(config: NaViLConfig, stage: int, expert: int) -> list[dict[str, int]]:
+def planned(config: NaViLConfig, stage: int, expert: int) -> list[list[HeldParameter]]:
     """What a rank holds by the plan, chunk by chunk."""
     stages = config.parallel.pipeline_model_parallel_size
     chunks = stages * (config.parallel.virtual_pipeline_model_parallel_size or 1)
     return [
-        dict(chunk_parameters(config.model, config.parallel, chunk, expert)) for chunk in range(stage, chunks, stages)
+        list(chunk_parameters(config.model, config.parallel, chunk, expert)) for chunk in range(stage, chunks, stages)
     ]
 
 
@@ -62,7 +62,7 @@ def built(
             chunks = build_model(config, session.groups, session.device)
             held = [{n: p.numel() for n, p in chunk.named_parameters() if p.requires_grad} for chunk in chunks]
             plan = [
-                {name: numbers for name, numbers in chunk.items() if is_trainable(name, phase)}
+                {piece.name: piece.numel for piece in chunk if is_trainable(piece.parameter.part, phase)}
                 for chunk in planned(config, session.pp_rank, session.ep_rank)
             ]
             found.append((sections, phase, held, plan))
@@ -113,8 +113,9 @@ def test_state_of_each_stage_is_exact() -> None:
     for (config, gpus), ranks in zip(runs, found, strict=True):
         for rank in ranks:
             (plan,) = planned(config, rank.stage, rank.expert)
-            assert {name.split(".", 1)[1]: numbers for name, numbers in rank.sizes.items()} == plan
-            state = state_bytes(config, plan.items(), gpus // config.parallel.model_parallel_size)
+            sizes = {name.split(".", 1)[1]: numbers for name, numbers in rank.sizes.items()}
+            assert sizes == {piece.name: piece.numel for piece in plan}
+            state = state_bytes(config, plan, gpus // config.parallel.model_parallel_size)
             assert rank.num_trained == state.gradients / 4
             # Padding of the distributed optimizer, and shares that end inside a parameter.
             assert rank.optimizer_bytes == pytest.approx(state.optimizer, rel=1e-3)
@@ -130,7 +131,7 @@ def test_dry_run_of_a_cuda_config_needs_no_gpu() -> None:
     assert "settings and layout are valid on 8 GPUs" in text
     assert "NOT CHECKED: source none is not on this machine" in text
     (last,) = planned(config, stage=1, expert=0)
-    assert "16,417,797,888" in text and f"stage 1: {sum(last.values()):,} parameters a rank" in text
+    assert "16,417,797,888" in text and f"stage 1: {sum(piece.numel for piece in last):,} parameters a rank" in text
     assert "fit 80 GB" in text or "fits 80 GB" in text
 
 

@@ -2,6 +2,7 @@
 losses, the same collectives whatever the rows are, and gradients of experts and modalities without a row.
 """
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from navil_megatron.blueprint.modality_order import plan_modality_order
+from navil_megatron.blueprint.parameters import parameter_of
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.hf.remote_code.modeling_language_ve import ExpertsVE, SplitVEMLP
 from navil_megatron.kernels.torch_kernels import Linear
 from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params
 from navil_megatron.layers.modality_experts import ModalityExperts
 from navil_megatron.layers.modality_linear import LinearKernels
-from navil_megatron.models.build import _random_slice
+from navil_megatron.models.build import random_slice
 from navil_megatron.models.mcore_config import build_transformer_config
 from tests.oracle import merge_sections, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -229,7 +231,8 @@ def _output_of_whole_weights(rank: int, world_size: int, parallel: dict) -> tupl
     with start_session(rank, world_size, config) as session:
         layer, rows = _start_layer(config, session)
         for name, parameter in layer.named_parameters():
-            parameter.data.copy_(_random_slice(parameter, 0.1, 5, name, session.groups.tp))
+            row = dataclasses.replace(parameter_of(config.model, f"decoder.layers.0.mlp.{name}"), std=0.1)
+            parameter.data.copy_(random_slice(row, name, 5, session.groups, parameter.device))
         mine = rows.detach().chunk(session.tp_size)[session.tp_rank].requires_grad_()
         output = layer(mine, _plan())
         output.sum().backward()

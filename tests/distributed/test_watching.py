@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from navil_megatron.blueprint.parameters import parameter_of
 from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.data.loader import StepData
@@ -117,7 +118,7 @@ def plain(rank: int, world_size: int) -> tuple[dict, dict]:
         record: dict[str, float] = {}
         squares = dict.fromkeys(PARTS, 0.0)
         for name, parameter in model[0].named_parameters():
-            squares[part_of(name)] += float(parameter.main_grad.double().square().sum())
+            squares[part_of(parameter_of(config.model, name))] += float(parameter.main_grad.double().square().sum())
         record |= {f"grad_norm/{part}": square**0.5 for part, square in squares.items()}
         record["grad_norm"] = sum(squares.values()) ** 0.5
         kinds = {"loss": lambda s, images: True}

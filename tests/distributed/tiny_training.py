@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, set_learning_rate, wrap_ddp
@@ -117,3 +118,18 @@ class Run:
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies of this rank's weights."""
         return {name: weight.detach().clone() for name, weight in self.chunks[0].module.named_parameters()}
+
+
+def manager_of(config: NaViLConfig, session: Session, num_experts: int | None = None) -> CheckpointManager:
+    """Checkpoints of a run whose model is the tiny one."""
+    manager = CheckpointManager(config, session)
+    manager.shapes = {
+        "norm.weight": (WIDTH,),
+        "norm.bias": (WIDTH,),
+        "up.weight": (INNER, WIDTH),
+        "up.bias": (INNER,),
+        "down.weight": (WIDTH, INNER),
+        "down.bias": (WIDTH,),
+        **({} if num_experts is None else {"experts": (num_experts, 2)}),
+    }
+    return manager

@@ -41,7 +41,7 @@ def _saved_and_planned(rank: int, world_size: int, config: NaViLConfig) -> tuple
     with start_session(rank, world_size, config) as session:
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model)
-        planned = saved_bytes(model)
+        planned = saved_bytes(config)
         folder = CheckpointManager(config, session).save(0, model, build_optimizer(config, chunks, session), {})
         entries = FileSystemReader(folder).read_metadata().state_dict_metadata.values()
     tensors = [entry for entry in entries if isinstance(entry, TensorStorageMetadata)]

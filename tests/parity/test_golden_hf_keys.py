@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.ingest import convert_from_hf
-from navil_megatron.hf.param_map import hf_shapes, mcore_shapes, table
+from navil_megatron.hf.param_map import hf_shapes, table
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.verify import same_bits
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
@@ -31,7 +32,7 @@ def test_table_gives_every_real_key(golden_dir: Path, name: str) -> None:
     model = REAL_SIZES[name]
     expected = json.loads((golden_dir / f"{name}.json").read_text())["tensors"]
     assert {key: list(shape) for key, shape in hf_shapes(model).items()} == expected
-    assert len(mcore_shapes(model)) == len(table(model))
+    assert len(checkpoint_shapes(model)) == len(table(model))
 
 
 @pytest.mark.parametrize("name", ["9b", "2b", "2b_win"])

@@ -17,7 +17,6 @@ from navil_megatron.blueprint.image_plan import (
     image_grid_thw,
     image_token_ids,
     image_token_layout,
-    num_patches,
 )
 from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.dali_decode import DaliDecoder
@@ -75,7 +74,7 @@ def test_grids_layouts_and_counts_of_every_case(preprocess: Path, cases: list[di
         _, images = plan_case(preprocess, case)
         assert image_grid_thw(images).tolist() == case["image_grid_thw"], case["id"]
         assert [len(scales) for scales in images] == case["num_scales"], case["id"]
-        assert sum(num_patches(scale) for scales in images for scale in scales) == case["num_patches"]
+        assert sum(scale.num_patches for scales in images for scale in scales) == case["num_patches"]
         layout = [token for scales in images for token in joined(image_token_layout(scales, MERGE))]
         golden = [run for run in case["token_layout"] if run[0] != "text"]  # the prompt's newline between images
         assert layout == joined(golden), case["id"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, num_patches
+from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import load_config
 from navil_megatron.data.dali_decode import DaliDecoder, resize
@@ -89,7 +89,7 @@ def assert_near(pillow: ImageDecoder, dali: ImageDecoder, files: list[bytes]) ->
     for job, exact, near in zip(jobs, pillow.decode(jobs), dali.decode(jobs), strict=True):
         assert isinstance(exact, list) and isinstance(near, list)
         for scale, expected, found in zip(job.scales, exact, near, strict=True):
-            assert expected.shape == found.shape == (num_patches(scale), 3 * PATCH**2)
+            assert expected.shape == found.shape == (scale.num_patches, 3 * PATCH**2)
             assert expected.dtype == found.dtype == torch.uint8
             assert (expected.int() - found.int()).abs().max() <= DALI_PIXELS, (job.size, scale)
 

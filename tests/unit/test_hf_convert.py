@@ -13,10 +13,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
+from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.ingest import convert_from_hf
-from navil_megatron.hf.param_map import hf_shapes, mcore_shapes, table
+from navil_megatron.hf.param_map import hf_shapes, table
 from navil_megatron.hf.plan import cut
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.verify import same_bits
@@ -42,14 +43,14 @@ def test_table_names_every_key_once(family: str) -> None:
     rows = table(model)
     hf_keys = [key for row in rows for keys in row.hf_keys_of_layers() for key in keys]
     assert len(hf_keys) == len(set(hf_keys)) == len(hf_shapes(model))
-    assert len(rows) == len(mcore_shapes(model))
+    assert len(rows) == len(checkpoint_shapes(model))
 
 
 def test_depth_zero_and_tied_embeddings_drop_their_rows() -> None:
     model = tiny_model(num_layers=0)
-    assert not any(key.startswith("vision_encoder.layers") for key in mcore_shapes(model))
+    assert not any(key.startswith("vision_encoder.layers") for key in checkpoint_shapes(model))
     tied = dataclasses.replace(model, language=dataclasses.replace(model.language, tied_embeddings=True))
-    assert mcore_shapes(model).keys() - mcore_shapes(tied).keys() == {"output_layer.weight"}
+    assert checkpoint_shapes(model).keys() - checkpoint_shapes(tied).keys() == {"output_layer.weight"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +58,7 @@ def test_in_memory_round_trip(family: str) -> None:
     model = tiny_model(family, norm="layernorm", qkv_bias=True)
     tensors = random_hf_tensors(model)
     whole = hf_to_mcore(tensors, model)
-    assert {key: tuple(tensor.shape) for key, tensor in whole.items()} == mcore_shapes(model)
+    assert {key: tuple(tensor.shape) for key, tensor in whole.items()} == checkpoint_shapes(model)
     assert same(dict(mcore_to_hf(whole, model)), tensors)
 
 

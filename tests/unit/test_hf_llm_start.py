@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
@@ -23,7 +24,7 @@ from navil_megatron.hf.llm.start import (
     model_config_for_llm,
     plan_llm_start,
 )
-from navil_megatron.hf.param_map import mcore_shapes, table
+from navil_megatron.hf.param_map import table
 from tests.unit.hf_examples import FAMILIES
 from tests.unit.llm_examples import LLAMA3_ROPE, VISION, run_in_memory, save_random_llm
 
@@ -57,10 +58,10 @@ def test_text_experts_equal_the_llm_bit_for_bit(folder: Folder) -> None:
     whole = folder.start(model)
     seen = set()
     for row in table(model):
-        if ".visual." in row.mcore_key or not row.hf_keys[0].startswith("language_model."):
+        if ".visual." in row.parameter.key or not row.hf_keys[0].startswith("language_model."):
             continue
         for layer, keys in enumerate(row.hf_keys_of_layers()):
-            value = whole[row.mcore_key] if row.num_layers is None else whole[row.mcore_key][layer]
+            value = whole[row.parameter.key] if row.parameter.num_layers is None else whole[row.parameter.key][layer]
             for key, part in zip(keys, row.function.to_hf(value, model), strict=True):
                 expected = folder.tensors[key.removeprefix("language_model.")]
                 assert torch.equal(part[: len(expected)], expected), key
@@ -137,7 +138,7 @@ def test_composed_output_starts_as_the_text_experts_function(tmp_path: Path) -> 
     assert not folder.model().language.composed_visual_output_projection
     model = folder.model(composed_visual_output_projection=True)
     whole = folder.start(model)
-    assert {key: tuple(value.shape) for key, value in whole.items()} == mcore_shapes(model)
+    assert {key: tuple(value.shape) for key, value in whole.items()} == checkpoint_shapes(model)
     for projection in whole["decoder.layers.self_attention.linear_proj.visual.weight"]:
         assert torch.equal(projection, torch.eye(model.language.hidden_size))
 

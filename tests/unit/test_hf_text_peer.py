@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.types import ALONE, Microbatch, PackedRows, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.llm.start import model_config_for_llm, plan_llm_start
-from navil_megatron.hf.param_map import mcore_shapes
 from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
@@ -54,7 +54,7 @@ class Peer:
         stored = load_file(folder / "model.safetensors")
         steps = plan_llm_start(config, self.model, seed=3, dtype=torch.float32, stored=stored)
         self.whole = run_in_memory(steps, stored)
-        assert {key: tuple(tensor.shape) for key, tensor in self.whole.items()} == mcore_shapes(self.model)
+        assert {key: tuple(tensor.shape) for key, tensor in self.whole.items()} == checkpoint_shapes(self.model)
 
 
 @cache

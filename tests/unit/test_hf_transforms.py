@@ -94,8 +94,8 @@ def test_every_row_of_every_family_inverts(family: str, sizes: ModelConfig, layo
     for row in table(model):
         parts = numbered(list(row.hf_shapes(model)), torch.float32)
         tensor = row.function.to_mcore(parts, model)
-        assert tuple(tensor.shape) == row.shape, row.mcore_key
-        assert same_bits(row.function.to_hf(tensor, model), parts), row.mcore_key
+        assert tuple(tensor.shape) == row.parameter.shape, row.parameter.key
+        assert same_bits(row.function.to_hf(tensor, model), parts), row.parameter.key
 
 
 def of_family(family: str, sizes: ModelConfig, layout: bool) -> ModelConfig:
@@ -104,8 +104,7 @@ def of_family(family: str, sizes: ModelConfig, layout: bool) -> ModelConfig:
     language = dataclasses.replace(
         sizes.language,
         family=family,
-        qk_norm=traits.qk_norm,
-        qkv_bias=traits.qkv_bias,
+        **traits.fixed,
         tied_embeddings=layout,
         composed_visual_output_projection=layout and traits.may_compose_visual_output,
     )

@@ -1,14 +1,17 @@
 """Host-side plans: segments, modality order, who encodes which image; and rows that follow one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from navil_megatron.blueprint.flops import attending_pairs, encoding_cost
 from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.blueprint.segments import SegmentOrder, inverse_order
-from navil_megatron.blueprint.vision_plan import assign_images, block_order, encoding_cost, plan_vision
+from navil_megatron.blueprint.vision_plan import assign_images, block_order, plan_vision
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.layers.reorder import Reorder
 
@@ -106,6 +109,20 @@ def test_every_patch_is_encoded_once_and_every_token_found(grids: list, num_rank
             expected += (start + 4 * blocks).tolist()
             start += h * w
     assert gathered[plans[0].feature_index].tolist() == expected
+
+
+@given(GRIDS, st.sampled_from([None, (), (1,)]))
+def test_pairs_that_attend_are_those_of_the_plans_segments(grids: list, full: tuple[int, ...] | None) -> None:
+    encoder = dataclasses.replace(WINDOWED, full_attention_layers=full)
+    plan = plan_vision(grids, encoder, 0, 1)
+    whole, windows = (
+        sum(group.num_segments * group.length**2 for group in order.groups) for order in (plan.images, plan.windows)
+    )
+    num_full = 2 if full is None else len(full)
+    found = [frames * attending_pairs(rows, columns, encoder) for frames, rows, columns in grids]
+    assert sum(found) == num_full * whole + (2 - num_full) * windows
+    frames, rows, columns = np.array(grids, dtype=np.int64).reshape(-1, 3).T
+    assert (frames * attending_pairs(rows, columns, encoder)).tolist() == found
 
 
 def test_raster_order_keeps_reading_order_and_windows_do_not() -> None:

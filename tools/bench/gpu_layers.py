@@ -17,6 +17,8 @@ from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.runtime.session import Session
 
 Results = list[dict[str, Any]]
+AROUND = ("vision_encoder", "connector", "output_layer")
+"""Parts before and behind the decoder."""
 
 
 def decoder_layers(scale: Scale) -> Results:
@@ -54,10 +56,8 @@ def _decoder_layers(scale: Scale, size: str, choice: str) -> dict[str, Any]:
             )
             output.backward(hidden.detach())
 
-        # No encoder layer runs here, so the terms without a name are the decoder's attention.
-        flops = sum(
-            f for name, f in forward_terms(model, microbatch.workload) if name.startswith("decoder.") or not name
-        )
+        # No encoder layer runs here, so the softmax is the decoder's.
+        flops = sum(f for part, f in forward_terms(model, microbatch.workload) if part not in AROUND)
         measured = measure(step, chunk, scale, flops)
     return {"model": size, "kernels": choice, "layers": scale.decoder_layers, "tokens": scale.tokens, **measured}
 
@@ -100,9 +100,7 @@ def _predict(scale: Scale, config: NaViLConfig) -> dict[str, Any]:
         def step() -> None:
             chunk.module.predict(hidden, inputs).sum().backward()
 
-        flops = sum(
-            f for name, f in forward_terms(config.model, microbatch.workload) if name.startswith("output_layer")
-        )
+        flops = sum(f for name, f in forward_terms(config.model, microbatch.workload) if name == "output_layer")
         return {"predicted": inputs.loss_positions.numel(), **measure(step, chunk, scale, flops)}
 
 

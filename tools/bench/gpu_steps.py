@@ -95,8 +95,8 @@ def decoder_step(config: NaViLConfig, scale: Scale, rows: Sequence[Microbatch]) 
     language, flops = config.model.language, 0.0
     for row in rows:
         work = row.workload
-        terms = [(name, f * language.num_layers) for name, f in layer_terms(language, work)]
-        terms += head_terms(language, work)
+        terms = [(part, f * language.num_layers) for part, f in layer_terms(config.model, work)]
+        terms += head_terms(config.model, work)
         flops += sum(f for _, f in terms) + backward_flops(terms, config.training.phase)
     with running(config) as run:
         most = max(int((row.input_ids == config.model.special_token_id("<IMG_CONTEXT>")).sum()) for row in rows)

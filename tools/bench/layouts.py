@@ -35,6 +35,8 @@ from small_run import mixed_row, one_sample_row, small_config
 from traffic_count import CountTraffic
 from turns import quartiles, resident_bytes, restart_peak
 
+from navil_megatron.blueprint.held_parameters import HeldParameter
+from navil_megatron.blueprint.parameters import parameter_of
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import ALONE, DataPlace, Microbatch
 from navil_megatron.models.build import build_model
@@ -156,7 +158,13 @@ class Trainer:
             dp_rank=self.session.dp_rank,
             world_size=self.session.world_size,
             batch=[[sizes_of(row, self.config) for row in share] for share in self.shares],
-            parameters=[{name: p.numel() for name, p in chunk.module.named_parameters()} for chunk in self.chunks],
+            parameters=[
+                [
+                    HeldParameter(name, tuple(p.shape), parameter_of(self.config.model, name))
+                    for name, p in chunk.module.named_parameters()
+                ]
+                for chunk in self.chunks
+            ],
         )
 
     def state_bytes(self) -> int:

@@ -42,7 +42,10 @@ def _find(pattern: str) -> list[str]:
     """Absolute paths or URLs."""
     for url in pattern.split("::"):
         about = known_implementations.get(get_protocol(url), {})
-        if about and find_spec(about["class"].partition(".")[0]) is None:
+        package = about["class"].partition(".")[0] if about else "fsspec"
+        if package == "fsspec" and get_protocol(url) in ("http", "https"):
+            package = "aiohttp"
+        if find_spec(package) is None:
             raise UserError(f"shards {pattern!r} cannot be opened: {about['err']}")
     try:
         files, path = url_to_fs(pattern)

@@ -5,7 +5,6 @@ from enum import IntEnum
 
 import numpy as np
 
-from navil_megatron.blueprint.image_plan import num_patches
 from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence
 
@@ -70,6 +69,6 @@ def _mark_images(kinds: np.ndarray, sample: EncodedSample, special_token_ids: Se
         kinds[sample.input_ids == special_token_ids[SPECIAL_TOKENS.index(token)]] = kind
     last = TokenKind.LAST_SCALE - TokenKind.FIRST_SCALE
     numbers = [min(number, last) for image in sample.scales for number in range(len(image))]
-    lengths = [num_patches(scale) // merge_size**2 for image in sample.scales for scale in image]
+    lengths = [scale.num_patches // merge_size**2 for image in sample.scales for scale in image]
     context = sample.input_ids == special_token_ids[SPECIAL_TOKENS.index("<IMG_CONTEXT>")]
     kinds[context] = TokenKind.FIRST_SCALE + np.repeat(np.array(numbers, dtype=np.int64), lengths)

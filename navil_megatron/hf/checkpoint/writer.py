@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.files.checkpoint_folder import FORMAT_FILE, METADATA_FILE
 from navil_megatron.files.checkpoint_metadata import Chunk, Place
 from navil_megatron.files.file_bytes import write_behind
-from navil_megatron.hf.param_map import Shape
 from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
 from navil_megatron.hf.tensor_bytes import raw_bytes
 

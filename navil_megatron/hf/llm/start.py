@@ -5,7 +5,7 @@
 - Visual experts are copies of the text ones, or random (``model.language.visual_expert_init``). Under the released 2B's
   composed output projection W_visual(W_text x) the copy that does as the text expert does is the identity; a start
   composes nothing unless the run's config says so.
-- Encoder, connector and special tokens are drawn as ``config.initial_values`` says. Each layer of each parameter has a
+- Encoder, connector and special tokens are drawn as the table of parameters says. Each layer of each parameter has a
   generator of its own, seeded by (seed, key, layer), so any order of steps and any number of processes draw the same.
 - The vocabulary grows by as many rows as the special tokens' ids need, none where they fit, as in Qwen's padded tables.
   A new row of the embedding table and of the head is the mean of the old ones.
@@ -13,11 +13,13 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Shape
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.load import config_to_dict, section_from_dict
@@ -27,12 +29,11 @@ from navil_megatron.hf.hf_config import MODEL_TYPE, ordered_ids
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import language_from_hf, language_problems
 from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
-from navil_megatron.hf.param_map import Row, Shape, table
-from navil_megatron.hf.plan import Slot, Step
+from navil_megatron.hf.param_map import Row, table
+from navil_megatron.hf.plan import Slot, Step, checkpoint_slot
 
 _PREFIX = "language_model."
 """Stands before the LLM's own names in a NaViL's files."""
-_TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.(original_)?inv_freq")
 _FREE = ("visual_expert_init", "modality_experts", "init_std", "composed_visual_output_projection")
 """Settings of the language section that an LLM does not decide."""
@@ -143,17 +144,17 @@ def _steps(
 ) -> Iterator[Step]:
     """What fills one layer of one parameter; nothing for a visual expert that its text expert fills."""
     language = model.language
-    target = _slot(row.mcore_key, row, layer)
-    drawn = partial(draw, key=target.key, layer=target.layer, shape=target.shape, model=model, seed=seed, dtype=dtype)
-    is_visual_expert = ".visual." in row.mcore_key
+    target = checkpoint_slot(row.parameter, layer)
+    drawn = partial(draw, parameter=row.parameter, layer=target.layer, seed=seed, dtype=dtype)
+    is_visual_expert = row.parameter.modality == "visual"
     copies = language.visual_expert_init == "copy"
-    composed = language.composed_visual_output_projection and ".linear_proj." in row.mcore_key
+    composed = language.composed_visual_output_projection and ".linear_proj." in row.parameter.key
     if not keys[0].startswith(_PREFIX) or (is_visual_expert and not copies):
         yield Step((), (target,), drawn, dtype)
     elif is_visual_expert:
         if composed:
             yield Step((), (target,), partial(identity, size=language.hidden_size, dtype=dtype), dtype)
-    elif row.mcore_key in _TABLES:
+    elif row.parameter.key in (EMBEDDING, HEAD):
         names = [keys[0].removeprefix(_PREFIX)]
         head = f"{HF_FAMILIES[language.family].head}.weight"
         if language.tied_embeddings and head in stored:
@@ -165,14 +166,10 @@ def _steps(
             Slot(key.removeprefix(_PREFIX), shape) for key, shape in zip(keys, row.hf_shapes(model), strict=True)
         )
         targets = [target]
-        if copies and ".text." in row.mcore_key and not composed:
-            targets.append(_slot(row.mcore_key.replace(".text.", ".visual."), row, layer))
+        if copies and row.parameter.modality == "text" and not composed:
+            targets.append(replace(target, key=target.key.replace(".text.", ".visual.")))
         taken = partial(take, transform=row.transform, model=model, dtype=dtype, copies=len(targets))
         yield Step(sources, tuple(targets), taken, dtype)
-
-
-def _slot(key: str, row: Row, layer: int) -> Slot:
-    return Slot(key, row.shape, None if row.num_layers is None else layer, row.num_layers)
 
 
 def _family(config_json: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 
 import torch
 
-from navil_megatron.blueprint.initial_values import initial_values
+from navil_megatron.blueprint.parameters import Parameter
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.transforms import TRANSFORMS, Tensors
@@ -48,20 +48,18 @@ def take_table(tensors: Tensors, *, num_rows: int, dtype: torch.dtype) -> Tensor
 def draw(
     tensors: Tensors,
     *,
-    key: str,
+    parameter: Parameter,
     layer: int | None,
-    shape: tuple[int, ...],
-    model: ModelConfig,
     seed: int,
     dtype: torch.dtype,
 ) -> Tensors:
     """First values by the rule of every new model, from a generator of this layer's own."""
-    mean, std = initial_values(key, len(shape), model)
-    if std == 0:
-        return (torch.full(shape, mean, dtype=dtype),)
-    digest = hashlib.sha256(f"{seed}:{key}:{layer}".encode()).digest()
+    if parameter.std == 0:
+        return (torch.full(parameter.shape, parameter.mean, dtype=dtype),)
+    digest = hashlib.sha256(f"{seed}:{parameter.key}:{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return (torch.empty(shape).normal_(mean, std, generator=generator).to(dtype),)
+    values = torch.empty(parameter.shape).normal_(parameter.mean, parameter.std, generator=generator)
+    return (values.to(dtype),)
 
 
 def identity(tensors: Tensors, *, size: int, dtype: torch.dtype) -> Tensors:

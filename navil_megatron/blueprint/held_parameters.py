@@ -1,0 +1,83 @@
+"""What a rank of a layout holds of the table of parameters."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+
+from navil_megatron.blueprint.experts_placement import local_experts
+from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Parameter, Shape, parameters, parameters_by_key
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HeldParameter:
+    """One parameter of one layer on one rank."""
+
+    name: str
+    """As the rank's model chunk has it."""
+    shape: Shape
+    """Of the rank's piece."""
+    parameter: Parameter
+    """Its row in the table."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the piece."""
+        return prod(self.shape)
+
+
+def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
+    """Decoder layers of each pipeline chunk in the order of the model; chunk c lies on stage c modulo stages."""
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    return parallel.pipeline_layers or (num_layers // chunks,) * chunks
+
+
+def chunk_parameters(
+    model: ModelConfig, parallel: ParallelConfig, chunk: int, ep_rank: int = 0
+) -> Iterator[HeldParameter]:
+    """The parameters of one chunk on a rank with this place in its expert-parallel group, in the order of the model."""
+    layers = layers_of_chunks(parallel, model.language.num_layers)
+    for _, together in groupby(parameters(model), key=lambda row: row.num_layers):
+        pieces = ((row, piece_shape(row, parallel, ep_rank), _copies(row, chunk, layers)) for row in together)
+        rows = [(row, shape, copies) for row, shape, copies in pieces if shape is not None]
+        for number in range(max((copies for *_, copies in rows), default=0)):
+            yield from (HeldParameter(row.name(number), shape, row) for row, shape, copies in rows if number < copies)
+    if model.language.tied_embeddings and 0 < chunk == len(layers) - 1:
+        table = parameters_by_key(model)[EMBEDDING]  # a copy, since another chunk embeds
+        yield HeldParameter(HEAD, piece_shape(table, parallel, ep_rank) or table.shape, table)
+
+
+def piece_shape(row: Parameter, parallel: ParallelConfig, ep_rank: int) -> Shape | None:
+    """Shape of a rank's piece of one layer; ``None`` where it holds nothing of it."""
+    shape, ranks = list(row.shape), parallel.tensor_model_parallel_size
+    if row.num_experts is not None and row.modality is not None:
+        held = local_experts(ep_rank, parallel.expert_model_parallel_size, row.num_experts).get(row.modality)
+        if held is None:
+            return None
+        ranks = parallel.expert_tensor_size
+        if row.num_experts > 1:
+            shape[0] = len(held)
+    if row.split_dim is not None:
+        shape[row.split_dim] //= ranks
+    return None if row.is_shared else tuple(shape)
+
+
+def is_routed(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether the feed-forward experts have ranks, or a router, of their own."""
+    return model.language.num_experts > 1 or parallel.expert_model_parallel_size > 1
+
+
+def expert_replicas(parallel: ParallelConfig, dp_size: int) -> int:
+    """Ranks of a pipeline stage that hold the same part of the same experts."""
+    ranks = dp_size * parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return ranks // (parallel.expert_tensor_size * parallel.expert_model_parallel_size)
+
+
+def _copies(row: Parameter, chunk: int, layers: Sequence[int]) -> int:
+    """How many layers of the chunk have the parameter; of one outside the layers 1 or 0."""
+    if row.key.startswith("decoder.layers."):
+        return layers[chunk]
+    home = len(layers) - 1 if row.key.startswith(("decoder.", HEAD)) else 0
+    return (row.num_layers or 1) * (chunk == home)

@@ -1,0 +1,109 @@
+"""A chunk's weights as shards of the whole tensors, as the table of parameters says, so that any layout reads what
+another wrote.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from navil_megatron.blueprint.experts_placement import local_experts
+from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Parameter, parameter_of
+from navil_megatron.config.model import ModelConfig
+
+
+def shard_weights(
+    weights: Mapping[str, Tensor],
+    model: ModelConfig,
+    pg_collection: ProcessGroupCollection,
+    first_layer: int,
+    is_routed: bool,
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """What core saves and loads for each weight.
+
+    Args:
+        weights: By their names in the chunk.
+        model: The model section of the config.
+        pg_collection: Process groups.
+        first_layer: Decoder layers before the chunk's first.
+        is_routed: Feed-forward experts have ranks of their own.
+    """
+    sharded: dict[str, ShardedTensor | ShardedTensorFactory] = {}
+    for name, weight in weights.items():
+        row, groups = parameter_of(model, name), pg_collection
+        own = is_routed and row.num_experts is not None
+        tensor, data = (groups.expt_tp, groups.expt_dp) if own else (groups.tp, groups.dp_cp)
+        is_copy = row.key == EMBEDDING != name  # of the table, on a stage that does not embed
+        replica = (int(is_copy), 0 if row.split_dim is not None else tensor.rank(), data.rank())
+        cut = _Cut(row, layer_number(row, name, first_layer), groups.ep.rank(), groups.ep.size(), tensor)
+        if row.split_blocks == 1 and not cut.is_stack:
+            (sharded[name],) = cut.pieces(row.key, weight, replica, None)
+        else:
+            sharded[name] = ShardedTensorFactory(row.key, weight, cut.pieces, cut.whole, replica)
+    return sharded
+
+
+def layer_number(row: Parameter, name: str, first_layer: int) -> int:
+    """The number in the whole model of the layer that a chunk's parameter belongs to; 0 outside layers."""
+    if row.num_layers is None:
+        return 0
+    number = int(name.split(".")[2])  # vision_encoder.layers.N. or decoder.layers.N.
+    return number + (first_layer if name.startswith("decoder.") else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Where a rank's piece of a parameter lies in the whole one."""
+
+    row: Parameter
+    layer: int
+    ep_rank: int
+    ep_size: int
+    group: torch.distributed.ProcessGroup
+
+    @property
+    def is_stack(self) -> bool:
+        """Several experts of a modality have an axis before the matrix."""
+        return (self.row.num_experts or 1) > 1
+
+    def pieces(self, key: str, held: Tensor, replica_id: ReplicaId, _: None) -> list[ShardedTensor]:
+        """Expert by expert, and block by block."""
+        row, size, rank = self.row, self.group.size(), self.group.rank()
+        layer = ((0, self.layer, row.num_layers),) if row.num_layers else ()
+        experts: tuple[tuple[tuple[int, int, int], ...], ...] = ((),)
+        if self.is_stack and row.num_experts and row.modality:
+            numbers = local_experts(self.ep_rank, self.ep_size, row.num_experts)[row.modality]
+            experts = tuple(((len(layer), number, row.num_experts),) for number in numbers)
+        found = []
+        for expert, matrix in zip(experts, held if self.is_stack else [held], strict=True):
+            # Core's optimizer knows a parameter by its identity, so one that is not cut stays itself.
+            blocks = (matrix,) if row.split_blocks == 1 else matrix.chunk(row.split_blocks, dim=self._dim)
+            for number, block in enumerate(blocks):
+                place = (len(layer) + (row.split_dim or 0), number * size + rank, row.split_blocks * size)
+                found.append(
+                    ShardedTensor.from_rank_offsets(
+                        key,
+                        block,
+                        *layer,
+                        *expert,
+                        *(() if row.split_dim is None else (place,)),
+                        replica_id=replica_id,
+                        prepend_axis_num=len(layer) + len(expert),
+                        allow_shape_mismatch=key in (EMBEDDING, HEAD),  # core's own choice for these two
+                    )
+                )
+        return found
+
+    def whole(self, pieces: list[Tensor]) -> Tensor:
+        """The inverse of ``pieces``."""
+        blocks = self.row.split_blocks
+        matrices = [torch.cat(pieces[first : first + blocks], self._dim) for first in range(0, len(pieces), blocks)]
+        return torch.stack(matrices) if self.is_stack else matrices[0]
+
+    @property
+    def _dim(self) -> int:
+        """The split dimension of one matrix."""
+        return (self.row.split_dim or 0) - (self.is_stack and self.row.split_dim is not None)
