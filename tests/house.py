@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -140,6 +141,27 @@ def check_package() -> list[str]:
     for path in sorted(folder.rglob("*.py")):
         problems += check_source(path.read_text(encoding="utf-8"), path.relative_to(folder).as_posix())
     return problems
+
+
+def find_circle() -> list[str]:
+    """Modules of the package that import one another in a circle, deferred imports included; empty where none do."""
+    folder = REPOSITORY / PACKAGE
+    imports: dict[str, set[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        module = path.relative_to(folder).with_suffix("").as_posix().removesuffix("/__init__")
+        wholes = [
+            f"{name}.{thing}" if thing else name for _, name, thing in _imports(ast.parse(path.read_text("utf-8")))
+        ]
+        ours = [whole.removeprefix(f"{PACKAGE}.").replace(".", "/") for whole in wholes if _under(whole, PACKAGE)]
+        imports[module] = {
+            next((name for name in (whole, whole.rpartition("/")[0]) if (folder / f"{name}.py").is_file()), whole)
+            for whole in ours
+        }
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def check_source(source: str, path: str) -> list[str]:

@@ -5,7 +5,6 @@ right and below *before* (u/255 - 0.5)/0.5, patches in merge-block order. Pictur
 orientation, here as in the index.
 """
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ import torch
 from PIL import Image, ImageOps
 
 from navil_megatron.blueprint.image_plan import ScalePlan
-from navil_megatron.config.errors import UserError
-from navil_megatron.config.run import NaViLConfig
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the raster formats that are read; its other plugins run interpreters or need tools."""
@@ -58,32 +55,6 @@ class ImageDecoder(Protocol):
         """For each job [patches, 3 * patch * patch] uint8 of each wanted scale, on the host, or what is wrong with that
         file.
         """
-
-
-def build_image_decoder(config: NaViLConfig) -> ImageDecoder:
-    """The decoder of a run.
-
-    Raises:
-        UserError: the config asks for DALI and it is not installed.
-    """
-    vision, data = config.model.vision, config.data
-    if data.image_decoder == "pillow":
-        return PillowDecoder(vision.patch_size, vision.merge_size, data.max_source_pixels)
-    if not importlib.util.find_spec("nvidia") or not importlib.util.find_spec("nvidia.dali"):
-        raise UserError(
-            'data.image_decoder = "dali" needs the package nvidia-dali-cuda130, which is not installed: '
-            'pip install "nvidia-dali-cuda130>=2.4,<2.5", or set data.image_decoder = "pillow"'
-        )
-    from navil_megatron.data.dali_decode import DaliDecoder  # 1 s and 600 MB that a run with Pillow does without
-
-    return DaliDecoder(
-        vision.patch_size,
-        vision.merge_size,
-        data.max_source_pixels,
-        # Names the current device: a thread of the loader would find itself on device 0.
-        device=torch.empty(0, device=config.runtime.device).device,
-        num_threads=data.num_workers,
-    )
 
 
 def open_image(file: bytes, max_pixels: int) -> Image.Image:

@@ -17,13 +17,13 @@ from navil_megatron.blueprint.image_plan import ImagePlanner
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
+from navil_megatron.data.choose_decoder import build_image_decoder
 from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.image_decode import (
     DecodeJob,
     ImageDecodeError,
     ImageDecoder,
     blank_patches,
-    build_image_decoder,
 )
 from navil_megatron.data.plan import Row
 from navil_megatron.data.rank_share import plan_microbatch

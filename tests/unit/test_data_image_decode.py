@@ -18,6 +18,7 @@ from PIL import Image
 from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import load_config
+from navil_megatron.data.choose_decoder import build_image_decoder
 from navil_megatron.data.dali_decode import DaliDecoder, resize
 from navil_megatron.data.image_decode import (
     DecodeJob,
@@ -25,7 +26,6 @@ from navil_megatron.data.image_decode import (
     ImageDecoder,
     PillowDecoder,
     blank_patches,
-    build_image_decoder,
     decode_image,
     read_image_size,
 )

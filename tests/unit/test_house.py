@@ -11,6 +11,7 @@ from tests.house import (
     check_package,
     check_script,
     check_source,
+    find_circle,
     render_import_table,
 )
 
@@ -19,6 +20,10 @@ DOC = '"""Docstring."""\n'
 
 def test_package_keeps_the_rules() -> None:
     assert check_package() == []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert find_circle() == []
 
 
 @pytest.mark.parametrize("folder", ["tools", "examples", "tests"])

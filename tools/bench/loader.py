@@ -50,7 +50,8 @@ from small_run import small_config
 from navil_megatron.blueprint.image_plan import ImagePlanner, ScalePlan, image_token_ids, visual_tokens
 from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.image_decode import DecodeJob, build_image_decoder
+from navil_megatron.data.choose_decoder import build_image_decoder
+from navil_megatron.data.image_decode import DecodeJob
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.data.types import ALONE
