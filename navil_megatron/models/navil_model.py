@@ -1,8 +1,7 @@
 """NaViL: visual encoder, connector, and a decoder with modality experts, as one megatron-core language module.
 
-The first pipeline stage holds encoder, connector and embeddings, the last the LM head. Rows are modality-major from the
-embedding to the head (see
-``blueprint.modality_order``), and the head runs only where a prediction carries loss.
+The first pipeline stage holds encoder, connector and embeddings, the last the LM head. Tokens are modality-major from
+the embedding to the head (``blueprint.modality_order``), and the head runs only where a prediction carries loss.
 """
 
 import copy
