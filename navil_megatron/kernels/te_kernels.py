@@ -26,7 +26,7 @@ from transformer_engine.pytorch.optimizers import FusedAdam
 from navil_megatron.config.precision import FP8_ROWS
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels import torch_kernels
-from navil_megatron.kernels.provider import Kernels
+from navil_megatron.layers.kernels import Kernels
 
 ENCODER_RECIPES: Mapping[str, type[Recipe]] = {"tensorwise": Float8CurrentScaling, "blockwise": Float8BlockScaling}
 """``precision.fp8`` -> the recipe for the encoder. The decoder's are chosen by megatron-core, by the same names."""
@@ -106,19 +106,7 @@ def decoder_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-6)
 def modality_product(
     rows: Tensor, text: nn.Module, visual: nn.Module, num_text: int, group: ProcessGroup | None, sequence_parallel: bool
 ) -> Tensor:
-    """Text rows through one linear and visual rows through the other, after a column layer's collective.
-
-    Args:
-        rows: [t, in] in modality-major order, or this rank's share of it under sequence parallelism.
-        text: The text expert's linear.
-        visual: The visual expert's linear.
-        num_text: Rows of the text segment, of all ranks.
-        group: Tensor-parallel ranks that share the input; ``None``: no collective.
-        sequence_parallel: The ranks hold shares of the rows, which are gathered first.
-
-    Returns:
-        [t, out].
-    """
+    """See ``layers.kernels``: the engine overlaps nothing of a product that is not its own layer's."""
     if group is not None and sequence_parallel:
         rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=True, group=group)
     elif group is not None:
@@ -139,10 +127,7 @@ def _attention(num_heads: int, head_dim: int, num_groups: int) -> nn.Module:
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, *, groups: Any, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
-    """Softmax attention inside packed segments in one ``thd`` kernel; arguments as of ``torch_kernels``' own.
-
-    It stays in BF16 under every recipe.
-    """
+    """See ``layers.kernels``: one ``thd`` kernel, in BF16 under every recipe."""
     if query.shape[0] == 0:
         return torch_kernels.segment_attention(
             query, key, value, groups=groups, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal

@@ -1,10 +1,15 @@
-"""Norms, linears and packed attention in plain torch, for CPU and GPU, with no kernel library."""
+"""Plain torch, for CPU and GPU, with no kernel library."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from navil_megatron.kernels.adamw import AdamW
+from navil_megatron.kernels.modality_product import modality_product
+from navil_megatron.layers.kernels import Kernels
 
 
 class RMSNorm(nn.Module):
@@ -35,20 +40,7 @@ class Linear(nn.Linear):
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, *, groups: Any, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
-    """Softmax attention inside packed segments, one dense call per distinct segment length.
-
-    Args:
-        query: [t, n, d] in attention order.
-        key: [t, g, d].
-        value: [t, g, d].
-        groups: Segments of equal length, adjacent in attention order; they cover all t tokens.
-        cu_seqlens: Unused here: the groups say the same on the host.
-        max_seqlen: Unused here.
-        causal: Mask later tokens of the segment.
-
-    Returns:
-        [t, n * d].
-    """
+    """See ``layers.kernels``: one dense call per distinct segment length."""
     num_heads, num_groups, dtype = query.shape[1], key.shape[1], query.dtype
     if query.device.type == "cpu":
         # On a CPU the backward pass of bf16 attention takes several times as long as that of fp32.
@@ -64,3 +56,15 @@ def segment_attention(
         key, value = (x.repeat_interleave(num_heads // num_groups, dim=1) for x in (key, value))
         return (query + key + value).flatten(1).to(dtype)
     return torch.cat(outputs).to(dtype)
+
+
+TORCH_KERNELS = Kernels(
+    rms_norm=RMSNorm,
+    segment_attention=segment_attention,
+    linear=Linear,
+    modality_product=modality_product,
+    encoder_norms={"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm},
+    encoder_precision=nullcontext,
+    encoder_rows=1,
+    adam=AdamW,
+)

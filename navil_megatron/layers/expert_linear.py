@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from navil_megatron.blueprint.experts_placement import LocalExperts
 from navil_megatron.config.modality import MODALITIES, Modality
-from navil_megatron.layers.modality_linear import LinearKernels
+from navil_megatron.layers.kernels import Kernels
 
 
 class ExpertLinear(MegatronModule):
@@ -24,7 +24,7 @@ class ExpertLinear(MegatronModule):
 
     Args:
         config: Supplies the parameter type and the number of experts.
-        linears: Hold and multiply the only expert of a modality.
+        kernels: Hold and multiply the only expert of a modality.
         experts: Those that live here.
         output_size: Rows of a whole matrix.
         input_size: Columns of a whole matrix.
@@ -36,7 +36,7 @@ class ExpertLinear(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        linears: LinearKernels,
+        kernels: Kernels,
         experts: LocalExperts,
         output_size: int,
         input_size: int,
@@ -54,7 +54,7 @@ class ExpertLinear(MegatronModule):
             if self.is_stack:
                 holder.weight = nn.Parameter(torch.empty(len(numbers), *shape, dtype=config.params_dtype))
             else:
-                holder = linears.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
+                holder = kernels.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
             dim = self.is_stack + partition_dim
             set_tensor_model_parallel_attributes(holder.weight, True, dim, partition_stride)
             # Core's mark of a weight that only the ranks with the same experts share: they alone sum its gradient.

@@ -5,7 +5,7 @@ attention output back once; nothing else in a decoder layer moves tokens. Contex
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,13 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
 
-from navil_megatron.blueprint.segments import SegmentGroup
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.layers.head_exchange import heads_to_rows, rows_to_heads
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
     ComposedRowParallelLinear,
-    LinearKernels,
     ModalityColumnParallelLinear,
     ModalityRowParallelLinear,
 )
@@ -29,33 +28,11 @@ from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
 
 
-class SegmentAttention(Protocol):
-    """Attention inside packed segments; the kernel provider supplies it.
-
-    Takes query [t, n, d], key and value [t, g, d] in attention order and gives [t, n * d].
-    """
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        groups: tuple[SegmentGroup, ...],
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        causal: bool,
-    ) -> Tensor:
-        """[t, n * d]."""
-        ...
-
-
 @dataclass(frozen=True)
 class ModalityAttentionSubmodules:
     """What varies between models and kernels."""
 
-    attention: SegmentAttention
-    linears: LinearKernels
+    kernels: Kernels
     language: LanguageConfig
 
 
@@ -76,7 +53,8 @@ class ModalitySelfAttention(MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
-        tp_group, linears, language = pg_collection.tp, submodules.linears, submodules.language
+        tp_group, kernels, language = pg_collection.tp, submodules.kernels, submodules.language
+        shared = language.shares("attention")
         self.cp_group = pg_collection.cp
         self.head_dim = config.kv_channels
         self.num_groups = divide(config.num_query_groups, tp_group.size())
@@ -84,16 +62,24 @@ class ModalitySelfAttention(MegatronModule):
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_query_groups * self.head_dim
         self.linear_qkv = ModalityColumnParallelLinear(
-            config, linears, query_size + 2 * kv_size, config.hidden_size, tp_group, bias=language.qkv_bias
+            config,
+            kernels,
+            query_size + 2 * kv_size,
+            config.hidden_size,
+            tp_group,
+            bias=language.qkv_bias,
+            shared=shared,
         )
-        projection = (
-            ComposedRowParallelLinear if language.composed_visual_output_projection else ModalityRowParallelLinear
+        sizes = (config.hidden_size, query_size)
+        self.linear_proj = (
+            ComposedRowParallelLinear(config, kernels, *sizes, tp_group)
+            if language.composed_visual_output_projection
+            else ModalityRowParallelLinear(config, kernels, *sizes, tp_group, shared=shared)
         )
-        self.linear_proj = projection(config, linears, config.hidden_size, query_size, tp_group)
         if language.qk_norm:
-            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, linears.shared)
-            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, linears.shared)
-        self.core_attention = submodules.attention
+            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
+            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
+        self.core_attention = kernels.segment_attention
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )

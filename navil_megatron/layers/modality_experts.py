@@ -21,8 +21,8 @@ from torch import Tensor
 from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.config.modality import MODALITIES, Modality
 from navil_megatron.layers.expert_linear import ExpertLinear
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.layers.modality_mlp import SwiGLU, swiglu, swiglu_gradient
 from navil_megatron.layers.modality_router import ModalityRouter
 from navil_megatron.layers.reorder import Reorder
@@ -54,9 +54,7 @@ class ModalityExperts(MegatronModule):
     dispatcher is driven from here. The dispatcher remembers one forward pass between its own calls, nothing longer.
     """
 
-    def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, linears: LinearKernels, **_: Any
-    ):
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, kernels: Kernels, **_: Any):
         super().__init__(config=config)
         assert config.num_moe_experts is not None
         self.pg_collection = pg_collection
@@ -70,9 +68,9 @@ class ModalityExperts(MegatronModule):
             self.dispatcher = MoEAlltoAllTokenDispatcher(num_local, indices, config, pg_collection)
         hidden, inner = config.hidden_size, config.ffn_hidden_size
         self.linear_fc1 = ExpertLinear(
-            config, linears, self.experts, 2 * inner, hidden, pg_collection, 0, partition_stride=2
+            config, kernels, self.experts, 2 * inner, hidden, pg_collection, 0, partition_stride=2
         )
-        self.linear_fc2 = ExpertLinear(config, linears, self.experts, hidden, inner, pg_collection, 1)
+        self.linear_fc2 = ExpertLinear(config, kernels, self.experts, hidden, inner, pg_collection, 1)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Each token through its experts."""

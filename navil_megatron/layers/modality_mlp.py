@@ -8,9 +8,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
-    LinearKernels,
     ModalityColumnParallelLinear,
     ModalityRowParallelLinear,
 )
@@ -52,14 +52,20 @@ class ModalityMLP(MegatronModule):
     """[t/tp, 1, h] or [t, 1, h] -> the same, rows in modality-major order."""
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, linears: LinearKernels, **_: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        kernels: Kernels,
+        shared: bool = False,
+        **_: Any,
     ):
         super().__init__(config=config)
+        width = config.ffn_hidden_size
         self.linear_fc1 = ModalityColumnParallelLinear(
-            config, linears, 2 * config.ffn_hidden_size, config.hidden_size, pg_collection.tp, partition_stride=2
+            config, kernels, 2 * width, config.hidden_size, pg_collection.tp, partition_stride=2, shared=shared
         )
         self.linear_fc2 = ModalityRowParallelLinear(
-            config, linears, config.hidden_size, config.ffn_hidden_size, pg_collection.tp
+            config, kernels, config.hidden_size, width, pg_collection.tp, shared=shared
         )
 
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:

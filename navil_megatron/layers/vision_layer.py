@@ -4,39 +4,27 @@ Reference behaviour: multi-head attention with fused (query, key, value) rows, e
 residual branches, no bias on the fused projection unless asked.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from navil_megatron.blueprint.segments import SegmentGroup
 from navil_megatron.config.vision import VisionConfig
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.reorder import Reorder
 from navil_megatron.layers.rope import apply_rotary
-
-
-@dataclass(frozen=True)
-class VisionKernels:
-    """What varies between kernel libraries."""
-
-    attention: Callable[..., Tensor]
-    linear: Callable[..., nn.Module]
-    norms: Mapping[str, Callable[..., nn.Module]]
-    precision: Callable[[], AbstractContextManager[Any]]
 
 
 class VisionLayer(nn.Module):
     """[p, w] -> [p, w]. The encoder is not tensor parallel: each rank runs whole images (see ``VisionEncoder``)."""
 
-    def __init__(self, config: VisionConfig, kernels: VisionKernels, dtype: torch.dtype):
+    def __init__(self, config: VisionConfig, kernels: Kernels, dtype: torch.dtype):
         super().__init__()
         width = config.hidden_size
-        norm, linear = kernels.norms[config.norm], kernels.linear
+        norm, linear = kernels.encoder_norms[config.norm], kernels.linear
         self.num_heads = config.num_attention_heads
-        self.attention, self.precision = kernels.attention, kernels.precision
+        self.attention, self.precision = kernels.segment_attention, kernels.encoder_precision
         self.norm1 = norm(width, eps=config.norm_epsilon, dtype=dtype)
         self.linear_qkv = linear(width, 3 * width, bias=config.qkv_bias, dtype=dtype)
         self.linear_proj = linear(width, width, dtype=dtype)

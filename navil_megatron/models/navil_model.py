@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.training import TrainingConfig
-from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.feature_gather import gather_features
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.loss_head import LossHead
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.models.connector import Connector

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from navil_megatron.blueprint.segments import SegmentOrder, inverse_order
 from navil_megatron.config.vision import VisionConfig
-from navil_megatron.kernels.provider import Kernels
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.rope import cos_sin, rotary_angles_2d
-from navil_megatron.layers.vision_layer import VisionKernels, VisionLayer, VisionSegments
+from navil_megatron.layers.vision_layer import VisionLayer, VisionSegments
 from navil_megatron.models.inputs import EncoderInputs
 
 
@@ -32,10 +32,7 @@ class VisionEncoder(MegatronModule):
         self.recompute = recompute
         self.patch_embedding = nn.Linear(vision.patch_dim, vision.hidden_size, dtype=config.params_dtype)
         self.rows_multiple = kernels.encoder_rows
-        chosen = VisionKernels(
-            kernels.segment_attention, kernels.linear, kernels.encoder_norms, kernels.encoder_precision
-        )
-        self.layers = nn.ModuleList(VisionLayer(vision, chosen, config.params_dtype) for _ in range(vision.num_layers))
+        self.layers = nn.ModuleList(VisionLayer(vision, kernels, config.params_dtype) for _ in range(vision.num_layers))
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
         """The images of a microbatch that are this rank's."""

@@ -14,7 +14,6 @@ from megatron.core.utils import get_model_config
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.adamw import AdamW
 from navil_megatron.training.overlap import set_schedule_hooks, wait_for_held_weights
 
 
@@ -54,7 +53,7 @@ def build_optimizer(config: NaViLConfig, chunks: list[DistributedDataParallel], 
 
     Load initial weights before this: the master weights are copied here.
     """
-    _use_adam(choose_kernels(config).adam or AdamW)
+    _use_adam(choose_kernels(config).adam)
     optimizer = get_megatron_optimizer(
         _core_config(config), chunks, use_gloo_process_groups=False, pg_collection=session.groups
     )
@@ -97,7 +96,7 @@ def _core_config(config: NaViLConfig) -> core_optimizer.OptimizerConfig:
     )
 
 
-def _use_adam(adam: type) -> None:
+def _use_adam(adam: type[torch.optim.Optimizer]) -> None:
     """Makes core take this Adam, on every machine, and treat it like a fused one: step in the parameter groups.
 
     Core decides at import by what is installed (optimizer/__init__.py, distrib_optimizer.py): Transformer Engine's or

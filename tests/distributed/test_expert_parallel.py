@@ -13,9 +13,9 @@ import torch
 from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
+from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
 from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params
 from navil_megatron.layers.modality_experts import ModalityExperts
-from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.models.build import build_model
 from navil_megatron.models.mcore_config import build_transformer_config
@@ -88,7 +88,7 @@ def _feed_forward(rank: int, world_size: int, parallel: dict) -> list:
     config = oracle_config(parallel=parallel, model={"language": {"num_layers": 1}})
     with start_session(rank, world_size, config) as session:
         kind = ModalityMLP if session.ep_size == 1 else ModalityExperts
-        layer = kind(build_transformer_config(config), session.groups, LinearKernels(torch.nn.Linear))
+        layer = kind(build_transformer_config(config), session.groups, TORCH_KERNELS)
         model = _InItsPlace(layer, config, session)
         load_whole([model], _weights())
         return [_case(model, layer, session, counts, frozen) for counts in COUNTS for frozen in FROZEN]

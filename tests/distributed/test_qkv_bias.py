@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from navil_megatron.blueprint.modality_order import plan_modality_order
+from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
 from navil_megatron.layers.modality import build_packed_seq_params
-from navil_megatron.layers.modality_linear import LinearKernels, ModalityColumnParallelLinear
+from navil_megatron.layers.modality_linear import ModalityColumnParallelLinear
 from navil_megatron.models.mcore_config import build_transformer_config
 from tests.ranks import run_ranks, start_session, tiny_config
 
@@ -18,7 +19,7 @@ def project(rank: int, world_size: int, num_text: int, sequence_parallel: bool) 
     with start_session(rank, world_size, config) as session:
         transformer = build_transformer_config(config)
         layer = ModalityColumnParallelLinear(
-            transformer, LinearKernels(torch.nn.Linear), OUTPUT, INPUT, session.groups.tp, bias=True
+            transformer, TORCH_KERNELS, OUTPUT, INPUT, session.groups.tp, bias=True
         ).double()
         generator = torch.Generator().manual_seed(0)
         whole = {

@@ -16,10 +16,9 @@ from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.blueprint.parameters import parameter_of
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.hf.remote_code.modeling_language_ve import ExpertsVE, SplitVEMLP
-from navil_megatron.kernels.torch_kernels import Linear
+from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
 from navil_megatron.layers.modality import NaViLPackedSeqParams, build_packed_seq_params
 from navil_megatron.layers.modality_experts import ModalityExperts
-from navil_megatron.layers.modality_linear import LinearKernels
 from navil_megatron.models.build import random_slice
 from navil_megatron.models.mcore_config import build_transformer_config
 from tests.oracle import merge_sections, oracle_config
@@ -45,7 +44,7 @@ def _plan(num_text: int = NUM_TEXT) -> NaViLPackedSeqParams:
 
 
 def _start_layer(config: Any, session: Any) -> tuple[ModalityExperts, Tensor]:
-    layer = ModalityExperts(build_transformer_config(config), session.groups, LinearKernels(Linear))
+    layer = ModalityExperts(build_transformer_config(config), session.groups, TORCH_KERNELS)
     generator = torch.Generator().manual_seed(5)
     rows = torch.randn(ROWS, 1, config.model.language.hidden_size, generator=generator)
     for parameter in layer.parameters():

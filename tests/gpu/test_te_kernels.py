@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from navil_megatron.training.adamw import AdamW
+from navil_megatron.kernels.adamw import AdamW
 from tests.gpu.runs import ENGINE, MIXED, TEXT_ONLY, distance, forward, gpu_config, row, run
 from tests.oracle import Composition, merge_sections
 from tests.tolerances import BF16_KERNELS, BF16_KERNELS_WEIGHTS, FUSED_ADAM

@@ -13,7 +13,8 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.kernels import apex_kernels, te_install
-from navil_megatron.kernels.provider import TORCH_KERNELS, choose_kernels
+from navil_megatron.kernels.provider import choose_kernels
+from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
 from tests.ranks import tiny_config
 
 CPU_BUILD = torch.version.cuda is None

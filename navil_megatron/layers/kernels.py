@@ -1,0 +1,94 @@
+"""All arithmetic that has more than one implementation: what layers and optimizer ask of a kernel library.
+
+``kernels/`` holds the implementations, each whole: what a library lacks, it takes from torch's by name.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from navil_megatron.blueprint.segments import SegmentGroup
+
+
+class SegmentAttention(Protocol):
+    """Softmax attention inside packed segments."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        groups: tuple[SegmentGroup, ...],
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        causal: bool,
+    ) -> Tensor:
+        """Attend; no token at all is legal, and leaves zero gradients.
+
+        Args:
+            query: [t, n, d] in attention order.
+            key: [t, g, d].
+            value: [t, g, d].
+            groups: Segments of equal length, adjacent in attention order; they cover all t tokens.
+            cu_seqlens: [num_segments + 1] int32 on the device: the same, segment by segment.
+            max_seqlen: Tokens of the longest segment.
+            causal: Mask later tokens of the segment.
+
+        Returns:
+            [t, n * d].
+        """
+        ...
+
+
+class ModalityProduct(Protocol):
+    """Text tokens through one ``linear`` and visual ones through another, after a column layer's collective."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        text: nn.Module,
+        visual: nn.Module,
+        num_text: int,
+        group: ProcessGroup | None,
+        sequence_parallel: bool,
+    ) -> Tensor:
+        """Multiply; a modality without tokens leaves zero gradients.
+
+        Args:
+            rows: [t, in] in modality-major order, or this rank's share of it under sequence parallelism.
+            text: The text expert's linear.
+            visual: The visual expert's linear.
+            num_text: Text tokens, of all ranks.
+            group: Tensor-parallel ranks that share the input; ``None``: no collective.
+            sequence_parallel: The ranks hold shares of the tokens, which are gathered first.
+
+        Returns:
+            [t, out].
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """One kernel library, set up for a run."""
+
+    rms_norm: Callable[..., nn.Module]
+    """A norm of the decoder, built with (config, hidden_size, eps); honours sequence parallelism."""
+    segment_attention: SegmentAttention
+    linear: Callable[..., nn.Module]
+    """Built with (input size, output size, bias=, dtype=): ``weight`` [out, in] and, if asked for, ``bias`` [out]."""
+    modality_product: ModalityProduct
+    encoder_norms: Mapping[str, Callable[..., nn.Module]]
+    """The encoder's norms by their name in the config, built with (size, eps=, dtype=)."""
+    encoder_precision: Callable[[], AbstractContextManager[Any]]
+    """Entered around each layer of the encoder. The decoder's layers are entered by megatron-core."""
+    encoder_rows: int
+    """The encoder's patches are padded to a multiple of this."""
+    adam: type[torch.optim.Optimizer]
+    """AdamW as core builds it, with its step count in the parameter groups from the start."""
