@@ -20,7 +20,7 @@ from navil_megatron.config.validate import validate
 from navil_megatron.data.loader import load_run_tokenizer, open_sources
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
-from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.hardware import Hardware
 from navil_megatron.planner.search import what_is_too_large
 from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.meta_rank import meta_rank
@@ -130,9 +130,9 @@ def _data_lines(config: NaViLConfig) -> Iterator[str]:
 
 
 def _memory_lines(config: NaViLConfig, gpus: int) -> Iterator[str]:
-    machine = Machine(gpus=gpus)
+    hardware = Hardware(gpus=gpus)
     work = typical_workload(config, text_tokens=256, image_side=1024)
-    estimate = Estimator(machine, work).estimate(config)
+    estimate = Estimator(config, hardware, work).estimate()
     for stage in estimate.stages:
         yield (
             f"stage {stage.stage}: peak memory {stage.peak / 1e9:.2f} GB expected: weights {stage.weights / 1e9:.2f}, "
@@ -140,10 +140,10 @@ def _memory_lines(config: NaViLConfig, gpus: int) -> Iterator[str]:
             f"{stage.activations / 1e9:.2f}, encoder {stage.encoder / 1e9:.2f}, inputs {stage.inputs / 1e9:.2f}, "
             f"working {stage.working / 1e9:.2f}"
         )
-    fits = estimate.fullest.peak <= machine.usable_bytes
+    fits = estimate.fullest.peak <= hardware.usable_bytes
     yield (
-        f"fits {machine.hbm:g} GB"
+        f"fits {hardware.hbm:g} GB"
         if fits
-        else f"does NOT fit {machine.hbm:g} GB: {what_is_too_large(estimate, machine)}"
+        else f"does NOT fit {hardware.hbm:g} GB: {what_is_too_large(estimate, hardware)}"
     )
     yield "(expected for rows of 1024 x 1024 images with 256 tokens of text; navil-megatron plan tells more)"

@@ -29,9 +29,8 @@ class HeldParameter:
 
 
 def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
-    """Decoder layers of each pipeline chunk in the order of the model; chunk c lies on stage c modulo stages."""
-    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    return parallel.pipeline_layers or (num_layers // chunks,) * chunks
+    """Decoder layers of each pipeline chunk, in the order of the model."""
+    return parallel.pipeline_layers or (num_layers // parallel.num_chunks,) * parallel.num_chunks
 
 
 def chunk_parameters(

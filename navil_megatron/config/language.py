@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, get_args
 
-from navil_megatron.config.modality import ModalityPart
+from navil_megatron.config.modality import Sublayer
 from navil_megatron.config.numbers import Count, NotNegative, Positive, Range, divides
 
 
@@ -32,7 +32,7 @@ class LanguageConfig:
     """RMSNorm over each head's query and key, one per modality (Qwen3: true, the others: false)."""
     qkv_bias: bool = False
     """Bias on query, key and value, one per modality (Qwen2: true, the others: false)."""
-    modality_experts: tuple[ModalityPart, ...] = ("attention", "ffn")
+    modality_experts: tuple[Sublayer, ...] = ("attention", "ffn")
     """Parts of a layer with weights of their own for each modality. In a part that is left out both modalities go
     through the text weights, for studies of what the experts are worth; checkpoints hold those weights twice."""
     num_experts: Count = 1
@@ -62,7 +62,7 @@ class LanguageConfig:
     init_std: NotNegative = 0.02
     """Standard deviation of randomly initialised matrices."""
 
-    def shares(self, part: ModalityPart) -> bool:
+    def shares(self, part: Sublayer) -> bool:
         """Whether both modalities go through the same weights in a part of a layer."""
         return part not in self.modality_experts
 
@@ -147,7 +147,7 @@ def _shared_part_rules(language: LanguageConfig) -> Iterator[str]:
     named = f"model.language.modality_experts = {list(parts)}"
     if len(set(parts)) < len(parts):
         yield f"{named} holds a name more than once; name each part once"
-    shared = [part for part in get_args(ModalityPart) if language.shares(part)]
+    shared = [part for part in get_args(Sublayer) if language.shares(part)]
     if not shared:
         return
     of_both = f"{named}: both modalities share the text weights of {' and '.join(shared)}"

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from navil_megatron.config.language import LanguageConfig
-from navil_megatron.config.modality import ModalityPart
+from navil_megatron.config.modality import Sublayer
 from navil_megatron.kernels.provider import Kernels
 from navil_megatron.layers.modality_attention import ModalityAttentionSubmodules, ModalitySelfAttention
 from navil_megatron.layers.modality_experts import ModalityExperts
@@ -24,7 +24,7 @@ def decoder_block_spec(
     """The decoder layers of one pipeline stage (one chunk of it under the interleaved schedule)."""
     linears = {
         part: LinearKernels(kernels.linear, kernels.modality_product or modality_product, shared=language.shares(part))
-        for part in get_args(ModalityPart)
+        for part in get_args(Sublayer)
     }
     experts = ModalityMLP if config.num_moe_experts is None else ModalityExperts
     layer = ModuleSpec(
