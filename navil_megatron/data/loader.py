@@ -7,6 +7,7 @@ data-parallel size with the same global batches.
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import batched
 from typing import Any
 
 from navil_megatron.blueprint.image_plan import ImagePlanner
@@ -42,19 +43,14 @@ class TrainLoader:
     """Iterates over steps; each gives this rank's microbatches of the global batch."""
 
     def __init__(self, config: NaViLConfig, place: DataPlace, *, start_step: int = 0) -> None:
-        """Opens the sources, plans, and starts preparing ``start_step``.
-
-        Args:
-            config: the run.
-            place: which rank.
-            start_step: first step to hand out.
+        """Opens the sources, plans, and starts preparing ``start_step``, the first to hand out.
 
         Raises:
             UserError: sources or tokenizer are missing, damaged or do not fit.
         """
         self._config, self._place = config, place
         tokenizer = load_run_tokenizer(config)
-        sources = open_sources([source.index for source in config.data.train_sources], tokenizer)
+        sources = open_train_sources(config, tokenizer)
         if place.dp_rank == 0:
             for source in sources:
                 source.check_shards()
@@ -71,7 +67,6 @@ class TrainLoader:
         }
         self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place)
         self.step = start_step
-        """The step that comes next."""
         self.num_samples = 0
         """Samples that this rank has handed out since it was opened."""
         self.num_failed = 0
@@ -82,11 +77,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> StepData:
-        """This rank's share of the next step.
-
-        Raises:
-            UserError: a shard can no longer be read.
-        """
+        """This rank's share of the next step; UserError where a shard can no longer be read."""
         data = next(self._prefetch)
         self.num_samples += sum(len(microbatch.samples) for microbatch in data.microbatches)
         self.step += 1
@@ -149,7 +140,6 @@ class TrainLoader:
                     f"cannot resume: {name} changed since the checkpoint was saved ({key} was {saved.get(key)}, is "
                     f"{current[key]}): restore it, or start a new run with checkpoint.initial_weights"
                 )
-        self._prefetch.close()
         self.plan.restore_anchor(int(saved["window"]), int(saved["window_first_row"]))
         self.seek(int(saved["step"]))
 
@@ -169,23 +159,12 @@ class TrainLoader:
 
     def _make_step(self, step: int) -> StepData:
         plan = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
-        rows_at_once = self._config.training.micro_batch_size
-        return StepData(
-            microbatches=tuple(
-                self._builder.build(plan.rows[first : first + rows_at_once])
-                for first in range(0, len(plan.rows), rows_at_once)
-            ),
-            imbalance=plan.imbalance,
-            num_refused=plan.num_refused,
-        )
+        microbatches = tuple(map(self._builder.build, batched(plan.rows, self._config.training.micro_batch_size)))
+        return StepData(microbatches, plan.imbalance, plan.num_refused)
 
 
 def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:
-    """The tokenizer of a run.
-
-    Raises:
-        UserError: it is missing or does not fit the model.
-    """
+    """The tokenizer of a run, refused with a UserError where it is missing or does not fit the model."""
     tokenizer = load_tokenizer(config.data.tokenizer, config.model.special_token_ids)
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise UserError(
@@ -196,11 +175,7 @@ def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:
 
 
 def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Source]:
-    """The sources behind index files.
-
-    Raises:
-        UserError: one is missing or damaged, or was built with another tokenizer.
-    """
+    """The sources behind index files; UserError where one is missing, damaged or of another tokenizer."""
     sources = [Source(index) for index in indexes]
     for source in sources:
         if source.index.tokenizer != tokenizer.fingerprint:
@@ -211,16 +186,12 @@ def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Sou
     return sources
 
 
-def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:
-    """The order of a run's training data.
+def open_train_sources(config: NaViLConfig, tokenizer: SampleTokenizer) -> list[Source]:
+    """Those of a run, in the order of its config."""
+    return open_sources([source.index for source in config.data.train_sources], tokenizer)
 
-    Raises:
-        UserError: a source is empty.
-    """
-    return DataPlan(
-        [source.index for source in sources],
-        [source.weight for source in config.data.train_sources],
-        Ruler(config),
-        config.training.seed,
-        config.training.global_batch_size,
-    )
+
+def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:
+    """The order of a run's training data; UserError where a source is empty."""
+    indexes, weights = [source.index for source in sources], [source.weight for source in config.data.train_sources]
+    return DataPlan(indexes, weights, Ruler(config), config.training.seed, config.training.global_batch_size)

@@ -42,22 +42,24 @@ class Manifest:
         self.path, self._text_column = path, text_column
         self._is_parquet = path.suffix == ".parquet"
         try:
-            status = os.stat(path)
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from None
         self.version = f"{path.name} {status.st_size} {status.st_mtime_ns} {text_column if self._is_parquet else ''}"
         """Changes when the file does."""
+        self._size = status.st_size
         if self._is_parquet:
             self._open_parquet().close()
 
     def chunks(self, rows_per_chunk: int) -> list[Chunk]:
         """The rows in order, so many at a time."""
-        starts = [0] if self._is_parquet else [0, *self._line_starts(rows_per_chunk)]
         if self._is_parquet:
             with self._open_parquet() as table:
                 num_rows = table.metadata.num_rows
             starts = [0] * -(-num_rows // rows_per_chunk)
         else:
+            starts = [0, *self._line_starts(rows_per_chunk)]
             num_rows = len(starts) * rows_per_chunk
         return [
             Chunk(number, first, min(rows_per_chunk, num_rows - first), offset)
@@ -69,9 +71,9 @@ class Manifest:
         return self._read_parquet(chunk) if self._is_parquet else self._read_lines(chunk)
 
     def _line_starts(self, rows_per_chunk: int) -> Iterator[int]:
-        """Where every so many lines the next one begins."""
+        """Bytes in front of each chunk but the first."""
         num_lines = offset = 0
-        with self._open_lines() as file:
+        with self.path.open("rb") as file:
             while block := file.read(_BYTES_AT_ONCE):
                 ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
                 last = -(num_lines + 1) % rows_per_chunk  # of these ends, the first that also ends a chunk
@@ -82,7 +84,7 @@ class Manifest:
                 offset += len(block)
 
     def _read_lines(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
-        with self._open_lines() as file:
+        with self.path.open("rb") as file:
             file.seek(chunk.offset)
             for number in range(chunk.first, chunk.first + chunk.num_rows):
                 line = file.readline(MAX_LINE_BYTES + 1)
@@ -106,16 +108,6 @@ class Manifest:
                     for number, text in enumerate(column.slice(low - first, high - low), low):
                         yield number, {"text": text.as_py()}
                 first = end
-
-    @property
-    def _size(self) -> int:
-        return os.stat(self.path).st_size
-
-    def _open_lines(self) -> Any:
-        try:
-            return self.path.open("rb")
-        except OSError as error:
-            raise self._unreadable(error.strerror or str(error)) from None
 
     def _open_parquet(self) -> Any:
         if importlib.util.find_spec("pyarrow") is None:

@@ -79,12 +79,8 @@ def save_index(
 ) -> None:
     """Writes an index; a reader sees the old one or the new one, never a piece.
 
-    Args:
-        path: where.
-        samples: for each shard, [n] of ``SAMPLE`` with ``first_image`` counted from that shard's first image.
-        images: for each shard, [m] of ``IMAGE``.
-        shards: the shards, in the same order.
-        tokenizer: 16 bytes that name the tokenizer behind ``text_tokens``.
+    Of each shard ``samples`` are [n] of ``SAMPLE``, whose ``first_image`` counts from the shard's first image, and
+    ``images`` [m] of ``IMAGE``; 16 bytes name the tokenizer behind ``text_tokens``.
 
     Raises:
         UserError: more images than an index can hold.
@@ -148,11 +144,8 @@ class SourceIndex:
         """[n] of ``SAMPLE``, in the order of the shards."""
         self.images = np.frombuffer(self._map, IMAGE, num_images, images_at)
         """[m] of ``IMAGE``."""
-        names_at = images_at + num_images * IMAGE.itemsize
         try:
-            listed = json.loads(self._map[names_at : names_at + int(header["shard_list_bytes"])])
-            self.shards = tuple(Shard(*row) for row in listed)
-            """The shards, in order."""
+            self.shards = tuple(Shard(*entry) for entry in json.loads(self._map[images_at + self.images.nbytes :]))
         except (ValueError, TypeError, RecursionError):
             raise UserError(f"index {path} is damaged (its list of shards): {rebuild}") from None
         counts = [shard.num_samples for shard in self.shards]
@@ -163,11 +156,6 @@ class SourceIndex:
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @property
-    def name(self) -> str:
-        """What reports call the source: the file's name without its ending."""
-        return self.path.stem
 
     def shard_number(self, index: int) -> int:
         """Which shard holds a sample."""

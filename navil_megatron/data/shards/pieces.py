@@ -1,6 +1,6 @@
-"""A long work over many shards, done in parts that survive a kill: each leaves a small index of its own behind.
+"""A long work over many shards, done in pieces that survive a kill: each leaves a small index of its own behind.
 
-The parts lie in a folder beside the index that they will become. A part has its final name only when it is complete,
+The pieces lie in a folder beside the index that they will become. A piece has its final name only when it is complete,
 and the name says what it was made from; so a second run takes up what fits and does the rest.
 """
 
@@ -17,42 +17,42 @@ import numpy as np
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.shards.index_build import ShardPart
+from navil_megatron.data.shards.index_build import ShardEntries
 from navil_megatron.data.shards.shard_index import Shard, SourceIndex, save_index
 from navil_megatron.files.atomic_file import new_file
 from navil_megatron.files.worker_pool import Meter, OnProgress, Work, run_shares
 
 
 @dataclass(frozen=True, slots=True)
-class PartFiles:
-    """Where one part is kept."""
+class PieceFiles:
+    """Where one piece is kept."""
 
     index: Path
 
     @property
     def rejected(self) -> Path:
-        """Its rejected samples as JSON lines; written first, so that the index says that the part is complete."""
+        """Its rejected samples as JSON lines; written first, so that the index says that the piece is complete."""
         return self.index.with_suffix(".rejected.jsonl")
 
     def is_complete(self) -> bool:
-        """Whether the part can be taken as it is."""
+        """Whether the piece can be taken as it is."""
         try:
             SourceIndex(self.index)
         except UserError:
             return False
         return self.rejected.exists()
 
-    def save(self, part: ShardPart, where: str, tokenizer: bytes) -> None:
-        """Writes the part; ``where`` names the shard in the list of rejected samples."""
+    def save(self, entries: ShardEntries, where: str, tokenizer: bytes) -> None:
+        """Writes the piece; ``where`` names the shard in the list of rejected samples."""
         self.index.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"shard": where, "key": key, "reason": reason}) for key, reason in part.rejected]
+        lines = [json.dumps({"shard": where, "key": key, "reason": reason}) for key, reason in entries.rejected]
         with new_file(self.rejected) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
-        save_index(self.index, [part.samples], [part.images], [part.shard], tokenizer)
+        save_index(self.index, [entries.samples], [entries.images], [entries.shard], tokenizer)
 
 
-def parts_folder(index: Path) -> Path:
-    """Where the parts of an index are kept until it is complete."""
+def pieces_folder(index: Path) -> Path:
+    """Where the pieces of an index are kept until it is complete."""
     return Path(f"{index}.parts")
 
 
@@ -62,20 +62,20 @@ def rejected_path(index: Path) -> Path:
 
 
 class _Column(Sequence[np.ndarray]):
-    """One table of every part, read when it is its turn."""
+    """One table of every piece, read when it is its turn."""
 
-    def __init__(self, parts: Sequence[PartFiles], table: str) -> None:
-        self._parts, self._table = parts, table
+    def __init__(self, pieces: Sequence[PieceFiles], table: str) -> None:
+        self._pieces, self._table = pieces, table
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._pieces)
 
     def __getitem__(self, number: Any) -> Any:
-        return getattr(SourceIndex(self._parts[number].index), self._table)
+        return getattr(SourceIndex(self._pieces[number].index), self._table)
 
 
-def merge_parts(index: Path, parts: Sequence[PartFiles], tokenizer: bytes) -> Counter[str]:
-    """Writes the index and its list of rejected samples, removes the parts, and counts the rejected by reason.
+def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: bytes) -> Counter[str]:
+    """Writes the index and its list of rejected samples, removes the pieces, and counts the rejected by reason.
 
     Raises:
         UserError: no sample is any good.
@@ -83,36 +83,29 @@ def merge_parts(index: Path, parts: Sequence[PartFiles], tokenizer: bytes) -> Co
     reasons: Counter[str] = Counter()
     listed = rejected_path(index)
     with new_file(listed) as file:
-        for part in parts:
-            for line in part.rejected.read_bytes().splitlines(keepends=True):
+        for piece in pieces:
+            for line in piece.rejected.read_bytes().splitlines(keepends=True):
                 file.write(line)
                 reasons[json.loads(line)["reason"]] += 1
-    filled: list[tuple[PartFiles, Shard]] = []
-    for part in parts:
-        (shard,) = SourceIndex(part.index).shards
+    filled: list[tuple[PieceFiles, Shard]] = []
+    for piece in pieces:
+        (shard,) = SourceIndex(piece.index).shards
         if shard.num_samples:
-            filled.append((part, shard))
+            filled.append((piece, shard))
     if not filled:
-        shutil.rmtree(parts_folder(index))
+        shutil.rmtree(pieces_folder(index))
         told = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common()) or "there are none"
         raise UserError(f"no sample is any good ({told}): check paths and format, see {listed}")
-    kept = [part for part, _ in filled]
+    kept = [piece for piece, _ in filled]
     save_index(index, _Column(kept, "samples"), _Column(kept, "images"), [shard for _, shard in filled], tokenizer)
-    shutil.rmtree(parts_folder(index))
+    shutil.rmtree(pieces_folder(index))
     return reasons
 
 
 def run_tasks[T](
     work: Work[T, None], tasks: Sequence[T], total: int, jobs: int, on_progress: OnProgress | None
 ) -> None:
-    """Does every task, here or in so many processes.
-
-    Args:
-        work: does one task and tells of it; pickles, and is sent to a process once.
-        tasks: what is left to do.
-        total: tasks in all, with those that an earlier run did.
-        jobs: processes; 1: this one alone.
-        on_progress: called with (done, total) after every task, and once before.
+    """Does the tasks that are left of ``total``, here or in so many processes; ``work`` does one and tells of it.
 
     Raises:
         UserError: a process was killed.
