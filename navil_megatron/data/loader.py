@@ -4,7 +4,6 @@ Nothing here remembers where it is but the step: the plan is a pure function of 
 data-parallel size with the same global batches.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
@@ -25,7 +24,16 @@ from navil_megatron.files.hashes import fingerprint
 MIN_SAMPLES_TO_JUDGE = 200
 """The failed share is taken of at least this many samples, so that one bad file early on does not stop a run."""
 
-logger = logging.getLogger(__name__)
+_DECISIVE = {
+    "sources": "the training sources (data.train_sources: indexes, their order, weights)",
+    "tokenizer": "the tokenizer (data.tokenizer)",
+    "image_plan": "the image settings (data.min_image_pixels, max_image_pixels, multi_scale, ...)",
+    "seed": "training.seed",
+    "global_batch_size": "training.global_batch_size",
+    "seq_length": "data.seq_length",
+    "pad_segments_to": "data.pad_segments_to",
+}
+"""What decides which samples a step holds, and the settings behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +63,14 @@ class TrainLoader:
             for source in sources:
                 source.check_shards()
         self.plan = plan_run(config, sources)
-        mixture = [
-            (source.index.fingerprint, listed.weight)
-            for source, listed in zip(sources, config.data.train_sources, strict=True)
-        ]
+        listed = zip(sources, config.data.train_sources, strict=True)
+        mixture = [(source.index.fingerprint, setting.weight) for source, setting in listed]
         planner = ImagePlanner.from_config(config.data, config.model.vision)
-        self._fingerprints = {
+        self._decisive: dict[str, int | str] = {
+            "seed": config.training.seed,
+            "global_batch_size": config.training.global_batch_size,
+            "seq_length": config.data.seq_length,
+            "pad_segments_to": config.pad_segments_to,
             "sources": fingerprint(repr(mixture)),
             "tokenizer": tokenizer.fingerprint,
             "image_plan": fingerprint(repr(sorted(asdict(planner).items()))),
@@ -89,11 +99,7 @@ class TrainLoader:
         return self._prefetch.wait_seconds
 
     def count_failed(self, num_failed: int) -> None:
-        """Notes samples that failed, on whatever rank of the replica.
-
-        Raises:
-            UserError: too many of all samples so far.
-        """
+        """Notes samples that failed, on whatever rank of the replica; UserError where they become too many."""
         self.num_failed += num_failed
         allowed = self._config.data.max_failed_share
         if self.num_failed > allowed * max(self.num_samples, MIN_SAMPLES_TO_JUDGE):
@@ -116,7 +122,7 @@ class TrainLoader:
     def state(self) -> dict[str, int | str]:
         """What a checkpoint keeps: where the next step begins, and everything that decides which samples it holds."""
         window, first_row = self.plan.anchor(self.step)
-        return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive()}
+        return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken, at any data-parallel size.
@@ -124,34 +130,15 @@ class TrainLoader:
         Raises:
             UserError: something changed under which the steps would hold other samples.
         """
-        names = {
-            "sources": "the training sources (data.train_sources: indexes, their order, weights)",
-            "tokenizer": "the tokenizer (data.tokenizer)",
-            "image_plan": "the image settings (data.min_image_pixels, max_image_pixels, multi_scale, ...)",
-            "seed": "training.seed",
-            "global_batch_size": "training.global_batch_size",
-            "seq_length": "data.seq_length",
-            "pad_segments_to": "data.pad_segments_to",
-        }
-        current = self._decisive()
-        for key, name in names.items():
-            if saved.get(key) != current[key]:
+        for key, name in _DECISIVE.items():
+            if saved.get(key) != self._decisive[key]:
                 raise UserError(
                     f"cannot resume: {name} changed since the checkpoint was saved ({key} was {saved.get(key)}, is "
-                    f"{current[key]}): restore it, or start a new run with checkpoint.initial_weights"
+                    f"{self._decisive[key]}): restore it, or start a new run with checkpoint.initial_weights"
                 )
+        self._prefetch.close()  # or its threads would count from the old place
         self.plan.restore_anchor(int(saved["window"]), int(saved["window_first_row"]))
         self.seek(int(saved["step"]))
-
-    def _decisive(self) -> dict[str, int | str]:
-        """Everything that decides which samples a step holds."""
-        return {
-            "seed": self._config.training.seed,
-            "global_batch_size": self._config.training.global_batch_size,
-            "seq_length": self._config.data.seq_length,
-            "pad_segments_to": self._config.pad_segments_to,
-            **self._fingerprints,
-        }
 
     def _start_at(self, step: int) -> Prefetch[StepData]:
         data = self._config.data

@@ -44,22 +44,12 @@ class SourceOrder:
         taken = [np.zeros(0, dtype=np.int64)]
         while first < end:
             epoch, place = divmod(first, self.num_samples)
-            stop = min(end - epoch * self.num_samples, self.num_samples)
-            taken += self._take_of_epoch(epoch, place, stop)
-            first = epoch * self.num_samples + stop
+            _, _, group_ends = self._epoch(epoch)
+            group = int(np.searchsorted(group_ends, place, side="right"))
+            inside = place - (int(group_ends[group - 1]) if group else 0)
+            taken.append(self._group(epoch, group)[inside : inside + end - first])
+            first += len(taken[-1])
         return np.concatenate(taken)
-
-    def _take_of_epoch(self, epoch: int, first: int, end: int) -> list[np.ndarray]:
-        """Pieces of one epoch's order, group by group."""
-        _, _, group_ends = self._epoch(epoch)
-        pieces = []
-        group = int(np.searchsorted(group_ends, first, side="right"))
-        while first < end:
-            begins = int(group_ends[group - 1]) if group else 0
-            stop = min(end, int(group_ends[group]))
-            pieces.append(self._group(epoch, group)[first - begins : stop - begins])
-            first, group = stop, group + 1
-        return pieces
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(shards in this epoch's order, [groups + 1] first shard of each group, [groups] samples up to its end)."""

@@ -30,12 +30,8 @@ def pack_rows(
 ) -> list[np.ndarray]:
     """Rows of sample positions, each ascending; every sample lies in exactly one row.
 
-    Args:
-        num_text: [n] int64 text tokens of each sample.
-        num_visual: [n] int64 visual tokens.
-        cost: [n] int64, evened out over the rows as far as lengths allow.
-        seq_length: tokens of a row.
-        pad_segments_to: the visual segment of a row takes a multiple of this.
+    Of each sample [n] int64 text tokens, visual tokens and costs, which are evened out over the rows as far as lengths
+    allow. The visual segment of a row takes a multiple of ``pad_segments_to``.
 
     Raises:
         ValueError: a sample is longer than a row.

@@ -53,7 +53,7 @@ class RankStep:
     """What one data-parallel rank does in a step."""
 
     rows: tuple[Row, ...]
-    """Its rows, in the order of the global batch."""
+    """In the order of the global batch."""
     imbalance: float
     """Most work of a rank over the mean work, all ranks counted."""
     num_refused: int

@@ -19,12 +19,10 @@ IGNORED_LABEL = -100
 
 
 class SampleId(NamedTuple):
-    """One sample of a run."""
+    """One sample of a run: its source's place in the config, and its own in the source's index."""
 
     source: int
-    """Position of the source in the config."""
     number: int
-    """Position of the sample in the source's index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +63,9 @@ class RawSample:
     """One sample as its shard holds it."""
 
     shard: str
-    """Path or URL of the shard."""
+    """Path or URL."""
     key: str
-    """Name of the sample inside the shard."""
+    """Name inside the shard."""
     images: tuple[bytes, ...]
     """Encoded image files, in order of appearance; empty where they were not read."""
     content: Content

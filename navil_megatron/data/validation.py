@@ -4,6 +4,7 @@ With ``swap_images`` each sample shows another sample's pictures: a model that r
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import batched
 
 import numpy as np
@@ -58,17 +59,9 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Microbatch]:
         """This rank's microbatches, first to last."""
-        prefetch = Prefetch(
-            lambda number: self._builder.build(self._groups[number]),
-            0,
-            len(self._groups),
-            num_threads=self._data.num_workers,
-            num_ahead=self._data.prefetch_steps,
-        )
-        try:
-            yield from prefetch
-        finally:
-            prefetch.close()
+        threads = {"num_threads": self._data.num_workers, "num_ahead": self._data.prefetch_steps}
+        with closing(Prefetch(lambda n: self._builder.build(self._groups[n]), 0, len(self._groups), **threads)) as made:
+            yield from made
 
 
 def swapped_pictures(source: Source) -> Callable[[SampleId], SampleId]:

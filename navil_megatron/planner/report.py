@@ -8,7 +8,7 @@ from navil_megatron.blueprint.parameters import active_parameters, count_by_part
 from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.planner.estimate import MEMORY_KINDS, StageMemory
+from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, StageMemory
 from navil_megatron.planner.hardware import Hardware
 from navil_megatron.planner.search import Candidate
 
@@ -79,7 +79,7 @@ def _memory(stage: StageMemory) -> Report:
 def as_text(config: NaViLConfig, hardware: Hardware, work: Workload, found: Sequence[Candidate], top: int) -> str:
     """Parameters, assumptions, the best layouts, the best one's memory, and what is out."""
     fitting = [candidate for candidate in found if candidate.fits]
-    lines = [*_parameter_lines(config), "", *_assumption_lines(config, hardware, work), ""]
+    lines = [*parameter_lines(config), "", *_assumption_lines(config, hardware, work), ""]
     lines.append(
         f"{len(fitting)} of {len(found)} layouts fit {hardware.gpus} GPUs of {hardware.hbm:g} GB; the fastest:"
     )
@@ -119,7 +119,8 @@ def describe_layout(config: NaViLConfig) -> str:
     return " ".join(words)
 
 
-def _parameter_lines(config: NaViLConfig) -> list[str]:
+def parameter_lines(config: NaViLConfig) -> list[str]:
+    """Parameters of each part, all and trained."""
     phase = config.training.phase
     total, trained = count_by_part(config.model), count_by_part(config.model, phase)
     lines = [f"{'parameters':26} {'total':>16} {'trained in ' + phase:>18}"]
@@ -155,14 +156,19 @@ def _table(fitting: Sequence[Candidate]) -> list[str]:
 def _best_lines(best: Candidate) -> list[str]:
     estimate, training = best.estimate, best.config.training
     assert estimate is not None
-    kinds = (*MEMORY_KINDS, "peak")
-    lines = ["memory of a rank of each stage under the fastest, in GB"]
-    lines.append("  stage " + "".join(f"{kind:>12}" for kind in kinds))
-    for stage in estimate.stages:
-        lines.append(f"  {stage.stage:5} " + "".join(f"{getattr(stage, kind) / 1e9:12.2f}" for kind in kinds))
+    lines = ["memory of a rank of each stage under the fastest, in GB", *memory_lines(estimate)]
     settings = {f"parallel.{name}": value for name, value in config_to_dict(best.config.parallel).items()}
     settings["training.recompute"] = training.recompute
     if training.recompute == "selective":
         settings["training.recompute_modules"] = list(training.recompute_modules)
     told = (f"  {key}={str(value).lower()}".replace(" ", "") for key, value in settings.items() if value is not None)
     return [*lines, "", "to use it:", *told]
+
+
+def memory_lines(estimate: Estimate) -> list[str]:
+    """Memory of a rank of each stage by kind, in GB."""
+    kinds = (*MEMORY_KINDS, "peak")
+    lines = ["  stage " + "".join(f"{kind:>12}" for kind in kinds)]
+    for stage in estimate.stages:
+        lines.append(f"  {stage.stage:5} " + "".join(f"{getattr(stage, kind) / 1e9:12.2f}" for kind in kinds))
+    return lines

@@ -77,11 +77,7 @@ def build_shards(
 
 
 def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[Chunk]:
-    """The chunks of a build that was interrupted, or of a new one.
-
-    Raises:
-        UserError: the build that was interrupted was another one, or the output holds a finished one.
-    """
+    """The chunks of a build that was interrupted, or of a new one, where no other build was interrupted or finished."""
     record = pieces_folder(index) / "build.json"
     made_from = [manifest.version, samples_per_shard, tokenizer]
     named = f"{index.with_suffix('')}*"

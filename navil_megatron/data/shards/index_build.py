@@ -8,7 +8,6 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import batched, groupby
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple, Protocol
@@ -19,7 +18,7 @@ from navil_megatron.blueprint.image_plan import MAX_ASPECT_RATIO
 from navil_megatron.data.content import NoCaptionError, RejectedSample, parse_content
 from navil_megatron.data.image_decode import ImageDecodeError, decode_image, read_image_size
 from navil_megatron.data.shards.shard_files import open_file
-from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard
+from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard, ShardEntries
 from navil_megatron.data.types import Content
 
 IMAGE_EXTENSIONS = (
@@ -50,19 +49,6 @@ class TokenCounter(Protocol):
         """[n] int64: tokens of each sample that do not stand for an image."""
 
 
-@dataclass(slots=True)
-class ShardEntries:
-    """What one tar adds to an index."""
-
-    samples: np.ndarray
-    """[n] of ``SAMPLE``."""
-    images: np.ndarray
-    """[m] of ``IMAGE``."""
-    shard: Shard
-    rejected: list[tuple[str, str]]
-    """(key, reason) of every sample that was left out."""
-
-
 class _Sample(NamedTuple):
     """One good sample, its tokens not yet counted."""
 
@@ -78,13 +64,10 @@ class _Sample(NamedTuple):
 
 
 def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardEntries:
-    """Reads one tar from front to back; a tar that is damaged counts up to the damage.
+    """Reads one tar, a path or URL, from front to back; a tar that is damaged counts up to the damage.
 
-    Args:
-        shard: path or URL of the tar.
-        counter: counts tokens.
-        decode: decode every picture in full; without it only headers are read, and damage shows up during training.
-        name: how the index calls the shard.
+    Without ``decode`` only headers of pictures are read, and damage shows up during training. The index calls the shard
+    by ``name``.
 
     Raises:
         UserError: the tar cannot be read.

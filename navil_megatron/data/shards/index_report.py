@@ -63,22 +63,18 @@ def _measure_samples(index: SourceIndex) -> dict[str, Any]:
 
 def _measure_images(images: np.ndarray) -> dict[str, Any]:
     """Their number and bytes, and quantiles over a million of them, evenly spaced."""
-    num_bytes = sum(
-        int(images[start : start + _ENTRIES_AT_ONCE]["bytes"].sum(dtype=np.int64))
-        for start in range(0, len(images), _ENTRIES_AT_ONCE)
-    )
     some = np.asarray(images[:: max(1, len(images) // _ENTRIES_AT_ONCE)], dtype=IMAGE)
-    values = {
-        "height": some["height"],
-        "width": some["width"],
-        "pixels": some["height"].astype(np.int64) * some["width"],
-        "bytes": some["bytes"],
-    }
+    values = {side: some[side] for side in ("height", "width")}
+    values |= {"pixels": some["height"].astype(np.int64) * some["width"], "bytes": some["bytes"]}
     quantiles = {
         name: {str(q): int(np.quantile(value, q, method="nearest")) for q in _QUANTILES} if len(some) else {}
         for name, value in values.items()
     }
-    return {"num_images": len(images), "image_bytes": num_bytes, "image_quantiles": quantiles}
+    return {
+        "num_images": len(images),
+        "image_bytes": int(images["bytes"].sum(dtype=np.int64)),
+        "image_quantiles": quantiles,
+    }
 
 
 def describe_index_report(report: dict[str, Any]) -> str:

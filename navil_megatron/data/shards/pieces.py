@@ -11,14 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.data.shards.index_build import ShardEntries
-from navil_megatron.data.shards.shard_index import Shard, SourceIndex, save_index
+from navil_megatron.data.shards.shard_index import ShardEntries, SourceIndex, save_index
 from navil_megatron.files.atomic_file import new_file
 from navil_megatron.files.worker_pool import Meter, OnProgress, Work, run_shares
 
@@ -48,7 +45,7 @@ class PieceFiles:
         lines = [json.dumps({"shard": where, "key": key, "reason": reason}) for key, reason in entries.rejected]
         with new_file(self.rejected) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())
-        save_index(self.index, [entries.samples], [entries.images], [entries.shard], tokenizer)
+        save_index(self.index, lambda: [entries], [entries.shard], tokenizer)
 
 
 def pieces_folder(index: Path) -> Path:
@@ -59,19 +56,6 @@ def pieces_folder(index: Path) -> Path:
 def rejected_path(index: Path) -> Path:
     """Where all rejected samples of an index are listed."""
     return Path(f"{index}.rejected.jsonl")
-
-
-class _Column(Sequence[np.ndarray]):
-    """One table of every piece, read when it is its turn."""
-
-    def __init__(self, pieces: Sequence[PieceFiles], table: str) -> None:
-        self._pieces, self._table = pieces, table
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __getitem__(self, number: Any) -> Any:
-        return getattr(SourceIndex(self._pieces[number].index), self._table)
 
 
 def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: bytes) -> Counter[str]:
@@ -87,17 +71,12 @@ def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: bytes) ->
             for line in piece.rejected.read_bytes().splitlines(keepends=True):
                 file.write(line)
                 reasons[json.loads(line)["reason"]] += 1
-    filled: list[tuple[PieceFiles, Shard]] = []
-    for piece in pieces:
-        (shard,) = SourceIndex(piece.index).shards
-        if shard.num_samples:
-            filled.append((piece, shard))
+    filled = {piece: shard for piece in pieces for shard in SourceIndex(piece.index).shards if shard.num_samples}
     if not filled:
         shutil.rmtree(pieces_folder(index))
         told = "; ".join(f"{reason}: {count}" for reason, count in reasons.most_common()) or "there are none"
         raise UserError(f"no sample is any good ({told}): check paths and format, see {listed}")
-    kept = [piece for piece, _ in filled]
-    save_index(index, _Column(kept, "samples"), _Column(kept, "images"), [shard for _, shard in filled], tokenizer)
+    save_index(index, lambda: (SourceIndex(piece.index) for piece in filled), list(filled.values()), tokenizer)
     shutil.rmtree(pieces_folder(index))
     return reasons
 

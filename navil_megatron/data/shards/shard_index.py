@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -74,36 +74,51 @@ class Shard:
     """32 hexadecimal digits: digest of its samples' keys and bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShardEntries:
+    """What one tar adds to an index."""
+
+    samples: np.ndarray
+    """[n] of ``SAMPLE``; ``first_image`` counts from the shard's first image."""
+    images: np.ndarray
+    """[m] of ``IMAGE``."""
+    shard: Shard
+    rejected: list[tuple[str, str]]
+    """(key, reason) of every sample that was left out."""
+
+
 def save_index(
-    path: Path, samples: Sequence[np.ndarray], images: Sequence[np.ndarray], shards: Sequence[Shard], tokenizer: bytes
+    path: Path,
+    read: Callable[[], "Iterable[ShardEntries | SourceIndex]"],
+    shards: Sequence[Shard],
+    tokenizer: bytes,
 ) -> None:
     """Writes an index; a reader sees the old one or the new one, never a piece.
 
-    Of each shard ``samples`` are [n] of ``SAMPLE``, whose ``first_image`` counts from the shard's first image, and
-    ``images`` [m] of ``IMAGE``; 16 bytes name the tokenizer behind ``text_tokens``.
+    ``read`` gives the entries of each shard, as often as it is called; ``tokenizer`` are 16 bytes of its fingerprint.
 
     Raises:
         UserError: more images than an index can hold.
     """
-    num_images = sum(map(len, images))
+    num_images = sum(len(entries.images) for entries in read())
     if num_images > MAX_IMAGES:
         raise UserError(f"index {path} would hold {num_images} images, at most {MAX_IMAGES} fit: index in two parts")
     names = json.dumps([astuple(shard) for shard in shards], separators=(",", ":")).encode()
     header = np.zeros((), dtype=HEADER)
     header["magic"], header["version"], header["num_shards"] = MAGIC, VERSION, len(shards)
-    header["num_samples"], header["num_images"] = sum(map(len, samples)), num_images
+    header["num_samples"], header["num_images"] = sum(shard.num_samples for shard in shards), num_images
     header["shard_list_bytes"] = len(names)
     header["tokenizer"], header["content"] = np.void(tokenizer), np.void(digest_shards(shards))
     with new_file(path) as file:
         file.write(header.tobytes())
         first_image = 0
-        for table, pictures in zip(samples, images, strict=True):
-            moved = table.copy()
-            moved["first_image"] += first_image
-            first_image += len(pictures)
-            file.write(moved.tobytes())
-        for pictures in images:
-            file.write(pictures.tobytes())
+        for entries in read():
+            samples = entries.samples.copy()
+            samples["first_image"] += first_image
+            first_image += len(entries.images)
+            file.write(samples.tobytes())
+        for entries in read():
+            file.write(entries.images.tobytes())
         file.write(names)
 
 

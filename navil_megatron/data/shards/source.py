@@ -37,11 +37,7 @@ class Source:
     """The samples of one index. Several threads may read."""
 
     def __init__(self, index: str | Path) -> None:
-        """Opens the index, not the shards.
-
-        Raises:
-            UserError: the index is missing or damaged.
-        """
+        """Opens the index, not the shards; errors as of ``SourceIndex``."""
         self.index = SourceIndex(index)
         self._files: dict[int, _ShardFile] = {}  # the one used last comes last
         self._lock = Lock()
@@ -50,11 +46,7 @@ class Source:
         return len(self.index)
 
     def check_shards(self, *, urls: bool = False) -> None:
-        """Looks whether every shard is there with the size that was indexed; ``urls``: asks for remote ones too.
-
-        Raises:
-            UserError: one is not.
-        """
+        """UserError where a shard is not there with the size that was indexed; ``urls``: remote ones are asked too."""
         for number, shard in enumerate(self.index.shards):
             if urls or not is_url(shard.path):
                 self._check_size(number, _open_shard(self._path(number)).num_bytes)
