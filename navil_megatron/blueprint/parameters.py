@@ -1,7 +1,7 @@
 """The table of a model's parameters: the one place that knows their names, shapes, splits, parts and first values.
 
 Checkpoints, conversion, planning, freezing, initial values and reports read it; a test holds it against the built
-model, row by row.
+model, entry by entry.
 """
 
 import re
@@ -142,7 +142,7 @@ def parameters_by_key(model: ModelConfig) -> dict[str, Parameter]:
 
 
 def parameter_of(model: ModelConfig, name: str) -> Parameter:
-    """The row of a parameter of the built model; a stage's copy of a tied embedding table is the table."""
+    """The entry of a parameter of the built model; a stage's copy of a tied embedding table is the table."""
     key = re.sub(r"\.layers\.\d+\.", ".layers.", name, count=1)
     return parameters_by_key(model)[EMBEDDING if key == HEAD and model.language.tied_embeddings else key]
 
@@ -160,8 +160,8 @@ def is_trainable(part: Part, phase: str) -> bool:
 def count_by_part(model: ModelConfig, phase: str = "s2") -> dict[Part, int]:
     """Parameters of each part that the phase trains."""
     counts: dict[Part, int] = {}
-    for row in (row for row in parameters(model) if not row.is_shared):
-        counts[row.part] = counts.get(row.part, 0) + row.numel * is_trainable(row.part, phase)
+    for entry in (entry for entry in parameters(model) if not entry.is_shared):
+        counts[entry.part] = counts.get(entry.part, 0) + entry.numel * is_trainable(entry.part, phase)
     return counts
 
 
