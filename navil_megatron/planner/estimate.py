@@ -88,13 +88,7 @@ class Estimate:
 
 
 class Estimator:
-    """Estimates one layout of a run.
-
-    Args:
-        config: The run with its layout.
-        hardware: What it runs on.
-        work: One microbatch.
-    """
+    """Estimates one layout of a run, by one microbatch of its work."""
 
     def __init__(self, config: NaViLConfig, hardware: Hardware, work: Workload) -> None:
         self.config, self.hardware, self.work = config, hardware, work

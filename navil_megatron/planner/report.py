@@ -14,8 +14,8 @@ from navil_megatron.planner.search import Candidate
 
 Report = dict[str, Any]
 
-_FIGURES = ("num_microbatches", "step_seconds", "layer_traffic_seconds", "gradient_seconds", "update_seconds")
-_RATES = ("tokens_per_second_per_gpu", "mfu")
+_SECONDS = ("step_seconds", "layer_traffic_seconds", "gradient_seconds", "update_seconds")
+_FIGURES = ("num_microbatches", *_SECONDS, "tokens_per_second_per_gpu", "mfu")
 
 
 def as_json(config: NaViLConfig, hardware: Hardware, work: Workload, found: Sequence[Candidate]) -> Report:
@@ -62,7 +62,7 @@ def _layout(candidate: Candidate, hardware: Hardware) -> Report:
         "memory": None,
     }
     if estimate is not None:
-        report |= {name: getattr(estimate, name) for name in (*_FIGURES, *_RATES)}
+        report |= {name: getattr(estimate, name) for name in _FIGURES}
         report |= {
             "bubble": estimate.schedule.bubble,
             "memory": _memory(estimate.fullest),

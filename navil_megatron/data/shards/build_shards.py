@@ -54,10 +54,10 @@ def build_shards(
             ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the
             manifest's folder. Image files are stored as they are.
         output: folder of the shards, made if needed.
-        counter: counts tokens; pickles where ``jobs`` is more than 1.
+        counter: counts tokens; pickles where ``jobs``, the processes, are more than 1.
         prefix: shards are called ``<prefix>-000000.tar`` and so on, the index ``<prefix>.index``.
         samples_per_shard: lines of a shard; those that are left out are missing from it.
-        text_column: which column of parquet.
+        text_column: of parquet.
         jobs: processes that share the shards.
         on_progress: called with (done, total) after every shard.
 

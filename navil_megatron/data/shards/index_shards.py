@@ -24,15 +24,9 @@ def index_shards(
 ) -> dict[str, Any]:
     """Makes or renews an index, and reports what it holds and what was left out why.
 
-    Shards that an unfinished run did are not done again.
-
-    Args:
-        patterns: paths, URLs or glob patterns of tars.
-        index: the file to write.
-        counter: counts tokens; pickles where ``jobs``, the processes, are more than 1.
-        decode: decode every picture in full; off, only headers are read (faster; damage then shows up in training).
-        jobs: processes that share the shards.
-        on_progress: called with (done, total) after every shard.
+    Shards, given as paths, URLs or glob patterns of tars, that an unfinished run did are not done again. Without
+    ``decode`` only headers of pictures are read (faster; damage then shows up in training). ``counter`` pickles where
+    ``jobs``, the processes, are more than 1.
 
     Raises:
         UserError: a shard is missing or cannot be read, or no sample is any good.

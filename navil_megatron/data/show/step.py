@@ -16,8 +16,7 @@ from navil_megatron.data.types import ALONE
 def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, output: Path) -> dict[str, Any]:
     """Writes rows of the global batch of a step to a page or a picture, and says what is on it.
 
-    Steps and rows count from 0; the batch may end before ``num_rows``. ``output`` is an ``.html`` file, or a ``.png``
-    with bars and images alone.
+    Steps and rows count from 0. ``output`` is an ``.html`` file, or a ``.png`` with bars and images alone.
 
     Raises:
         UserError: sources or tokenizer do not fit, or the batch has no such row.
