@@ -69,8 +69,8 @@ setup(
         "test": [
             "navil_megatron[dali,evaluate,parquet,quickstart,study,wandb]",
             "pytest",
-            # Shards behind http, which fsspec reads by aiohttp.
-            "fsspec[http]",
+            # fsspec reads shards behind http with it.
+            "aiohttp",
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",

@@ -31,7 +31,6 @@ class Requirement:
     """A distribution that setup.py lists."""
 
     name: str
-    """Its name."""
     parts: str
     """Extras of its own, such as ``[pytorch]``."""
     bounds: str
@@ -53,7 +52,6 @@ class Check:
     """What was found about one thing."""
 
     name: str
-    """The thing."""
     status: str
     """``ok``; ``absent``: not there and not needed; ``missing`` or ``wrong``: mend it first."""
     found: str
@@ -114,11 +112,8 @@ def as_table(checks: list[Check]) -> str:
 
 def check_python(version: "tuple[int, ...]", bounds: str) -> Check:
     """The interpreter's age. On one that is too old, pip silently resolves an older megatron-core."""
-    found = ".".join(map(str, version))
-    if satisfies(found, bounds):
-        return Check("python", "ok", found)
     take = "apt-get install python3.12 python3.12-venv, or pyenv install 3.12"
-    return Check("python", "wrong", found, f"expected {bounds}: {take}")
+    return _check_version("python", ".".join(map(str, version)), bounds, take)
 
 
 def check_required(wanted: Requirement) -> Check:
@@ -127,9 +122,14 @@ def check_required(wanted: Requirement) -> Check:
     if found is None:
         because = f"{WHY[wanted.name]}: " if wanted.name in WHY else ""
         return Check(wanted.name, "missing", "not installed", because + wanted.install)
-    if not satisfies(found, wanted.bounds):
-        return Check(wanted.name, "wrong", found, f"expected {wanted.bounds}: {wanted.install}")
-    return Check(wanted.name, "ok", found)
+    return _check_version(wanted.name, found, wanted.bounds, wanted.install)
+
+
+def _check_version(name: str, found: str, bounds: str, remedy: str) -> Check:
+    # A found name may stand before the version.
+    if satisfies(found.split()[-1], bounds):
+        return Check(name, "ok", found)
+    return Check(name, "wrong", found, f"expected {bounds}: {remedy}")
 
 
 def check_extras(requirements: "dict[str, Requirement]") -> "list[Check]":
@@ -209,10 +209,7 @@ def check_dali(wanted: Requirement) -> Check:
         return Check("dali", "wrong", found, f"pip uninstall nvidia-dali; if DALI is wanted: {wanted.install}")
     if not real:
         return Check("dali", "absent", 'not installed: data.image_decoder = "pillow" only', wanted.install)
-    version = str(installed_version(real[0]))
-    if not satisfies(version, wanted.bounds):
-        return Check("dali", "wrong", f"{real[0]} {version}", f"expected {wanted.bounds}: {wanted.install}")
-    return Check("dali", "ok", f"{real[0]} {version}")
+    return _check_version("dali", f"{real[0]} {installed_version(real[0])}", wanted.bounds, wanted.install)
 
 
 def installed_version(name: str) -> "str | None":
@@ -224,13 +221,10 @@ def installed_version(name: str) -> "str | None":
 
 def satisfies(version: str, wanted: str) -> bool:
     """Whether a version's release number meets comma-separated ``>=`` and ``<`` bounds."""
-    release = _release(version)
-    for bound in filter(None, wanted.split(",")):
-        if bound.startswith(">=") and not release >= _release(bound[2:]):
-            return False
-        if bound.startswith("<") and not release < _release(bound[1:]):
-            return False
-    return True
+    release, bounds = _release(version), wanted.split(",")
+    lowest = [_release(bound[2:]) for bound in bounds if bound.startswith(">=")]
+    beyond = [_release(bound[1:]) for bound in bounds if bound.startswith("<")]
+    return all(release >= low for low in lowest) and all(release < high for high in beyond)
 
 
 def _in_order(bounds: str) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from navil_megatron.blueprint.parameters import count_by_part
 from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.data.loader import load_run_tokenizer, open_sources
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
-from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.hardware import Hardware
+from navil_megatron.planner.report import memory_lines, parameter_lines
 from navil_megatron.planner.search import what_is_too_large
 from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.meta_rank import meta_rank
@@ -32,7 +32,6 @@ class BuiltRank:
     """What one rank was found to hold."""
 
     stage: int
-    """Pipeline stage."""
     expert: int
     """Place in the expert-parallel group."""
     sizes: dict[str, int]
@@ -55,10 +54,7 @@ def dry_run(config: NaViLConfig, gpus: int | None = None) -> str:
     gpus = gpus or lcm(parallel.model_parallel_size, parallel.expert_ranks)
     validate(config, gpus)
     configure_logging(rank=0, world_size=1)
-    lines = [f"settings and layout are valid on {gpus} GPUs", *_data_lines(config), ""]
-    total, trained = count_by_part(config.model), count_by_part(config.model, config.training.phase)
-    lines += [f"{part:24} {count:16,} of which trained {trained[part]:16,}" for part, count in total.items()]
-    lines += [f"{'together':24} {sum(total.values()):16,} of which trained {sum(trained.values()):16,}", ""]
+    lines = [f"settings and layout are valid on {gpus} GPUs", *_data_lines(config), "", *parameter_lines(config), ""]
     for built in build_ranks(config, gpus):
         expert = f", expert rank {built.expert}" if parallel.expert_model_parallel_size > 1 else ""
         lines.append(
@@ -81,16 +77,12 @@ def build_ranks(config: NaViLConfig, gpus: int) -> Iterator[BuiltRank]:
                 chunks = build_model(built_as, groups, torch.device("cpu"))
                 session: Any = SimpleNamespace(groups=groups)
                 optimizer = build_optimizer(built_as, wrap_ddp(built_as, session, chunks), session)
-                parameters = [
-                    (f"{number}.{name}", parameter)
-                    for number, chunk in enumerate(chunks)
-                    for name, parameter in chunk.named_parameters()
-                ]
+                named = {f"{n}.{name}": p for n, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
                 yield BuiltRank(
                     stage=stage,
                     expert=expert,
-                    sizes={name: parameter.numel() for name, parameter in parameters},
-                    num_trained=sum(p.numel() for _, p in parameters if p.requires_grad),
+                    sizes={name: parameter.numel() for name, parameter in named.items()},
+                    num_trained=sum(p.numel() for p in named.values() if p.requires_grad),
                     num_groups=len(optimizer.param_groups),
                     optimizer_bytes=_optimizer_bytes(optimizer, built_as.precision.type == "bf16"),
                 )
@@ -99,26 +91,25 @@ def build_ranks(config: NaViLConfig, gpus: int) -> Iterator[BuiltRank]:
 def _optimizer_bytes(optimizer: Any, has_master_weights: bool) -> int:
     """Moments, and under bf16 the FP32 weights that they update."""
     total = 0
-    for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer:
+    for chained in optimizer.chained_optimizers:
+        if chained.is_stub_optimizer:
             continue
-        tensors = [x for state in part.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        tensors = [x for state in chained.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
         if has_master_weights:
-            tensors += [x for group in part.optimizer.param_groups for x in group["params"]]
+            tensors += [x for group in chained.optimizer.param_groups for x in group["params"]]
         total += sum(x.numel() * x.element_size() for x in tensors)
     return total
 
 
 def _data_lines(config: NaViLConfig) -> Iterator[str]:
     """The tokenizer and the sources, opened where they are here."""
-    indexes = [*(source.index for source in config.data.train_sources), *config.evaluation.sources]
     tokenizer = None
     if Path(config.data.tokenizer).exists():
         tokenizer = load_run_tokenizer(config)
         yield f"tokenizer {config.data.tokenizer} fits the model"
     else:
         yield f"NOT CHECKED: tokenizer {config.data.tokenizer} is not on this machine"
-    for index in indexes:
+    for index in [*(source.index for source in config.data.train_sources), *config.evaluation.sources]:
         if not Path(index).exists():
             yield f"NOT CHECKED: source {index} is not on this machine"
         elif tokenizer is None:
@@ -130,20 +121,12 @@ def _data_lines(config: NaViLConfig) -> Iterator[str]:
 
 
 def _memory_lines(config: NaViLConfig, gpus: int) -> Iterator[str]:
-    machine = Machine(gpus=gpus)
+    hardware = Hardware(gpus=gpus)
     work = typical_workload(config, text_tokens=256, image_side=1024)
-    estimate = Estimator(machine, work).estimate(config)
-    for stage in estimate.stages:
-        yield (
-            f"stage {stage.stage}: peak memory {stage.peak / 1e9:.2f} GB expected: weights {stage.weights / 1e9:.2f}, "
-            f"gradients {stage.gradients / 1e9:.2f}, optimizer {stage.optimizer / 1e9:.2f}, activations "
-            f"{stage.activations / 1e9:.2f}, encoder {stage.encoder / 1e9:.2f}, inputs {stage.inputs / 1e9:.2f}, "
-            f"working {stage.working / 1e9:.2f}"
-        )
-    fits = estimate.fullest.peak <= machine.usable_bytes
-    yield (
-        f"fits {machine.hbm:g} GB"
-        if fits
-        else f"does NOT fit {machine.hbm:g} GB: {what_is_too_large(estimate, machine)}"
-    )
+    estimate = Estimator(config, hardware, work).estimate()
+    yield from ("", "expected memory of a rank of each stage, in GB", *memory_lines(estimate))
+    if estimate.fullest.peak <= hardware.usable_bytes:
+        yield f"fits {hardware.hbm:g} GB"
+    else:
+        yield f"does NOT fit {hardware.hbm:g} GB: {what_is_too_large(estimate, hardware)}"
     yield "(expected for rows of 1024 x 1024 images with 256 tokens of text; navil-megatron plan tells more)"

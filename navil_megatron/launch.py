@@ -43,13 +43,9 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
     try:
         for rank in range(num_ranks):
             # A session of its own: the terminal's Ctrl-C reaches a rank once, through pass_on.
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments],
-                    env=os.environ | _rank_environment(rank, num_ranks, port),
-                    start_new_session=True,
-                )
-            )
+            environment = os.environ | _rank_environment(rank, num_ranks, port)
+            command = [sys.executable, "-m", module, *arguments]
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(ranks, grace_seconds)
     finally:
         for process in ranks:
@@ -62,14 +58,8 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
 
 def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What torchrun tells a rank of a run on one machine."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    return {name: str(n) for name, n in numbers.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import ALONE, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Session
@@ -15,6 +14,7 @@ from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import StepResult, train_step
 from tests.ranks import start_session, tiny_config
 from tests.whole import assemble, slices_of
+from tools.bench.synthetic import synthetic_microbatch
 
 SEQ_LENGTH = 64
 MIXED = ((9, ((4, 4),)), (12, ()), (5, ((2, 4), (4, 6))))

@@ -1,4 +1,4 @@
-"""FLOPs of encoder and decoder, by arithmetic: a product with a matrix takes two for each of its weights and each row.
+"""FLOPs of encoder and decoder, by arithmetic: a product with a matrix takes two for each weight and token.
 
 Everything is an integer, so that every machine deals rows and images alike. Padding does no useful work and is left
 out. The backward pass costs one forward pass for the gradients of activations and one more for those of the weights
@@ -44,7 +44,7 @@ def training_flops(model: ModelConfig, work: Workload, phase: str) -> float:
 
 def encoder_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
     """Encoder and connector."""
-    flops, vision = flops_per_row(model), model.vision
+    flops, vision = flops_per_token(model), model.vision
     yield "vision_encoder", flops["vision_encoder"] * work.num_patches
     pairs = sum(frames * attending_pairs(rows, columns, vision) for frames, rows, columns in work.grids)
     yield None, flops_per_patch_pair(vision) * pairs
@@ -53,7 +53,7 @@ def encoder_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
 
 def layer_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
     """One decoder layer."""
-    flops, language = flops_per_row(model), model.language
+    flops, language = flops_per_token(model), model.language
     parts: tuple[tuple[Part, int], ...] = (
         ("text attention", work.text_tokens),
         ("text feed-forward", work.text_tokens),
@@ -68,7 +68,7 @@ def layer_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
 
 def head_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
     """The LM head, which runs on predicted positions alone."""
-    yield "output_layer", flops_per_row(model)["output_layer"] * work.num_predictions
+    yield "output_layer", flops_per_token(model)["output_layer"] * work.num_predictions
 
 
 def sample_flops(
@@ -77,7 +77,7 @@ def sample_flops(
     """[n] int64: forward FLOPs of samples, each one segment of whose text tokens all are predicted; by this measure
     rows are dealt to ranks. All arguments [n] int64; ``pairs`` are those of ``attending_pairs``.
     """
-    flops, vision = flops_per_row(model), model.vision
+    flops, vision = flops_per_token(model), model.vision
     text = flops["text attention"] + flops["text feed-forward"] + flops["output_layer"]
     visual = flops["visual attention"] + flops["visual feed-forward"]
     decoder = text * num_text + visual * num_visual + _flops_per_token_pair(model) * (num_text + num_visual) ** 2
@@ -95,17 +95,17 @@ def encoding_cost(grid: Grid, vision: VisionConfig) -> int:
 
 
 @cache
-def flops_per_row(model: ModelConfig) -> dict[Part, int]:
-    """Forward FLOPs of one row through the matrices of each part: a patch, a merged token, a token, a prediction.
+def flops_per_token(model: ModelConfig) -> dict[Part, int]:
+    """Forward FLOPs of one token (a patch, a merged token, a prediction) through the matrices of each part.
 
     A token meets the experts that its router chooses.
     """
     language = model.language
     flops: dict[Part, int] = {"output_layer": 2 * language.vocab_size * language.hidden_size}
-    for row in parameters(model):
-        if len(row.shape) > 1 and row.part not in ("embedding", "special_token_embedding", "output_layer"):
-            met = row.numel // row.num_experts * language.experts_per_token if row.num_experts else row.numel
-            flops[row.part] = flops.get(row.part, 0) + 2 * met
+    for entry in parameters(model):
+        if len(entry.shape) > 1 and entry.part not in ("embedding", "special_token_embedding", "output_layer"):
+            met = entry.numel // entry.num_experts * language.experts_per_token if entry.num_experts else entry.numel
+            flops[entry.part] = flops.get(entry.part, 0) + 2 * met
     return flops
 
 
@@ -129,7 +129,7 @@ def attending_pairs[Sizes: (int, np.ndarray)](rows: Sizes, columns: Sizes, visio
 @cache
 def _flops_of_layers(vision: VisionConfig) -> int:
     """Forward FLOPs of one patch through the matrices of the encoder's layers."""
-    return sum(2 * row.numel for row in vision_parameters(vision) if row.num_layers and len(row.shape) > 1)
+    return sum(2 * entry.numel for entry in vision_parameters(vision) if entry.num_layers and len(entry.shape) > 1)
 
 
 def flops_per_patch_pair(vision: VisionConfig) -> int:

@@ -20,7 +20,7 @@ class HeldParameter:
     shape: Shape
     """Of the rank's piece."""
     parameter: Parameter
-    """Its row in the table."""
+    """Its entry in the table."""
 
     @property
     def numel(self) -> int:
@@ -29,9 +29,8 @@ class HeldParameter:
 
 
 def layers_of_chunks(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
-    """Decoder layers of each pipeline chunk in the order of the model; chunk c lies on stage c modulo stages."""
-    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    return parallel.pipeline_layers or (num_layers // chunks,) * chunks
+    """Decoder layers of each pipeline chunk, in the order of the model."""
+    return parallel.pipeline_layers or (num_layers // parallel.num_chunks,) * parallel.num_chunks
 
 
 def chunk_parameters(
@@ -39,29 +38,29 @@ def chunk_parameters(
 ) -> Iterator[HeldParameter]:
     """The parameters of one chunk on a rank with this place in its expert-parallel group, in the order of the model."""
     layers = layers_of_chunks(parallel, model.language.num_layers)
-    for _, together in groupby(parameters(model), key=lambda row: row.num_layers):
-        pieces = ((row, piece_shape(row, parallel, ep_rank), _copies(row, chunk, layers)) for row in together)
-        rows = [(row, shape, copies) for row, shape, copies in pieces if shape is not None]
-        for number in range(max((copies for *_, copies in rows), default=0)):
-            yield from (HeldParameter(row.name(number), shape, row) for row, shape, copies in rows if number < copies)
+    for _, together in groupby(parameters(model), key=lambda entry: entry.num_layers):
+        pieces = ((entry, piece_shape(entry, parallel, ep_rank), _copies(entry, chunk, layers)) for entry in together)
+        held = [(entry, shape, copies) for entry, shape, copies in pieces if shape is not None]
+        for number in range(max((copies for *_, copies in held), default=0)):
+            yield from (HeldParameter(e.name(number), shape, e) for e, shape, copies in held if number < copies)
     if model.language.tied_embeddings and 0 < chunk == len(layers) - 1:
         table = parameters_by_key(model)[EMBEDDING]  # a copy, since another chunk embeds
         yield HeldParameter(HEAD, piece_shape(table, parallel, ep_rank) or table.shape, table)
 
 
-def piece_shape(row: Parameter, parallel: ParallelConfig, ep_rank: int) -> Shape | None:
+def piece_shape(entry: Parameter, parallel: ParallelConfig, ep_rank: int) -> Shape | None:
     """Shape of a rank's piece of one layer; ``None`` where it holds nothing of it."""
-    shape, ranks = list(row.shape), parallel.tensor_model_parallel_size
-    if row.num_experts is not None and row.modality is not None:
-        held = local_experts(ep_rank, parallel.expert_model_parallel_size, row.num_experts).get(row.modality)
+    shape, ranks = list(entry.shape), parallel.tensor_model_parallel_size
+    if entry.num_experts is not None and entry.modality is not None:
+        held = local_experts(ep_rank, parallel.expert_model_parallel_size, entry.num_experts).get(entry.modality)
         if held is None:
             return None
         ranks = parallel.expert_tensor_size
-        if row.num_experts > 1:
+        if entry.num_experts > 1:
             shape[0] = len(held)
-    if row.split_dim is not None:
-        shape[row.split_dim] //= ranks
-    return None if row.is_shared else tuple(shape)
+    if entry.split_dim is not None:
+        shape[entry.split_dim] //= ranks
+    return None if entry.is_shared else tuple(shape)
 
 
 def is_routed(model: ModelConfig, parallel: ParallelConfig) -> bool:
@@ -75,9 +74,9 @@ def expert_replicas(parallel: ParallelConfig, dp_size: int) -> int:
     return ranks // (parallel.expert_tensor_size * parallel.expert_model_parallel_size)
 
 
-def _copies(row: Parameter, chunk: int, layers: Sequence[int]) -> int:
+def _copies(entry: Parameter, chunk: int, layers: Sequence[int]) -> int:
     """How many layers of the chunk have the parameter; of one outside the layers 1 or 0."""
-    if row.key.startswith("decoder.layers."):
+    if entry.key.startswith("decoder.layers."):
         return layers[chunk]
-    home = len(layers) - 1 if row.key.startswith(("decoder.", HEAD)) else 0
-    return (row.num_layers or 1) * (chunk == home)
+    home = len(layers) - 1 if entry.key.startswith(("decoder.", HEAD)) else 0
+    return (entry.num_layers or 1) * (chunk == home)

@@ -217,9 +217,9 @@ def image_grid_thw(images: Sequence[Sequence[ScalePlan]]) -> np.ndarray:
     return np.array([scale.grid for scales in images for scale in scales], dtype=np.int64).reshape(-1, 3)
 
 
-def grids_of(image_grid_thw: np.ndarray) -> list[Grid]:
+def grids_of(image_grid_thw: np.ndarray) -> tuple[Grid, ...]:
     """[num_scales, 3] as tuples."""
-    return [(frames, rows, columns) for frames, rows, columns in image_grid_thw.tolist()]
+    return tuple((frames, rows, columns) for frames, rows, columns in image_grid_thw.tolist())
 
 
 def num_patches(grids: Iterable[Grid]) -> int:
@@ -253,6 +253,6 @@ def count_image_tokens(scales: Sequence[ScalePlan], merge_size: int) -> tuple[in
 
 
 def visual_tokens(input_ids: np.ndarray, special_token_ids: Sequence[int]) -> np.ndarray:
-    """[n] bool: tokens for the visual experts, which are <IMG_CONTEXT> and <img> (spec, section 1.3)."""
+    """[n] bool: tokens for the visual experts, which are <IMG_CONTEXT> and <img>."""
     context, start = (special_token_ids[SPECIAL_TOKENS.index(token)] for token in ("<IMG_CONTEXT>", "<img>"))
     return (input_ids == context) | (input_ids == start)

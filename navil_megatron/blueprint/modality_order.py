@@ -1,4 +1,4 @@
-"""The modality plan: which rows of a packed microbatch belong to which modality's experts.
+"""The modality plan: which tokens of a packed microbatch belong to which modality's experts.
 
 Routing in NaViL is by modality, so it is known on the host before the step and is the same in every layer (paper,
 section 3.2.2). Hidden states travel in modality-major order, [text tokens | visual tokens]: every projection is then
@@ -23,15 +23,15 @@ class ModalityOrder:
     rows: np.ndarray
     """[t/cp] int64: causal positions of the rank's tokens, in modality-major order."""
     row_of_token: np.ndarray
-    """[t] int64: for each causal position its row on this rank; below 0 or from t/cp on where another rank holds it."""
+    """[t] int64: of each causal position its place on this rank; below 0 or from t/cp on: on another."""
     num_text_tokens: int
-    """Rows of the text segment of each rank."""
+    """Of each rank, in front of the visual ones."""
     to_attention: np.ndarray
-    """[t] int64: rows of all ranks, one after the other, in attention order: segment by segment, causal inside each."""
+    """[t] int64: the attention order of all ranks' tokens, rank after rank: segment by segment, causal inside each."""
     attention: SegmentOrder
     """The attention segments, of all ranks."""
     sample_tokens: np.ndarray
-    """[t/cp] bool: rows of this rank that are a sample's and no padding."""
+    """[t/cp] bool: tokens of this rank that are a sample's and no padding."""
 
     @property
     def is_here(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The table of a model's parameters: the one place that knows their names, shapes, splits, parts and first values.
 
 Checkpoints, conversion, planning, freezing, initial values and reports read it; a test holds it against the built
-model, row by row.
+model, entry by entry.
 """
 
 import re
@@ -38,7 +38,7 @@ _FROZEN: Mapping[str, tuple[Part, ...]] = {
     "s1.2": _FROZEN_BEFORE_S2,
     "s2": (),
 }
-"""What each phase of the recipe leaves as it is (paper, tables 7 and 8; section 2.2 of the specification)."""
+"""What each phase of the recipe leaves as it is (paper, tables 7 and 8)."""
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 """Keys of the two tables of the vocabulary."""
@@ -63,9 +63,9 @@ class Parameter:
     num_experts: int | None = None
     """Of a feed-forward expert: how many its modality has. Expert-parallel ranks share them out, and each is split over
     expert-tensor-parallel ranks."""
-    used_on: Literal["rows", "heads", "images"] | None = None
+    used_on: Literal["tokens", "heads", "images"] | None = None
     """What a tensor-parallel rank uses its whole copy on, other than the other ranks do, so that their gradients must
-    be summed; rows are divided under sequence parallelism alone. ``None``: it is split, or all use it alike."""
+    be summed; tokens are divided under sequence parallelism alone. ``None``: it is split, or all use it alike."""
     is_shared: bool = False
     """The built model has the text parameter in its place; a checkpoint holds the values under both keys."""
     mean: float = 0.0
@@ -110,7 +110,7 @@ def parameters(model: ModelConfig) -> tuple[Parameter, ...]:
             std=std,
         ),
         *_stacked("decoder.layers", language.num_layers, (*_attention(language), *_feed_forward(language))),
-        *_module("decoder.final_layernorm", (h,), mean=1.0, part="norms", used_on="rows"),
+        *_module("decoder.final_layernorm", (h,), mean=1.0, part="norms", used_on="tokens"),
     ]
     if not language.tied_embeddings:
         found.append(Parameter(key=HEAD, part="output_layer", **table))
@@ -142,7 +142,7 @@ def parameters_by_key(model: ModelConfig) -> dict[str, Parameter]:
 
 
 def parameter_of(model: ModelConfig, name: str) -> Parameter:
-    """The row of a parameter of the built model; a stage's copy of a tied embedding table is the table."""
+    """The entry of a parameter of the built model; a stage's copy of a tied embedding table is the table."""
     key = re.sub(r"\.layers\.\d+\.", ".layers.", name, count=1)
     return parameters_by_key(model)[EMBEDDING if key == HEAD and model.language.tied_embeddings else key]
 
@@ -160,8 +160,8 @@ def is_trainable(part: Part, phase: str) -> bool:
 def count_by_part(model: ModelConfig, phase: str = "s2") -> dict[Part, int]:
     """Parameters of each part that the phase trains."""
     counts: dict[Part, int] = {}
-    for row in (row for row in parameters(model) if not row.is_shared):
-        counts[row.part] = counts.get(row.part, 0) + row.numel * is_trainable(row.part, phase)
+    for entry in (entry for entry in parameters(model) if not entry.is_shared):
+        counts[entry.part] = counts.get(entry.part, 0) + entry.numel * is_trainable(entry.part, phase)
     return counts
 
 
@@ -204,14 +204,14 @@ def _attention(language: LanguageConfig) -> Iterator[Parameter]:
     h, d, std = language.hidden_size, language.head_dim, language.init_std
     query, key_value = language.num_attention_heads * d, 2 * language.num_query_groups * d
     of_modality = _of_modality("attention", language.shares("attention"))
-    yield from _module("input_layernorm", (h,), mean=1.0, part="norms", used_on="rows")
+    yield from _module("input_layernorm", (h,), mean=1.0, part="norms", used_on="tokens")
     for modality, about in of_modality.items():
         name = f"self_attention.linear_qkv.{modality}"
         yield from _module(name, (query + key_value, h), std=std, bias=language.qkv_bias, split_dim=0, **about)
     for modality, about in of_modality.items():
         # The released 2B applies the visual output projection to the sum over the ranks, so each holds it whole.
         composed = modality == "visual" and language.composed_visual_output_projection
-        split: dict[str, Any] = {"used_on": "rows"} if composed else {"split_dim": 1}
+        split: dict[str, Any] = {"used_on": "tokens"} if composed else {"split_dim": 1}
         yield from _module(f"self_attention.linear_proj.{modality}", (h, query), std=std, **split, **about)
     for norm in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
         for modality, about in of_modality.items():
@@ -222,10 +222,10 @@ def _feed_forward(language: LanguageConfig) -> Iterator[Parameter]:
     """Of one decoder layer: the norm before it, both modalities' routers, and all their experts."""
     h, f, std, num_experts = language.hidden_size, language.ffn_hidden_size, language.init_std, language.num_experts
     of_modality = _of_modality("feed-forward", language.shares("ffn"))
-    yield from _module("pre_mlp_layernorm", (h,), mean=1.0, part="norms", used_on="rows")
+    yield from _module("pre_mlp_layernorm", (h,), mean=1.0, part="norms", used_on="tokens")
     stack = () if num_experts == 1 else (num_experts,)
     for modality, about in of_modality.items() if stack else ():
-        yield from _module(f"mlp.router.{modality}", (num_experts, h), std=std, used_on="rows", **about)
+        yield from _module(f"mlp.router.{modality}", (num_experts, h), std=std, used_on="tokens", **about)
     for module, shape, dim, blocks in (("linear_fc1", (2 * f, h), 0, 2), ("linear_fc2", (h, f), 1, 1)):
         for modality, about in of_modality.items():
             yield from _module(

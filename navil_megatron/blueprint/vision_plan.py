@@ -26,7 +26,7 @@ class VisionPlan:
     cost: int
     """``encoding_cost`` of these."""
     patch_index: np.ndarray
-    """[p] rows of these images' patches, which lie in order of appearance, in encoder order."""
+    """[p] these images' patches, which lie in order of appearance, in encoder order."""
     rows: np.ndarray
     """[p] patch row inside its image and scale."""
     columns: np.ndarray

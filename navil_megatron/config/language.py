@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, get_args
 
-from navil_megatron.config.modality import ModalityPart
+from navil_megatron.config.modality import Sublayer
 from navil_megatron.config.numbers import Count, NotNegative, Positive, Range, divides
 
 
@@ -32,8 +32,8 @@ class LanguageConfig:
     """RMSNorm over each head's query and key, one per modality (Qwen3: true, the others: false)."""
     qkv_bias: bool = False
     """Bias on query, key and value, one per modality (Qwen2: true, the others: false)."""
-    modality_experts: tuple[ModalityPart, ...] = ("attention", "ffn")
-    """Parts of a layer with weights of their own for each modality. In a part that is left out both modalities go
+    modality_experts: tuple[Sublayer, ...] = ("attention", "ffn")
+    """Sublayers with weights of their own for each modality. In one that is left out both modalities go
     through the text weights, for studies of what the experts are worth; checkpoints hold those weights twice."""
     num_experts: Count = 1
     """Feed-forward experts of each modality; more than one come with a router for each modality."""
@@ -62,9 +62,9 @@ class LanguageConfig:
     init_std: NotNegative = 0.02
     """Standard deviation of randomly initialised matrices."""
 
-    def shares(self, part: ModalityPart) -> bool:
-        """Whether both modalities go through the same weights in a part of a layer."""
-        return part not in self.modality_experts
+    def shares(self, sublayer: Sublayer) -> bool:
+        """Whether both modalities go through the same weights in a sublayer."""
+        return sublayer not in self.modality_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def language_rules(language: LanguageConfig) -> Iterator[str]:
             f"model.language.experts_per_token = {language.experts_per_token} is more than num_experts = "
             f"{language.num_experts}; a token's experts are different ones"
         )
-    yield from _shared_part_rules(language)
+    yield from _shared_sublayer_rules(language)
     if language.head_dim % 2:
         yield f"model.language.head_dim = {language.head_dim}: rotary positions turn pairs of channels; make it even"
     width = language.num_attention_heads * language.head_dim
@@ -141,13 +141,13 @@ def family_rules(language: LanguageConfig) -> Iterator[str]:
         )
 
 
-def _shared_part_rules(language: LanguageConfig) -> Iterator[str]:
-    """What a part without modality experts excludes."""
+def _shared_sublayer_rules(language: LanguageConfig) -> Iterator[str]:
+    """What a sublayer without modality experts excludes."""
     parts = language.modality_experts
     named = f"model.language.modality_experts = {list(parts)}"
     if len(set(parts)) < len(parts):
         yield f"{named} holds a name more than once; name each part once"
-    shared = [part for part in get_args(ModalityPart) if language.shares(part)]
+    shared = [sublayer for sublayer in get_args(Sublayer) if language.shares(sublayer)]
     if not shared:
         return
     of_both = f"{named}: both modalities share the text weights of {' and '.join(shared)}"

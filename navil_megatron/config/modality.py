@@ -3,11 +3,8 @@
 from typing import Literal
 
 Modality = Literal["text", "visual"]
-
-
 MODALITIES: tuple[Modality, Modality] = ("text", "visual")
 """The two modalities, in the order in which a modality-major row holds them."""
 
-
-ModalityPart = Literal["attention", "ffn"]
-"""Parts of a decoder layer that can hold weights for each modality."""
+Sublayer = Literal["attention", "ffn"]
+"""Of a decoder layer: what can hold weights for each modality."""

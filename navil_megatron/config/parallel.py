@@ -35,6 +35,16 @@ class ParallelConfig:
     """Split activations outside the matrices over the tensor-parallel ranks too."""
 
     @property
+    def num_chunks(self) -> int:
+        """Pieces of the decoder's depth; chunk c lies on stage c modulo stages."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share out the tokens outside the matrices."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
+    @property
     def expert_tensor_size(self) -> int:
         """Ranks that split each matrix of an expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
@@ -143,8 +153,7 @@ def _pipeline_rules(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
             "parallel.virtual_pipeline_model_parallel_size is set, but parallel.pipeline_model_parallel_size = 1; "
             'interleaving needs at least 2 stages: set it to "none"'
         )
-    chunks = stages * (parallel.virtual_pipeline_model_parallel_size or 1)
-    layers = parallel.pipeline_layers
+    chunks, layers = parallel.num_chunks, parallel.pipeline_layers
     if layers is None:
         if num_layers % chunks:
             yield (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from navil_megatron.config.language import LanguageConfig
-from navil_megatron.config.modality import ModalityPart
+from navil_megatron.config.modality import Sublayer
 from navil_megatron.config.numbers import Count
 
 
@@ -45,7 +45,7 @@ def runtime_rules(runtime: RuntimeConfig, language: LanguageConfig) -> Iterator[
             f'runtime.gradient_accumulation_fusion = "apex" needs runtime.device = "cuda", found "{runtime.device}"; '
             'set it to "none"'
         )
-    if runtime.kernels != "torch" and any(language.shares(part) for part in get_args(ModalityPart)):
+    if runtime.kernels != "torch" and any(language.shares(sublayer) for sublayer in get_args(Sublayer)):
         yield (
             f"model.language.modality_experts = {list(language.modality_experts)} shares weights between modalities, "
             f'which only runtime.kernels = "torch" does, found "{runtime.kernels}"; change one of the two'

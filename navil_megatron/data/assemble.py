@@ -43,11 +43,7 @@ class _Piece:
 
 
 def assemble(rows: Sequence[PackedSequence], row_format: RowFormat) -> PackedRows:
-    """Some rows, laid end to end.
-
-    Raises:
-        ValueError: the samples of a row do not fit it.
-    """
+    """Some rows, laid end to end; ValueError where the samples of one do not fit it."""
     pieces = [piece for row in rows for piece in _row_pieces(row, row_format)]
     lengths = tuple(len(piece.input_ids) for piece in pieces)
     samples = [sample for row in rows for sample in row.samples]
@@ -79,7 +75,6 @@ def drop_loss(microbatch: Microbatch, failed: Collection[int]) -> Microbatch:
 
 
 def _row_pieces(row: PackedSequence, row_format: RowFormat) -> list[_Piece]:
-    """Samples, visual padding, text padding."""
     pieces = [_sample_piece(sample, row_format) for sample in row.samples]
     num_visual = sum(int(piece.visual.sum()) for piece in pieces)
     visual_padding = -num_visual % row_format.pad_segments_to
@@ -107,7 +102,6 @@ def _sample_piece(sample: EncodedSample, row_format: RowFormat) -> _Piece:
 
 
 def _padding_piece(length: int, pad_id: int, visual: bool) -> _Piece:
-    """Padding for one modality."""
     return _Piece(
         input_ids=np.full(length, pad_id, dtype=np.int64),
         labels=np.full(length, IGNORED_LABEL, dtype=np.int64),

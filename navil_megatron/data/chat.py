@@ -44,10 +44,6 @@ def conversation_spans(turns: Sequence[Turn], template: str) -> Iterator[Span]:
     """Turn by turn; what the assistant says is learned with its end, and cut off from the header before it.
 
     At inference the header ends the prompt, so the tokens of an answer must not depend on it.
-
-    Args:
-        turns: the conversation.
-        template: how it reads.
     """
     contents = [(turn.role, _ANSWER if turn.role == "assistant" else _TEXT, _parts(turn)) for turn in turns]
     shape = tuple((role, *(None if part is None else text for part in parts)) for role, text, parts in contents)

@@ -49,10 +49,9 @@ def parse_content(member: bytes, is_json: bool, num_images: int) -> tuple[int, C
         raise RejectedSample("text is not JSON") from None
     if not isinstance(fields, dict):
         raise NoCaptionError("JSON without a caption")
-    if "conversations" in fields:
-        return KIND_CONVERSATION, _conversation(fields["conversations"], "from", "value", num_images)
-    if "messages" in fields:
-        return KIND_CONVERSATION, _conversation(fields["messages"], "role", "content", num_images)
+    for name, role_key, text_key in (("conversations", "from", "value"), ("messages", "role", "content")):
+        if name in fields:
+            return KIND_CONVERSATION, _conversation(fields[name], role_key, text_key, num_images)
     if not isinstance(fields.get("caption"), str):
         raise NoCaptionError("JSON without a caption")
     return KIND_JSON, _document(fields["caption"])
@@ -79,7 +78,6 @@ def _document(text: str) -> str:
 
 
 def _conversation(messages: Any, role_key: str, text_key: str, num_images: int) -> tuple[Turn, ...]:
-    """The turns, images placed."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RejectedSample("conversation is not a list of turns")
     turns = [_turn(message.get(role_key), message.get(text_key)) for message in messages]

@@ -7,6 +7,7 @@ context of its own, which is why several may decode at once.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 
 import numpy as np
 import nvidia.dali.experimental.dynamic as ndd
@@ -16,6 +17,7 @@ from PIL import Image
 from navil_megatron.blueprint.image_plan import ScalePlan
 from navil_megatron.data.image_decode import (
     SIZE_DIFFERS,
+    Decoded,
     DecodeJob,
     ImageDecodeError,
     open_promised,
@@ -43,38 +45,26 @@ class DaliDecoder:
     def __init__(
         self, patch_size: int, merge_size: int, max_pixels: int, *, device: torch.device, num_threads: int
     ) -> None:
-        """Prepares.
+        """Of more than ``max_pixels`` no picture is decoded, nor several at a time.
 
-        Args:
-            patch_size: side of a patch, in pixels.
-            merge_size: patches along one side of a merge block.
-            max_pixels: largest picture that is decoded, and as many pixels of several are decoded at a time.
-            device: decodes and resizes.
-            num_threads: threads that DALI decodes with, in the whole process; the first decoder decides.
+        The first decoder's ``num_threads`` decide how many DALI decodes with in the whole process.
         """
         self.device = device
-        """Decodes and resizes."""
         self._patch_size, self._merge_size, self._max_pixels = patch_size, merge_size, max_pixels
         self._dali_device = ndd.device(device)
         self._thread = threading.local()
         _start_threads(num_threads)
 
-    def decode(self, jobs: Sequence[DecodeJob]) -> list[list[torch.Tensor] | ImageDecodeError]:
+    def decode(self, jobs: Sequence[DecodeJob]) -> list[Decoded]:
         """See ``ImageDecoder``."""
-        results: list[list[torch.Tensor] | ImageDecodeError] = []
+        results: list[Decoded] = []
         for group in _groups(jobs, self._max_pixels):
             with self._stream_order():
                 headers = [self._open(job) for job in group]
-                for_dali = [
-                    n
-                    for n, header in enumerate(headers)
-                    if isinstance(header, Image.Image) and header.format not in _ONLY_PILLOW
-                ]
-                pictures = dict(zip(for_dali, self._by_dali([group[n].file for n in for_dali]), strict=True))
-                results += [
-                    self._finish(job, header, pictures.get(n))
-                    for n, (job, header) in enumerate(zip(group, headers, strict=True))
-                ]
+                by_dali = [isinstance(h, Image.Image) and h.format not in _ONLY_PILLOW for h in headers]
+                pictures = iter(self._by_dali([job.file for job in compress(group, by_dali)]))
+                for job, header, is_decoded in zip(group, headers, by_dali, strict=True):
+                    results.append(self._finish(job, header, next(pictures) if is_decoded else None))
         return results
 
     @contextmanager
@@ -111,9 +101,7 @@ class DaliDecoder:
         except RuntimeError:  # of the whole batch, for one bad file in it
             return [None] if len(files) == 1 else [picture for file in files for picture in self._by_dali([file])]
 
-    def _finish(
-        self, job: DecodeJob, header: Image.Image | ImageDecodeError, picture: torch.Tensor | None
-    ) -> list[torch.Tensor] | ImageDecodeError:
+    def _finish(self, job: DecodeJob, header: Image.Image | ImageDecodeError, picture: torch.Tensor | None) -> Decoded:
         """The wanted scales of a picture that DALI decoded, or that Pillow now does."""
         if isinstance(header, ImageDecodeError):
             return header
@@ -146,9 +134,9 @@ def resize(picture: torch.Tensor, scale: ScalePlan) -> torch.Tensor:
     if columns_first:
         picture, size = picture.transpose(2, 3), (size[1], size[0])
     # The kernel for uint8 makes both passes so by itself; the one for float neither rounds nor clips.
-    for step in [size] if picture.dtype == torch.uint8 else [(picture.shape[2], size[1]), size]:
-        if tuple(picture.shape[2:]) != step:
-            picture = torch.nn.functional.interpolate(picture, size=step, mode="bicubic", antialias=True)
+    for target in [size] if picture.dtype == torch.uint8 else [(picture.shape[2], size[1]), size]:
+        if tuple(picture.shape[2:]) != target:
+            picture = torch.nn.functional.interpolate(picture, size=target, mode="bicubic", antialias=True)
             if picture.is_floating_point():
                 picture = picture.round_().clamp_(0, 255)
     return picture.transpose(2, 3) if columns_first else picture

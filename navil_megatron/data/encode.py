@@ -14,14 +14,7 @@ def encode_sample(
     tokenizer: SampleTokenizer,
     merge_size: int,
 ) -> EncodedSample:
-    """Token ids and loss weights of a sample.
-
-    Args:
-        sample: which one.
-        content: its text.
-        scales: for each image its scales, small to large.
-        tokenizer: the run's.
-        merge_size: patches along one side of a merge block.
+    """Token ids and loss weights of a sample; ``scales`` are those of each image, small to large.
 
     Raises:
         UserError: a conversation, but the tokenizer has no tokens for turns.

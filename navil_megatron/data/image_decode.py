@@ -27,7 +27,7 @@ _SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
 
 
 class ImageDecodeError(Exception):
-    """An image file that cannot be decoded; the message is the reason, short enough to count by."""
+    """An image file that cannot be decoded, raised by all that reads one; the reason is short enough to count by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,15 @@ class DecodeJob:
         return [scale for scale, wanted in zip(self.scales, self.wanted, strict=True) if wanted]
 
 
+type Decoded = list[torch.Tensor] | ImageDecodeError
+"""[patches, 3 * patch * patch] uint8 of each wanted scale, on the host, or what is wrong with the file."""
+
+
 class ImageDecoder(Protocol):
     """Makes patches of image files. Several threads may call one decoder."""
 
-    def decode(self, jobs: Sequence[DecodeJob]) -> list[list[torch.Tensor] | ImageDecodeError]:
-        """For each job [patches, 3 * patch * patch] uint8 of each wanted scale, on the host, or what is wrong with that
-        file.
-        """
+    def decode(self, jobs: Sequence[DecodeJob]) -> list[Decoded]:
+        """What becomes of each job."""
 
 
 def open_image(file: bytes, max_pixels: int) -> Image.Image:
@@ -77,11 +79,7 @@ def open_image(file: bytes, max_pixels: int) -> Image.Image:
 
 
 def open_promised(job: DecodeJob, max_pixels: int) -> Image.Image:
-    """``open_image`` of a job whose header has the sides that the index promised; which is which shows when decoded.
-
-    Raises:
-        ImageDecodeError: as ``open_image``, or other sides.
-    """
+    """``open_image`` of a job whose header has the sides that the index promised; which is which shows when decoded."""
     image = open_image(job.file, max_pixels)
     if sorted(image.size) != sorted(job.size):
         raise ImageDecodeError(SIZE_DIFFERS)
@@ -89,11 +87,7 @@ def open_promised(job: DecodeJob, max_pixels: int) -> Image.Image:
 
 
 def read_image_size(file: bytes, max_pixels: int) -> tuple[int, int]:
-    """(height, width) as the picture is meant to be seen, EXIF orientation applied, from the header.
-
-    Raises:
-        ImageDecodeError: not an image in a known format, or too many pixels.
-    """
+    """(height, width) as the picture is meant to be seen, EXIF orientation applied, from the header."""
     image = open_image(file, max_pixels)
     try:
         sideways = image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS_ORIENTATIONS
@@ -104,20 +98,12 @@ def read_image_size(file: bytes, max_pixels: int) -> tuple[int, int]:
 
 
 def decode_image(file: bytes, max_pixels: int) -> Image.Image:
-    """The whole picture in RGB, upright; alpha is dropped, not blended.
-
-    Raises:
-        ImageDecodeError: the file is damaged, or too large.
-    """
+    """The whole picture in RGB, upright; alpha is dropped, not blended."""
     return upright(open_image(file, max_pixels))
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An opened picture decoded, turned as its EXIF data says, in RGB.
-
-    Raises:
-        ImageDecodeError: the file is damaged.
-    """
+    """An opened picture decoded, turned as its EXIF data says, in RGB."""
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # see open_image
@@ -151,11 +137,11 @@ class PillowDecoder:
     max_pixels: int
     """Largest picture that is decoded."""
 
-    def decode(self, jobs: Sequence[DecodeJob]) -> list[list[torch.Tensor] | ImageDecodeError]:
+    def decode(self, jobs: Sequence[DecodeJob]) -> list[Decoded]:
         """See ``ImageDecoder``."""
         return [self._decode(job) for job in jobs]
 
-    def _decode(self, job: DecodeJob) -> list[torch.Tensor] | ImageDecodeError:
+    def _decode(self, job: DecodeJob) -> Decoded:
         try:
             image = upright(open_promised(job, self.max_pixels))
         except ImageDecodeError as error:

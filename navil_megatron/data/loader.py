@@ -4,9 +4,9 @@ Nothing here remembers where it is but the step: the plan is a pure function of 
 data-parallel size with the same global batches.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import batched
 from typing import Any
 
 from navil_megatron.blueprint.image_plan import ImagePlanner
@@ -24,7 +24,16 @@ from navil_megatron.files.hashes import fingerprint
 MIN_SAMPLES_TO_JUDGE = 200
 """The failed share is taken of at least this many samples, so that one bad file early on does not stop a run."""
 
-logger = logging.getLogger(__name__)
+_DECISIVE = {
+    "sources": "the training sources (data.train_sources: indexes, their order, weights)",
+    "tokenizer": "the tokenizer (data.tokenizer)",
+    "image_plan": "the image settings (data.min_image_pixels, max_image_pixels, multi_scale, ...)",
+    "seed": "training.seed",
+    "global_batch_size": "training.global_batch_size",
+    "seq_length": "data.seq_length",
+    "pad_segments_to": "data.pad_segments_to",
+}
+"""What decides which samples a step holds, and the settings behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,36 +51,32 @@ class TrainLoader:
     """Iterates over steps; each gives this rank's microbatches of the global batch."""
 
     def __init__(self, config: NaViLConfig, place: DataPlace, *, start_step: int = 0) -> None:
-        """Opens the sources, plans, and starts preparing ``start_step``.
-
-        Args:
-            config: the run.
-            place: which rank.
-            start_step: first step to hand out.
+        """Opens the sources, plans, and starts preparing ``start_step``, the first to hand out.
 
         Raises:
             UserError: sources or tokenizer are missing, damaged or do not fit.
         """
         self._config, self._place = config, place
         tokenizer = load_run_tokenizer(config)
-        sources = open_sources([source.index for source in config.data.train_sources], tokenizer)
+        sources = open_train_sources(config, tokenizer)
         if place.dp_rank == 0:
             for source in sources:
                 source.check_shards()
         self.plan = plan_run(config, sources)
-        mixture = [
-            (source.index.fingerprint, listed.weight)
-            for source, listed in zip(sources, config.data.train_sources, strict=True)
-        ]
+        listed = zip(sources, config.data.train_sources, strict=True)
+        mixture = [(source.index.fingerprint, setting.weight) for source, setting in listed]
         planner = ImagePlanner.from_config(config.data, config.model.vision)
-        self._fingerprints = {
+        self._decisive: dict[str, int | str] = {
+            "seed": config.training.seed,
+            "global_batch_size": config.training.global_batch_size,
+            "seq_length": config.data.seq_length,
+            "pad_segments_to": config.pad_segments_to,
             "sources": fingerprint(repr(mixture)),
             "tokenizer": tokenizer.fingerprint,
             "image_plan": fingerprint(repr(sorted(asdict(planner).items()))),
         }
         self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place)
         self.step = start_step
-        """The step that comes next."""
         self.num_samples = 0
         """Samples that this rank has handed out since it was opened."""
         self.num_failed = 0
@@ -82,11 +87,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> StepData:
-        """This rank's share of the next step.
-
-        Raises:
-            UserError: a shard can no longer be read.
-        """
+        """This rank's share of the next step; UserError where a shard can no longer be read."""
         data = next(self._prefetch)
         self.num_samples += sum(len(microbatch.samples) for microbatch in data.microbatches)
         self.step += 1
@@ -98,11 +99,7 @@ class TrainLoader:
         return self._prefetch.wait_seconds
 
     def count_failed(self, num_failed: int) -> None:
-        """Notes samples that failed, on whatever rank of the replica.
-
-        Raises:
-            UserError: too many of all samples so far.
-        """
+        """Notes samples that failed, on whatever rank of the replica; UserError where they become too many."""
         self.num_failed += num_failed
         allowed = self._config.data.max_failed_share
         if self.num_failed > allowed * max(self.num_samples, MIN_SAMPLES_TO_JUDGE):
@@ -125,7 +122,7 @@ class TrainLoader:
     def state(self) -> dict[str, int | str]:
         """What a checkpoint keeps: where the next step begins, and everything that decides which samples it holds."""
         window, first_row = self.plan.anchor(self.step)
-        return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive()}
+        return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken, at any data-parallel size.
@@ -133,35 +130,15 @@ class TrainLoader:
         Raises:
             UserError: something changed under which the steps would hold other samples.
         """
-        names = {
-            "sources": "the training sources (data.train_sources: indexes, their order, weights)",
-            "tokenizer": "the tokenizer (data.tokenizer)",
-            "image_plan": "the image settings (data.min_image_pixels, max_image_pixels, multi_scale, ...)",
-            "seed": "training.seed",
-            "global_batch_size": "training.global_batch_size",
-            "seq_length": "data.seq_length",
-            "pad_segments_to": "data.pad_segments_to",
-        }
-        current = self._decisive()
-        for key, name in names.items():
-            if saved.get(key) != current[key]:
+        for key, name in _DECISIVE.items():
+            if saved.get(key) != self._decisive[key]:
                 raise UserError(
                     f"cannot resume: {name} changed since the checkpoint was saved ({key} was {saved.get(key)}, is "
-                    f"{current[key]}): restore it, or start a new run with checkpoint.initial_weights"
+                    f"{self._decisive[key]}): restore it, or start a new run with checkpoint.initial_weights"
                 )
-        self._prefetch.close()
+        self._prefetch.close()  # or its threads would count from the old place
         self.plan.restore_anchor(int(saved["window"]), int(saved["window_first_row"]))
         self.seek(int(saved["step"]))
-
-    def _decisive(self) -> dict[str, int | str]:
-        """Everything that decides which samples a step holds."""
-        return {
-            "seed": self._config.training.seed,
-            "global_batch_size": self._config.training.global_batch_size,
-            "seq_length": self._config.data.seq_length,
-            "pad_segments_to": self._config.pad_segments_to,
-            **self._fingerprints,
-        }
 
     def _start_at(self, step: int) -> Prefetch[StepData]:
         data = self._config.data
@@ -169,23 +146,12 @@ class TrainLoader:
 
     def _make_step(self, step: int) -> StepData:
         plan = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
-        rows_at_once = self._config.training.micro_batch_size
-        return StepData(
-            microbatches=tuple(
-                self._builder.build(plan.rows[first : first + rows_at_once])
-                for first in range(0, len(plan.rows), rows_at_once)
-            ),
-            imbalance=plan.imbalance,
-            num_refused=plan.num_refused,
-        )
+        microbatches = tuple(map(self._builder.build, batched(plan.rows, self._config.training.micro_batch_size)))
+        return StepData(microbatches, plan.imbalance, plan.num_refused)
 
 
 def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:
-    """The tokenizer of a run.
-
-    Raises:
-        UserError: it is missing or does not fit the model.
-    """
+    """The tokenizer of a run, refused with a UserError where it is missing or does not fit the model."""
     tokenizer = load_tokenizer(config.data.tokenizer, config.model.special_token_ids)
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise UserError(
@@ -196,11 +162,7 @@ def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:
 
 
 def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Source]:
-    """The sources behind index files.
-
-    Raises:
-        UserError: one is missing or damaged, or was built with another tokenizer.
-    """
+    """The sources behind index files; UserError where one is missing, damaged or of another tokenizer."""
     sources = [Source(index) for index in indexes]
     for source in sources:
         if source.index.tokenizer != tokenizer.fingerprint:
@@ -211,16 +173,12 @@ def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Sou
     return sources
 
 
-def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:
-    """The order of a run's training data.
+def open_train_sources(config: NaViLConfig, tokenizer: SampleTokenizer) -> list[Source]:
+    """Those of a run, in the order of its config."""
+    return open_sources([source.index for source in config.data.train_sources], tokenizer)
 
-    Raises:
-        UserError: a source is empty.
-    """
-    return DataPlan(
-        [source.index for source in sources],
-        [source.weight for source in config.data.train_sources],
-        Ruler(config),
-        config.training.seed,
-        config.training.global_batch_size,
-    )
+
+def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:
+    """The order of a run's training data; UserError where a source is empty."""
+    indexes, weights = [source.index for source in sources], [source.weight for source in config.data.train_sources]
+    return DataPlan(indexes, weights, Ruler(config), config.training.seed, config.training.global_batch_size)

@@ -44,10 +44,7 @@ def group_weights(microbatches: Iterable[Microbatch], num_groups: int) -> Tensor
 def losses_by_group(indexes: Sequence[str], loss_sums: Tensor, weights: Tensor) -> dict[str, float]:
     """What a record says: mean loss of each kind of samples and, of several sources, of each; absent without samples.
 
-    Args:
-        indexes: The sources' index files.
-        loss_sums: [groups] of all ranks, on the host.
-        weights: [groups].
+    ``indexes`` are the sources' index files, ``loss_sums`` and ``weights`` [groups] of all ranks, on the host.
     """
     shape = (len(indexes), len(KINDS))
     sums = torch.stack([loss_sums, weights]).view(2, *shape)

@@ -54,9 +54,8 @@ class Ruler:
         owner = np.repeat(np.arange(len(samples)), num_images)
         number = np.arange(len(owner)) - np.repeat(np.cumsum(num_images) - num_images, num_images)
         images = index.images[records["first_image"].astype(np.int64)[owner] + number]
-        pyramids = self.planner.plan_pyramids(
-            images["height"].astype(np.int64), images["width"].astype(np.int64), number
-        )
+        heights, widths = (images[side].astype(np.int64) for side in ("height", "width"))
+        pyramids = self.planner.plan_pyramids(heights, widths, number)
         text = records["text_tokens"].astype(np.int64)
         dropped = self._fit(text, owner, pyramids)
         lines, patches, pairs = self._sum_images(owner, pyramids, dropped, len(samples))

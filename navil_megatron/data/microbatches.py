@@ -52,17 +52,9 @@ class MicrobatchBuilder:
         tokenizer: SampleTokenizer,
         *,
         place: DataPlace,
-        pictures_of: Callable[[SampleId], SampleId] = lambda sample: sample,
+        pictures_of: Callable[[SampleId], SampleId] | None = None,
     ) -> None:
-        """Prepares for some sources.
-
-        Args:
-            config: the run.
-            sources: where samples are read.
-            tokenizer: makes tokens of them.
-            place: which rank.
-            pictures_of: for a sample the one whose pictures it shows, resized to its own grids.
-        """
+        """``pictures_of`` gives for a sample another one whose pictures it shows, resized to its own grids."""
         self._sources, self._tokenizer = tuple(sources), tokenizer
         self._planner = ImagePlanner.from_config(config.data, config.model.vision)
         self._model, self._place, self._pictures_of = config.model, place, pictures_of
@@ -92,15 +84,8 @@ class MicrobatchBuilder:
 
     def encode(self, rows: Sequence[Row]) -> list[PackedSequence]:
         """Rows with their tokens and image plans; no picture is read."""
-        return [
-            PackedSequence(
-                tuple(
-                    self._encode(sample, int(dropped)) for sample, dropped in zip(row.samples, row.dropped, strict=True)
-                ),
-                self.row_format.seq_length,
-            )
-            for row in rows
-        ]
+        samples = (tuple(map(self._encode, row.samples, row.dropped.tolist())) for row in rows)
+        return [PackedSequence(encoded, self.row_format.seq_length) for encoded in samples]
 
     def _encode(self, sample: SampleId, dropped: int) -> EncodedSample:
         source = self._sources[sample.source]
@@ -111,10 +96,9 @@ class MicrobatchBuilder:
         encoded = encode_sample(sample, content, scales, self._tokenizer, self._planner.merge_size)
         planned = self._planner.count_tokens(scales) + int(source.index.samples[sample.number]["text_tokens"])
         if len(encoded.input_ids) != planned:
-            where = f"{source.shard_of(sample.number)}: {source.key(sample.number)}"
             raise UserError(
-                f"{where} has {len(encoded.input_ids)} tokens, but "
-                f"its index says {planned}: index the shards anew with: navil-megatron data index"
+                f"{source.shard_of(sample.number)}: {source.key(sample.number)} has {len(encoded.input_ids)} tokens, "
+                f"but its index says {planned}: index the shards anew with: navil-megatron data index"
             )
         return encoded
 
@@ -122,7 +106,7 @@ class MicrobatchBuilder:
         """The images of which this rank decodes a scale."""
         wanted = iter(is_mine.tolist())
         for position, sample in enumerate(samples):
-            shown = self._pictures_of(sample.sample)
+            shown = self._pictures_of(sample.sample) if self._pictures_of else sample.sample
             source = self._sources[shown.source]
             for number, scales in enumerate(sample.scales):
                 chosen = tuple(islice(wanted, len(scales)))

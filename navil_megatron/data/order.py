@@ -4,9 +4,9 @@ An epoch shuffles the shards, then the samples of a group of neighbouring shards
 stream comes from a few shards at a time. Windows cut the streams of all sources by their shares.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
@@ -32,46 +32,27 @@ class SourceOrder:
     """The endless stream of one source: epoch after epoch, every sample once in each."""
 
     def __init__(self, starts: np.ndarray, *seed: int) -> None:
-        """Prepares; nothing is drawn yet.
-
-        Args:
-            starts: [num_shards + 1] first sample of each shard, as ``SourceIndex.starts``.
-            seed: decides the order.
-        """
+        """Draws nothing yet; ``starts`` [num_shards + 1]: first sample of each shard, as ``SourceIndex.starts``."""
         self._starts, self._seed = starts, seed
         self._counts = np.diff(starts)
         self.num_samples = int(starts[-1])
         """Samples of an epoch."""
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._epoch, self._group = lru_cache(2)(self._make_epoch), lru_cache(_GROUPS_KEPT)(self._make_group)
 
     def take(self, first: int, end: int) -> np.ndarray:
         """[end - first] int64: the samples at these places of the stream."""
         taken = [np.zeros(0, dtype=np.int64)]
         while first < end:
             epoch, place = divmod(first, self.num_samples)
-            stop = min(end - epoch * self.num_samples, self.num_samples)
-            taken += self._take_of_epoch(epoch, place, stop)
-            first = epoch * self.num_samples + stop
+            _, _, group_ends = self._epoch(epoch)
+            group = int(np.searchsorted(group_ends, place, side="right"))
+            inside = place - (int(group_ends[group - 1]) if group else 0)
+            taken.append(self._group(epoch, group)[inside : inside + end - first])
+            first += len(taken[-1])
         return np.concatenate(taken)
 
-    def _take_of_epoch(self, epoch: int, first: int, end: int) -> list[np.ndarray]:
-        """Pieces of one epoch's order, group by group."""
-        _, _, group_ends = self._epoch(epoch)
-        pieces = []
-        group = int(np.searchsorted(group_ends, first, side="right"))
-        while first < end:
-            begins = int(group_ends[group - 1]) if group else 0
-            stop = min(end, int(group_ends[group]))
-            pieces.append(self._group(epoch, group)[first - begins : stop - begins])
-            first, group = stop, group + 1
-        return pieces
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shards in this epoch's order, [groups + 1] first shard of each group, [groups] samples up to its end)."""
-        return _cached(self._epochs, epoch, 2, lambda: self._make_epoch(epoch))
-
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shards in this epoch's order, [groups + 1] first shard of each group, [groups] samples up to its end)."""
         order = shuffled(len(self._counts), *self._seed, epoch)
         order = order[self._counts[order] > 0]
         ends = np.cumsum(self._counts[order])
@@ -82,11 +63,8 @@ class SourceOrder:
         shards = np.array(firsts, dtype=np.int64)
         return order, shards, ends[shards[1:] - 1]
 
-    def _group(self, epoch: int, group: int) -> np.ndarray:
-        """[n] int64: the samples of one group in order."""
-        return _cached(self._groups, (epoch, group), _GROUPS_KEPT, lambda: self._make_group(epoch, group))
-
     def _make_group(self, epoch: int, group: int) -> np.ndarray:
+        """[n] int64: the samples of one group in order."""
         order, firsts, _ = self._epoch(epoch)
         shards = order[firsts[group] : firsts[group + 1]]
         samples = np.concatenate([np.arange(self._starts[shard], self._starts[shard + 1]) for shard in shards])
@@ -97,12 +75,7 @@ class Mixture:
     """Several sources by share. Window w holds each source's next samples; its share is exact to within one."""
 
     def __init__(self, orders: Sequence[SourceOrder], weights: Sequence[float]) -> None:
-        """Mixes streams.
-
-        Args:
-            orders: the sources' streams.
-            weights: shares of the samples, in any unit.
-        """
+        """Mixes streams; ``weights`` are their shares of the samples, in any unit."""
         self._orders = tuple(orders)
         total = sum(map(Fraction, weights))
         self.shares = tuple(Fraction(weight) / total for weight in weights)
@@ -119,14 +92,3 @@ class Mixture:
             taken.append(order.take(first, end))
         sources = np.repeat(np.arange(len(taken)), [len(samples) for samples in taken])
         return sources, np.concatenate(taken)
-
-
-def _cached[K, V](cache: OrderedDict[K, V], key: K, size: int, make: Callable[[], V]) -> V:
-    """The cached value, made if needed; the cache keeps the last ``size`` used."""
-    if key in cache:
-        cache.move_to_end(key)
-        return cache[key]
-    cache[key] = value = make()
-    while len(cache) > size:
-        cache.popitem(last=False)
-    return value

@@ -7,6 +7,7 @@ two or three samples need it. Every operation is exact and stable, so all machin
 """
 
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import ceil
 
@@ -29,30 +30,25 @@ def pack_rows(
 ) -> list[np.ndarray]:
     """Rows of sample positions, each ascending; every sample lies in exactly one row.
 
-    Args:
-        num_text: [n] int64 text tokens of each sample.
-        num_visual: [n] int64 visual tokens.
-        cost: [n] int64, evened out over the rows as far as lengths allow.
-        seq_length: tokens of a row.
-        pad_segments_to: the visual segment of a row takes a multiple of this.
+    Of each sample [n] int64 text tokens, visual tokens and costs, which are evened out over the rows as far as lengths
+    allow. The visual segment of a row takes a multiple of ``pad_segments_to``.
 
     Raises:
         ValueError: a sample is longer than a row.
     """
-    needed = num_text + -(-num_visual // pad_segments_to) * pad_segments_to
-    if len(needed) and needed.max() > seq_length:
-        longest = int(needed.argmax())
-        raise ValueError(f"sample {longest} needs {needed[longest]} tokens, a row holds {seq_length}")
-    row_of = _level(num_text, num_visual, cost, seq_length, pad_segments_to)
-    few = (num_text + num_visual).sum() / (_GOOD_FILL * seq_length)
+    packer = _Packer(np.stack([num_text, num_visual, cost]), num_text + num_visual, seq_length, pad_segments_to)
+    room = packer.room(num_text, num_visual)
+    if room.min(initial=0) < 0:
+        longest = int(room.argmin())
+        raise ValueError(f"sample {longest} needs {seq_length - room[longest]} tokens, a row holds {seq_length}")
+    row_of = packer.level()
+    few = packer.tokens.sum() / (_GOOD_FILL * seq_length)
     for waiting in _WAITING:
         if few < _count(row_of):
-            fitted = _level_and_fit(num_text, num_visual, cost, seq_length, pad_segments_to, waiting)
-            row_of = min(row_of, fitted, key=_count)
+            row_of = min(row_of, packer.level_and_fit(waiting), key=_count)
     if few < _count(row_of):
-        longest_first = np.argsort(-(num_text + num_visual), kind="stable")
         alike = np.zeros_like(row_of)
-        _fit_best(longest_first, num_text, num_visual, seq_length, pad_segments_to, [], alike)
+        packer.fit_best(packer.longest_first(np.arange(len(row_of))), [], alike)
         row_of = alike if _count(alike) <= _WORTH * _count(row_of) else row_of
     order = np.argsort(row_of, kind="stable")
     return [row for row in np.split(order, np.cumsum(np.bincount(row_of))) if len(row)]
@@ -62,133 +58,97 @@ def _count(row_of: np.ndarray) -> int:
     return int(row_of.max(initial=-1)) + 1
 
 
-def _level(
-    num_text: np.ndarray, num_visual: np.ndarray, cost: np.ndarray, seq_length: int, pad_segments_to: int
-) -> np.ndarray:
-    """[n] int64: the row of each sample, rows being filled side by side."""
-    row_of = np.zeros(len(num_text), dtype=np.int64)
-    left = np.argsort(-(num_text + num_visual), kind="stable")
-    num_rows = 0
-    while len(left):
-        tokens = int((num_text + num_visual)[left].sum())
-        rows = _Rows(min(len(left), ceil(tokens / (seq_length * _TARGET_FILL))), seq_length, pad_segments_to)
-        left = rows.fill(left, num_text, num_visual, cost, row_of, num_rows)
-        num_rows += rows.count
-    return row_of
+@dataclass(frozen=True, slots=True)
+class _Packer:
+    """The ways to pack n samples."""
 
+    loads: np.ndarray
+    """[3, n] int64: text tokens, visual tokens and cost of each sample."""
+    tokens: np.ndarray
+    """[n] int64."""
+    seq_length: int
+    pad_segments_to: int
 
-def _level_and_fit(
-    num_text: np.ndarray,
-    num_visual: np.ndarray,
-    cost: np.ndarray,
-    seq_length: int,
-    pad_segments_to: int,
-    waiting: float,
-) -> np.ndarray:
-    """[n] int64: the row of each sample; the long ones are levelled, the others fill the gaps by best fit."""
-    row_of = np.zeros(len(num_text), dtype=np.int64)
-    tokens = num_text + num_visual
-    longest_first = np.argsort(-tokens, kind="stable")
-    waits = tokens[longest_first][::-1].cumsum()[::-1] <= waiting * tokens.sum()
-    rows = _Rows(ceil(tokens.sum() / (seq_length * _TARGET_FILL)), seq_length, pad_segments_to)
-    refused = rows.fill(longest_first[~waits], num_text, num_visual, cost, row_of, 0)
-    left = np.concatenate([refused, longest_first[waits]])
-    left = left[np.argsort(-tokens[left], kind="stable")]
-    _fit_best(left, num_text, num_visual, seq_length, pad_segments_to, rows.fullness(), row_of)
-    return row_of
+    def room[Tokens: (int, np.ndarray)](self, text: Tokens, visual: Tokens) -> Tokens:
+        """Tokens that are left of a row with so many; below 0 where they do not fit."""
+        return self.seq_length - text - -(-visual // self.pad_segments_to) * self.pad_segments_to
 
+    def longest_first(self, samples: np.ndarray) -> np.ndarray:
+        return samples[np.argsort(-self.tokens[samples], kind="stable")]
 
-def _fit_best(
-    samples: np.ndarray,
-    num_text: np.ndarray,
-    num_visual: np.ndarray,
-    seq_length: int,
-    pad_segments_to: int,
-    rows: list[tuple[int, int]],
-    row_of: np.ndarray,
-) -> None:
-    """Lays samples, each into the fullest row that it fits, or into a new one.
+    def rows_for(self, samples: np.ndarray) -> int:
+        return ceil(int(self.tokens[samples].sum()) / (self.seq_length * _TARGET_FILL))
 
-    Args:
-        samples: their positions, in the order in which they are laid.
-        num_text: [n] int64.
-        num_visual: [n] int64.
-        seq_length: tokens of a row.
-        pad_segments_to: see ``pack_rows``.
-        rows: text and visual tokens of the rows that are there; grows.
-        row_of: [n] int64, filled in.
-    """
+    def level(self) -> np.ndarray:
+        """[n] int64: the row of each sample, rows being filled side by side."""
+        row_of = np.zeros(len(self.tokens), dtype=np.int64)
+        left = self.longest_first(np.arange(len(row_of)))
+        num_rows = 0
+        while len(left):
+            left, rows = self.fill(left, min(len(left), self.rows_for(left)), row_of, num_rows)
+            num_rows += len(rows)
+        return row_of
 
-    def room_of(text: int, visual: int) -> int:
-        return seq_length - text - -(-visual // pad_segments_to) * pad_segments_to
-
-    rooms = sorted((room_of(*filled), row) for row, filled in enumerate(rows))  # (tokens left, row), ascending
-    for sample in samples.tolist():
-        text, visual = int(num_text[sample]), int(num_visual[sample])
-        place = bisect_left(rooms, (text + visual - pad_segments_to + 1, 0))  # padding may hold some of the sample
-        room = -1
-        while place < len(rooms) and room < 0:
-            row = rooms[place][1]
-            both = rows[row][0] + text, rows[row][1] + visual
-            room = room_of(*both)
-            place += 1
-        if room >= 0:
-            del rooms[place - 1]
-            rows[row] = both
-        else:
-            row = len(rows)
-            rows.append((text, visual))
-            room = room_of(text, visual)
-        row_of[sample] = row
-        insort(rooms, (room, row))
-
-
-class _Rows:
-    """Some rows that are filled together."""
-
-    def __init__(self, count: int, seq_length: int, pad_segments_to: int) -> None:
-        self.count = count
-        self._seq_length, self._pad = seq_length, pad_segments_to
-        self._text, self._visual, self._cost = (np.zeros(count, dtype=np.int64) for _ in range(3))
-
-    def fullness(self) -> list[tuple[int, int]]:
-        """Text and visual tokens of each row."""
-        return list(zip(self._text.tolist(), self._visual.tolist(), strict=True))
+    def level_and_fit(self, waiting: float) -> np.ndarray:
+        """[n] int64: the row of each sample; the long ones are levelled, the others fill the gaps by best fit."""
+        samples = np.arange(len(self.tokens))
+        row_of, longest_first = np.zeros_like(samples), self.longest_first(samples)
+        waits = self.tokens[longest_first][::-1].cumsum()[::-1] <= waiting * self.tokens.sum()
+        refused, rows = self.fill(longest_first[~waits], self.rows_for(samples), row_of, 0)
+        self.fit_best(self.longest_first(np.concatenate([refused, longest_first[waits]])), rows, row_of)
+        return row_of
 
     def fill(
-        self,
-        samples: np.ndarray,
-        num_text: np.ndarray,
-        num_visual: np.ndarray,
-        cost: np.ndarray,
-        row_of: np.ndarray,
-        first_row: int,
-    ) -> np.ndarray:
-        """Lays samples, longest first, into rows; gives those that did not fit, in the same order.
+        self, samples: np.ndarray, num_rows: int, row_of: np.ndarray, first_row: int
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Lays samples, longest first, into rows; gives those that did not fit, and text and visual tokens of each row.
 
         A few rows are served at a time, the emptiest ones; fewer towards the end, where rows are levelled.
         """
+        filled = np.zeros((3, num_rows), dtype=np.int64)
         refused = [np.zeros(0, dtype=np.int64)]
         place = 0
         while place < len(samples):
-            share = 4 if len(samples) - place > 3 * self.count else 16
-            batch = samples[place : place + max(1, self.count // share)]
+            share = 4 if len(samples) - place > 3 * num_rows else 16
+            batch = samples[place : place + max(1, num_rows // share)]
             place += len(batch)
-            fullness = self._text + self._visual
-            rows = np.argsort(fullness, kind="stable")[: len(batch)]
+            rows = np.argsort(filled[0] + filled[1], kind="stable")[: len(batch)]
             # among rows and samples that are alike in length, the costliest sample meets the cheapest row
             block = np.arange(len(batch)) // _BLOCK
-            batch = batch[np.lexsort((-cost[batch], block))]
-            rows = rows[np.lexsort((self._cost[rows], block))]
-            text, visual = self._text[rows] + num_text[batch], self._visual[rows] + num_visual[batch]
-            fits = text + -(-visual // self._pad) * self._pad <= self._seq_length
+            batch = batch[np.lexsort((-self.loads[2, batch], block))]
+            rows = rows[np.lexsort((filled[2, rows], block))]
+            after = filled[:, rows] + self.loads[:, batch]
+            fits = self.room(after[0], after[1]) >= 0
             refused.append(np.sort(batch[~fits]))
-            batch, rows = batch[fits], rows[fits]
-            self._text[rows], self._visual[rows] = text[fits], visual[fits]
-            self._cost[rows] += cost[batch]
-            row_of[batch] = first_row + rows
-        left = np.concatenate(refused)
-        return left[np.argsort(-(num_text + num_visual)[left], kind="stable")]
+            filled[:, rows[fits]] = after[:, fits]
+            row_of[batch[fits]] = first_row + rows[fits]
+        return self.longest_first(np.concatenate(refused)), list(map(tuple, filled[:2].T.tolist()))
+
+    def fit_best(self, samples: np.ndarray, rows: list[tuple[int, int]], row_of: np.ndarray) -> None:
+        """Lays samples in their order, each into the fullest row that it fits, or into a new one.
+
+        Text and visual tokens of ``rows`` grow; ``row_of`` [n] int64 is filled in.
+        """
+        rooms = sorted((self.room(*filled), row) for row, filled in enumerate(rows))  # (tokens left, row), ascending
+        for sample in samples.tolist():
+            text, visual = int(self.loads[0, sample]), int(self.loads[1, sample])
+            # padding may hold some of the sample
+            place = bisect_left(rooms, (text + visual - self.pad_segments_to + 1, 0))
+            room = -1
+            while place < len(rooms) and room < 0:
+                row = rooms[place][1]
+                both = rows[row][0] + text, rows[row][1] + visual
+                room = self.room(*both)
+                place += 1
+            if room >= 0:
+                del rooms[place - 1]
+                rows[row] = both
+            else:
+                row = len(rows)
+                rows.append((text, visual))
+                room = self.room(text, visual)
+            row_of[sample] = row
+            insort(rooms, (room, row))
 
 
 def deal_rows(costs: np.ndarray, num_ranks: int) -> list[np.ndarray]:

@@ -8,9 +8,9 @@ nowhere but in dealing.
 
 import logging
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from threading import Lock
 
 import numpy as np
@@ -53,7 +53,7 @@ class RankStep:
     """What one data-parallel rank does in a step."""
 
     rows: tuple[Row, ...]
-    """Its rows, in the order of the global batch."""
+    """In the order of the global batch."""
     imbalance: float
     """Most work of a rank over the mean work, all ranks counted."""
     num_refused: int
@@ -66,14 +66,7 @@ class DataPlan:
     def __init__(
         self, indexes: Sequence[SourceIndex], weights: Sequence[float], ruler: Ruler, seed: int, batch_rows: int
     ) -> None:
-        """Prepares; no record is read yet.
-
-        Args:
-            indexes: the sources.
-            weights: their shares of the samples, in any unit.
-            ruler: measures samples.
-            seed: decides the order.
-            batch_rows: rows of a global batch.
+        """Reads no record yet; ``weights`` are the sources' shares of the samples, in any unit.
 
         Raises:
             UserError: a source is empty.
@@ -84,7 +77,7 @@ class DataPlan:
         self._indexes, self._ruler, self._seed, self._batch_rows = tuple(indexes), ruler, seed, batch_rows
         orders = [SourceOrder(index.starts, seed, _ORDER, number) for number, index in enumerate(indexes)]
         self.mixture = Mixture(orders, weights)
-        self._windows: OrderedDict[int, tuple[Row, ...]] = OrderedDict()
+        self._window = lru_cache(_WINDOWS_KEPT)(self._make_window)
         self._first_window, self._first_rows = 0, [0]
         self._lock = Lock()
 
@@ -101,7 +94,8 @@ class DataPlan:
 
     def step_rows(self, step: int) -> list[Row]:
         """Every row of the global batch of a step."""
-        return [self._row(place) for place in range(step * self._batch_rows, (step + 1) * self._batch_rows)]
+        places = map(self._locate, range(step * self._batch_rows, (step + 1) * self._batch_rows))
+        return [self.window(window)[row] for window, row in places]
 
     def anchor(self, step: int) -> tuple[int, int]:
         """(window, its first row) where a step begins: with it a plan starts here without making what lies before."""
@@ -117,10 +111,6 @@ class DataPlan:
         """The rows of one window, in the order in which steps take them; the last few windows are kept."""
         with self._lock:
             return self._window(number)
-
-    def _row(self, place: int) -> Row:
-        window, row = self._locate(place)
-        return self.window(window)[row]
 
     def _locate(self, place: int) -> tuple[int, int]:
         """(window, row in it) of a row counted from the start of the run."""
@@ -146,13 +136,6 @@ class DataPlan:
                 f"no sample of data.train_sources fits a row of {self._ruler.seq_length} tokens: raise data.seq_length "
                 "or lower data.min_image_pixels"
             )
-
-    def _window(self, number: int) -> tuple[Row, ...]:
-        if number not in self._windows:
-            self._windows[number] = self._make_window(number)
-            while len(self._windows) > _WINDOWS_KEPT:
-                self._windows.popitem(last=False)
-        return self._windows[number]
 
     def _make_window(self, number: int) -> tuple[Row, ...]:
         sources, samples = self.mixture.window(number)

@@ -8,11 +8,12 @@ from dataclasses import fields, replace
 import numpy as np
 import torch
 
+from navil_megatron.blueprint.image_plan import grids_of
 from navil_megatron.blueprint.modality_order import plan_modality_order
 from navil_megatron.blueprint.vision_plan import plan_vision
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.loss_groups import groups_of
-from navil_megatron.data.types import DataPlace, Microbatch, PackedRows, grids_of
+from navil_megatron.data.types import DataPlace, Microbatch, PackedRows
 
 
 def plan_microbatch(
@@ -20,12 +21,8 @@ def plan_microbatch(
 ) -> Microbatch:
     """What one rank does with some rows.
 
-    Args:
-        rows: in causal order.
-        model: the model section of the config.
-        place: which rank.
-        pixel_values: [p, 3 * patch * patch] patches of all scale images, of which a rank of the first stage keeps its
-            own; None: they come later.
+    Of ``pixel_values``, [p, 3 * patch * patch] patches of all scale images, a rank of the first stage keeps its own;
+    None: they come later.
     """
     order = plan_modality_order(
         rows.visual_token_mask, rows.segment_lengths, place.cp_size, rows.sample_tokens, place.cp_rank

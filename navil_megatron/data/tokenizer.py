@@ -55,9 +55,8 @@ class SampleTokenizer:
         self.special_token_ids = tuple(vocabulary[token] for token in SPECIAL_TOKENS)
         """Ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``."""
         self.end_id = _required_id(tokenizer.eos_token_id, "end (eos)", folder)
-        """Id that ends a caption or document."""
+        """Ends a caption or document."""
         self.pad_id = _required_id(tokenizer.pad_token_id, "padding (pad)", folder)
-        """Id of padding tokens."""
         self.vocab_size = max(vocabulary.values()) + 1
         """Smallest number of embedding rows that holds every id."""
         self.hugging_face = tokenizer
@@ -121,10 +120,6 @@ class SampleTokenizer:
             np.add.at(counts, owners[first : first + _SPANS_AT_ONCE], [len(encoding) for encoding in encodings])
         return counts
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text behind token ids, special tokens left out."""
-        return self.hugging_face.decode(list(ids), skip_special_tokens=True)
-
     def _spans(self, content: Content, num_images: int) -> Iterable[Span]:
         if isinstance(content, str):
             return document_spans(content, num_images)
@@ -163,13 +158,8 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
         raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): save the tokenizer anew") from error
     tokenizer = SampleTokenizer(loaded, str(folder))
     if special_token_ids is not None and tuple(special_token_ids) != tokenizer.special_token_ids:
-        differing = [
-            f"{token} is {found}, not {expected}"
-            for token, found, expected in zip(
-                SPECIAL_TOKENS, tokenizer.special_token_ids, special_token_ids, strict=False
-            )
-            if found != expected
-        ]
+        both = zip(SPECIAL_TOKENS, tokenizer.special_token_ids, special_token_ids, strict=False)
+        differing = [f"{token} is {found}, not {expected}" for token, found, expected in both if found != expected]
         raise UserError(
             f"tokenizer {folder} does not fit model.special_token_ids ({'; '.join(differing[:3])}): "
             f"set them to {list(tokenizer.special_token_ids)}"
@@ -178,14 +168,10 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
 
 
 def build_tokenizer(captions: Iterable[str], folder: Path, vocab_size: int = 1024) -> SampleTokenizer:
-    """Trains a byte-level BPE tokenizer and saves it as a Hugging Face folder that loads offline.
+    """Trains a byte-level BPE tokenizer over captions and saves it as a Hugging Face folder that loads offline.
 
-    Any text can be encoded; frequent words become one token. Special tokens come after the learned ones.
-
-    Args:
-        captions: the training text.
-        folder: where to save.
-        vocab_size: most entries to learn; small captions need fewer. The control tokens come on top.
+    Any text can be encoded; frequent words become one token. ``vocab_size`` is the most that is learned; the control
+    tokens come on top, and after them.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from navil_megatron.blueprint.image_plan import Grid, ScalePlan
+from navil_megatron.blueprint.image_plan import ScalePlan, grids_of
 from navil_megatron.blueprint.modality_order import ModalityOrder
 from navil_megatron.blueprint.vision_plan import VisionPlan
 from navil_megatron.blueprint.workload import Workload
@@ -19,12 +19,10 @@ IGNORED_LABEL = -100
 
 
 class SampleId(NamedTuple):
-    """One sample of a run."""
+    """One sample of a run: its source's place in the config, and its own in the source's index."""
 
     source: int
-    """Position of the source in the config."""
     number: int
-    """Position of the sample in the source's index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +63,12 @@ class RawSample:
     """One sample as its shard holds it."""
 
     shard: str
-    """Path or URL of the shard."""
+    """Path or URL."""
     key: str
-    """Name of the sample inside the shard."""
+    """Name inside the shard."""
     images: tuple[bytes, ...]
     """Encoded image files, in order of appearance; empty where they were not read."""
     content: Content
-    """What is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,6 @@ class EncodedSample:
     """Token ids and image plans of one sample; no pixel has been touched."""
 
     sample: SampleId
-    """Which one."""
     input_ids: np.ndarray
     """[n] int64."""
     loss_weights: np.ndarray
@@ -93,7 +89,6 @@ class PackedSequence:
     """One row: samples laid end to end, then padding."""
 
     samples: tuple[EncodedSample, ...]
-    """In row order."""
     seq_length: int
     """Tokens of the row, padding included."""
 
@@ -128,7 +123,6 @@ class PackedRows:
     image_grid_thw: np.ndarray
     """[num_scales, 3] int64: frames, patch rows, patch columns of every scale image, in order of appearance."""
     samples: tuple[SampleId, ...]
-    """Which samples, in order."""
     sample_starts: tuple[int, ...]
     """First token of each sample."""
     sample_lengths: tuple[int, ...]
@@ -163,7 +157,7 @@ class Microbatch(PackedRows):
     modality_order: ModalityOrder
     """Where this rank holds which token."""
     image_rows: np.ndarray
-    """[m] int64: rows of this rank that visual features replace, in order of appearance."""
+    """[m] int64: tokens of this rank that visual features replace, in order of appearance."""
     loss_groups: np.ndarray
     """[t] int64: the group in which each token's loss is reported, see ``data.loss_groups``."""
     num_visual_tokens: int
@@ -183,8 +177,3 @@ class Microbatch(PackedRows):
             grids=grids_of(self.image_grid_thw),
             num_predictions=int(np.count_nonzero(self.labels != IGNORED_LABEL)),
         )
-
-
-def grids_of(image_grid_thw: np.ndarray) -> tuple[Grid, ...]:
-    """[num_scales, 3] as tuples."""
-    return tuple((frames, rows, columns) for frames, rows, columns in image_grid_thw.tolist())

@@ -4,6 +4,8 @@ With ``swap_images`` each sample shows another sample's pictures: a model that r
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import batched
 
 import numpy as np
 
@@ -24,15 +26,8 @@ _NEIGHBOURS = 64
 class ValidationLoader:
     """Iterates over this rank's microbatches of one held-out source; every iteration starts from the front."""
 
-    def __init__(
-        self,
-        config: NaViLConfig,
-        index: str,
-        place: DataPlace,
-        *,
-        swap_images: bool = False,
-    ) -> None:
-        """Opens an index; the other arguments are as of ``TrainLoader``.
+    def __init__(self, config: NaViLConfig, index: str, place: DataPlace, *, swap_images: bool = False) -> None:
+        """Opens an index.
 
         Raises:
             UserError: index, shards or tokenizer are missing, damaged or do not fit.
@@ -53,15 +48,9 @@ class ValidationLoader:
         empty = Row(every[:0], every[:0], every[:0], 0)
         rows += [empty] * (-len(rows) % (place.dp_size * at_once))
         per_rank = len(rows) // place.dp_size
-        mine = rows[place.dp_rank * per_rank : (place.dp_rank + 1) * per_rank]
-        self._groups = [mine[first : first + at_once] for first in range(0, per_rank, at_once)]
-        self._builder = MicrobatchBuilder(
-            config,
-            sources,
-            tokenizer,
-            place=place,
-            pictures_of=swapped_pictures(source) if swap_images else lambda sample: sample,
-        )
+        self._groups = list(batched(rows[place.dp_rank * per_rank : (place.dp_rank + 1) * per_rank], at_once))
+        pictures_of = swapped_pictures(source) if swap_images else None
+        self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place, pictures_of=pictures_of)
         self._data = config.data
 
     def __len__(self) -> int:
@@ -70,17 +59,9 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Microbatch]:
         """This rank's microbatches, first to last."""
-        prefetch = Prefetch(
-            lambda number: self._builder.build(self._groups[number]),
-            0,
-            len(self._groups),
-            num_threads=self._data.num_workers,
-            num_ahead=self._data.prefetch_steps,
-        )
-        try:
-            yield from prefetch
-        finally:
-            prefetch.close()
+        threads = {"num_threads": self._data.num_workers, "num_ahead": self._data.prefetch_steps}
+        with closing(Prefetch(lambda n: self._builder.build(self._groups[n]), 0, len(self._groups), **threads)) as made:
+            yield from made
 
 
 def swapped_pictures(source: Source) -> Callable[[SampleId], SampleId]:
@@ -97,7 +78,7 @@ def swapped_pictures(source: Source) -> Callable[[SampleId], SampleId]:
 
     swapped = {}
     for place, index in enumerate(order):
-        neighbours = [order[(place + step) % len(order)] for step in range(1, min(len(order), 1 + _NEIGHBOURS))]
+        neighbours = [order[(place + ahead) % len(order)] for ahead in range(1, min(len(order), 1 + _NEIGHBOURS))]
         others = [o for o in neighbours if contents[o] != contents[index] and looks(o)[0] == looks(index)[0]]
         alike = [other for other in others if looks(other) == looks(index)]
         swapped[index] = next(iter(alike or others), index)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, head_terms, layer_terms, training_flops
 from navil_megatron.blueprint.held_parameters import HeldParameter, chunk_parameters, layers_of_chunks
@@ -9,17 +10,9 @@ from navil_megatron.blueprint.parameters import Part, is_trainable
 from navil_megatron.blueprint.vision_plan import fullest_share
 from navil_megatron.blueprint.workload import Workload, expert_loads
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.config.training import TrainingConfig
-from navil_megatron.planner.communication import (
-    MicrobatchSizes,
-    RankView,
-    Sent,
-    edge_traffic,
-    gradient_traffic,
-    layer_traffic,
-)
-from navil_megatron.planner.machine import Machine, ring_share
-from navil_megatron.planner.memory import ActivationModel, StateBytes, state_bytes
+from navil_megatron.planner.communication import MicrobatchSizes, RankTraffic, Sent
+from navil_megatron.planner.hardware import PEAK_TFLOPS, Hardware, ring_share
+from navil_megatron.planner.memory import ActivationModel, state_bytes
 from navil_megatron.planner.schedule import ChunkTime, Schedule, balanced_layers, most_in_flight, simulate
 
 
@@ -58,21 +51,17 @@ class Estimate:
     config: NaViLConfig
     """The run with this layout."""
     dp_size: int
-    """Replicas."""
     num_microbatches: int
     """Of a step and replica."""
     stages: tuple[StageMemory, ...]
-    """Memory of a rank of each pipeline stage."""
     schedule: Schedule
-    """The pipeline in time."""
     step_seconds: float
-    """One update."""
     layer_traffic_seconds: float
-    """Of it, collectives inside the layers, of the stage with most of them."""
+    """Of the step, collectives inside the layers, of the stage with most of them."""
     gradient_seconds: float
-    """Of it, gradients and updated weights over the ranks that share them."""
+    """Of the step, gradients and updated weights over the ranks that share them."""
     update_seconds: float
-    """Of it, the optimizer."""
+    """Of the step, the optimizer."""
     model_flops: float
     """Of the step, all ranks."""
 
@@ -81,194 +70,201 @@ class Estimate:
         """The stage whose rank takes most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
+    @property
+    def gpus(self) -> int:
+        """Of the run."""
+        return self.dp_size * self.config.parallel.model_parallel_size
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Tokens of packed rows, padding included."""
+        tokens = self.config.training.global_batch_size * self.config.data.seq_length
+        return tokens / self.step_seconds / self.gpus
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs could do at their peak."""
+        return self.model_flops / self.step_seconds / self.gpus / (PEAK_TFLOPS * 1e12)
+
 
 class Estimator:
-    """Estimates layouts of one run.
+    """Estimates one layout of a run, by one microbatch of its work."""
 
-    Args:
-        machine: What it runs on.
-        work: One microbatch.
-    """
+    def __init__(self, config: NaViLConfig, hardware: Hardware, work: Workload) -> None:
+        self.config, self.hardware, self.work = config, hardware, work
+        self._stages = config.parallel.pipeline_model_parallel_size
+        self._dp_size = hardware.gpus // config.parallel.model_parallel_size
+        self._loads = expert_loads(work, config)
 
-    def __init__(self, machine: Machine, work: Workload):
-        self.machine, self.work = machine, work
-
-    def estimate(self, config: NaViLConfig) -> Estimate:
-        """What to expect of the run with its layout, which ``validate`` has passed."""
-        parallel, phase = config.parallel, config.training.phase
-        stages, dp_size = parallel.pipeline_model_parallel_size, self.machine.gpus // parallel.model_parallel_size
-        num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp_size)
-        memory = tuple(self._stage_memory(config, stage, dp_size, num_microbatches) for stage in range(stages))
-        layer, first, last = self._part_times(config)
-        counts = layers_of_chunks(parallel, config.model.language.num_layers)
-        times = [layer * count for count in counts]
+    def estimate(self) -> Estimate:
+        """What to expect of the layout, which ``validate`` has passed."""
+        config, stages, training = self.config, self._stages, self.config.training
+        num_microbatches = training.global_batch_size // (training.micro_batch_size * self._dp_size)
+        memory = tuple(self._stage_memory(stage, num_microbatches) for stage in range(stages))
+        layer, first, last = self._part_times()
+        times = [layer * count for count in self._layers]
         times[0] += first
         times[-1] += last
-        send = self._link(config, "pp") * config.rank_tokens * config.model.language.hidden_size
-        send *= config.precision.number_bytes / (
-            parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        )
+        send = self._link("pp") * config.rank_tokens * config.model.language.hidden_size
+        send *= config.precision.number_bytes / config.parallel.sequence_ranks
         schedule = simulate(times, stages, num_microbatches, send)
-        views = [self._view(config, stage) for stage in range(stages)]
-        gradients = max(self._seconds(config, gradient_traffic(view)) for view in views)
+        gradients = max(self._seconds(rank.of_gradients()) for rank in self._ranks)
         # Gradient and state are read, state is written.
-        update = max(2 * stage.optimizer + stage.gradients for stage in memory) / (self.machine.hbm_bandwidth * 1e9)
-        flops = training_flops(config.model, self.work, phase)
-        on_stage = max(sum(counts[stage::stages]) for stage in range(stages))
+        update = max(2 * stage.optimizer + stage.gradients for stage in memory) / (self.hardware.hbm_bandwidth * 1e9)
+        flops = training_flops(config.model, self.work, training.phase)
+        on_stage = max(sum(self._layers[stage::stages]) for stage in range(stages))
         return Estimate(
             config=config,
-            dp_size=dp_size,
+            dp_size=self._dp_size,
             num_microbatches=num_microbatches,
             stages=memory,
             schedule=schedule,
             step_seconds=schedule.seconds + gradients + update,
-            layer_traffic_seconds=num_microbatches * on_stage * self._layer_traffic(config),
+            layer_traffic_seconds=num_microbatches * on_stage * self._layer_traffic,
             gradient_seconds=gradients,
             update_seconds=update,
-            model_flops=flops * num_microbatches * dp_size,
+            model_flops=flops * num_microbatches * self._dp_size,
         )
 
-    def balance(self, config: NaViLConfig) -> NaViLConfig:
+    def balanced(self) -> NaViLConfig:
         """The run with the decoder layers laid over the stages so that the slowest is as fast as can be."""
-        parallel, num_layers = config.parallel, config.model.language.num_layers
-        chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-        layer, first, last = self._part_times(config)
-        extra = [0.0] * chunks
+        parallel, num_layers = self.config.parallel, self.config.model.language.num_layers
+        layer, first, last = self._part_times()
+        extra = [0.0] * parallel.num_chunks
         extra[0] += first.both
         extra[-1] += last.both
-        counts: tuple[int, ...] | None = balanced_layers(parallel, num_layers, layer.both, extra)
-        if num_layers % chunks == 0 and counts == (num_layers // chunks,) * chunks:
-            counts = None
-        return replace(config, parallel=replace(parallel, pipeline_layers=counts))
+        counts = balanced_layers(parallel, num_layers, layer.both, extra)
+        laid = replace(parallel, pipeline_layers=counts if len(set(counts)) > 1 else None)
+        return replace(self.config, parallel=laid)
 
-    def _part_times(self, config: NaViLConfig) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
+    @cached_property
+    def _layers(self) -> tuple[int, ...]:
+        """Decoder layers of each chunk."""
+        return layers_of_chunks(self.config.parallel, self.config.model.language.num_layers)
+
+    @cached_property
+    def _held(self) -> list[list[list[HeldParameter]]]:
+        """Of each stage what the rank with the fullest experts holds, chunk by chunk."""
+        model, parallel, rank = self.config.model, self.config.parallel, self._loads.index(max(self._loads))
+        chunks = [list(chunk_parameters(model, parallel, chunk, rank)) for chunk in range(len(self._layers))]
+        return [chunks[stage :: self._stages] for stage in range(self._stages)]
+
+    @cached_property
+    def _ranks(self) -> list[RankTraffic]:
+        """A rank of each stage, whose microbatches are all alike."""
+        model, parallel, phase = self.config.model, self.config.parallel, self.config.training.phase
+        context = parallel.context_parallel_size
+        sizes = MicrobatchSizes(
+            num_predictions=self.work.num_predictions // context,
+            gathered_features=parallel.row_ranks * self._fullest_images.image_tokens(model.vision),
+            text_tokens=self.work.text_tokens // context,
+            visual_tokens=self.work.visual_tokens // context,
+        )
+        return [
+            RankTraffic(
+                config=self.config,
+                pp_rank=stage,
+                dp_rank=self._loads.index(max(self._loads)),
+                world_size=self.hardware.gpus,
+                batch=[[sizes]] * self._dp_size,
+                parameters=[[p for p in chunk if is_trainable(p.parameter.part, phase)] for chunk in chunks],
+            )
+            for stage, chunks in enumerate(self._held)
+        ]
+
+    @property
+    def _fullest_images(self) -> Workload:
+        """The microbatch with the images of the rank that encodes most."""
+        grids = fullest_share(self.work.grids, self.config.model.vision, self.config.parallel.row_ranks)
+        return replace(self.work, grids=grids)
+
+    def _part_times(self) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
         """Of one microbatch: one decoder layer; encoder, connector and embeddings; the head."""
-        model, parallel, training = config.model, config.parallel, config.training
-        work = self.work
+        model, ranks, work = self.config.model, self.config.parallel.row_ranks, self.work
         flops = list(layer_terms(model, work))
-        fullest = max(expert_loads(work, config))
-        if fullest > 1:
-            # A rank holds one modality's experts: the fullest computes its rows of all ranks, the others wait for it.
-            rows = round(fullest * sum(forward for part, forward in flops if _is_feed_forward(part)))
-            flops = [term for term in flops if not _is_feed_forward(term[0])] + [("visual feed-forward", rows)]
-        again = sum(forward for part, forward in flops if _is_repeated(part, training))
-        layer = self._compute(config, flops, parallel.row_ranks, again, self._layer_traffic(config))
-        encoded = replace(work, grids=fullest_share(work.grids, model.vision, parallel.row_ranks))
-        last_stage = parallel.pipeline_model_parallel_size - 1
-        before, behind = (self._edge_traffic(config, stage) for stage in (0, last_stage))
-        encoder = list(encoder_terms(model, encoded))
-        again = sum(forward for _, forward in encoder) if training.recomputes("encoder") else 0
-        first = self._compute(config, encoder, 1, again, before)
+        if max(self._loads) > 1:
+            # A rank holds one modality's experts: the fullest computes its tokens of all ranks, the others wait for it.
+            of_experts = round(max(self._loads) * sum(forward for part, forward in flops if _is_feed_forward(part)))
+            flops = [term for term in flops if not _is_feed_forward(term[0])] + [("visual feed-forward", of_experts)]
+        again = sum(forward for part, forward in flops if self._is_repeated(part))
+        layer = self._compute(flops, ranks, again, self._layer_traffic)
+        before, behind = (self._seconds(rank.of_edges(rank.batch[0][0])) for rank in (self._ranks[0], self._ranks[-1]))
+        encoder = list(encoder_terms(model, self._fullest_images))
+        again = _forward(encoder) if self.config.training.recomputes("encoder") else 0
+        first = self._compute(encoder, 1, again, before)
         # One stage is first and last at once: its collectives are counted with the encoder.
         head = list(head_terms(model, work))
-        again = sum(forward for _, forward in head)  # the backward pass makes the logits again, chunk by chunk
-        last = self._compute(config, head, parallel.row_ranks, again, behind if last_stage else 0)
+        # The backward pass makes the logits again, chunk by chunk.
+        last = self._compute(head, ranks, _forward(head), behind if self._stages > 1 else 0)
         return layer, first, last
 
-    def _compute(
-        self, config: NaViLConfig, terms: list[Term], ranks: int, again: int, traffic_seconds: float
-    ) -> ChunkTime:
-        """Seconds of some matrices; ``again`` FLOPs of them are repeated in the backward pass."""
-        forward = sum(flops for _, flops in terms)
-        backward = backward_flops(terms, config.training.phase) + again
-        scale = 1 / (ranks * self.machine.rate * 1e12)
+    def _is_repeated(self, part: Part | None) -> bool:
+        """Whether the backward pass repeats a group of a layer's products; those of the softmax have no part."""
+        training = self.config.training
+        if training.recompute == "full":
+            return True
+        is_softmax = part is None and training.recomputes("attention")
+        return training.recomputes("mlp") if _is_feed_forward(part) else is_softmax
+
+    def _compute(self, terms: list[Term], ranks: int, again: int, traffic_seconds: float) -> ChunkTime:
+        """Seconds of some products; ``again`` FLOPs of them are repeated in the backward pass."""
+        backward = backward_flops(terms, self.config.training.phase) + again
+        scale = 1 / (ranks * self.hardware.rate * 1e12)
         # Collectives of the two passes are nearly the same.
-        return ChunkTime(forward * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2)
+        return ChunkTime(_forward(terms) * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2)
 
-    def _layer_traffic(self, config: NaViLConfig) -> float:
+    @cached_property
+    def _layer_traffic(self) -> float:
         """Seconds of the collectives inside one decoder layer."""
-        return self._seconds(config, layer_traffic(self._view(config, 0), 0))
+        return self._seconds(self._ranks[0].of_layer(0))
 
-    def _edge_traffic(self, config: NaViLConfig, stage: int) -> float:
-        """Seconds of the collectives before the first layer or behind the last."""
-        view = self._view(config, stage)
-        return self._seconds(config, edge_traffic(view, view.batch[0][0]))
-
-    def _seconds(self, config: NaViLConfig, parts: Iterable[Sent]) -> float:
+    def _seconds(self, sent: Iterable[Sent]) -> float:
         """Time of these collectives, one after the other, at ring cost."""
         return sum(
-            num_bytes * ring_share(word, self._ranks(config, axis)[0]) * self._link(config, axis)
-            for axis, word, _, num_bytes in parts
+            num_bytes * ring_share(word, self._groups[axis][0]) * self._link(axis) for axis, word, _, num_bytes in sent
         )
 
-    def _ranks(self, config: NaViLConfig, axis: str) -> tuple[int, int]:
+    @cached_property
+    def _groups(self) -> dict[str, tuple[int, int]]:
         """Ranks of a group along an axis and how far apart they lie: core orders tensor, context, data, pipeline."""
-        parallel = config.parallel
-        tensor, experts = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-        stages = parallel.pipeline_model_parallel_size
-        sharing = self.machine.gpus // (tensor * stages)  # hold the same weights
-        split = parallel.expert_tensor_size
+        parallel = self.config.parallel
+        tensor, split = parallel.tensor_model_parallel_size, parallel.expert_tensor_size
+        experts = parallel.expert_model_parallel_size
+        sharing = self.hardware.gpus // (tensor * self._stages)  # hold the same weights
         return {
             "tp": (tensor, 1),
             "cp": (parallel.context_parallel_size, tensor),
             "ep": (experts, split),
             "dp": (sharing, tensor),
             "expert dp": (sharing * tensor // (split * experts), split * experts),
-            "pp": (stages, tensor * sharing),
-        }[axis]
+            "pp": (self._stages, tensor * sharing),
+        }
 
-    def _link(self, config: NaViLConfig, axis: str) -> float:
+    def _link(self, axis: str) -> float:
         """Seconds a byte along an axis."""
-        return 1 / self.machine.link(*self._ranks(config, axis))
+        return 1 / self.hardware.link(*self._groups[axis])
 
-    def _view(self, config: NaViLConfig, stage: int) -> RankView:
-        """A rank of a stage and one microbatch, as the formula of the traffic wants it."""
-        ranks, context = config.parallel.row_ranks, config.parallel.context_parallel_size
-        share = replace(self.work, grids=fullest_share(self.work.grids, config.model.vision, ranks))
-        sizes = MicrobatchSizes(
-            num_predictions=self.work.num_predictions // context,
-            gathered_features=ranks * share.image_tokens(config.model.vision),
-            rows_by_modality=(self.work.text_tokens // context, self.work.visual_tokens // context),
-        )
-        phase = config.training.phase
-        return RankView(
-            config=config,
-            pp_rank=stage,
-            dp_rank=self._expert_rank(config),
-            world_size=self.machine.gpus,
-            batch=[[sizes]] * (self.machine.gpus // config.parallel.model_parallel_size),
-            parameters=[
-                [piece for piece in chunk if is_trainable(piece.parameter.part, phase)]
-                for chunk in self._parameters(config, stage)
-            ],
-        )
-
-    def _parameters(self, config: NaViLConfig, stage: int) -> list[list[HeldParameter]]:
-        """What the rank with the fullest experts holds, chunk by chunk."""
-        parallel, num_layers = config.parallel, config.model.language.num_layers
-        chunks = range(stage, len(layers_of_chunks(parallel, num_layers)), parallel.pipeline_model_parallel_size)
-        return [list(chunk_parameters(config.model, parallel, chunk, self._expert_rank(config))) for chunk in chunks]
-
-    def _expert_rank(self, config: NaViLConfig) -> int:
-        loads = expert_loads(self.work, config)
-        return loads.index(max(loads))
-
-    def _stage_memory(self, config: NaViLConfig, stage: int, dp_size: int, num_microbatches: int) -> StageMemory:
-        activations = ActivationModel(config, self.work, fused=config.runtime.device == "cuda")
-        stages = config.parallel.pipeline_model_parallel_size
-        counts = layers_of_chunks(config.parallel, config.model.language.num_layers)
-        decoder = [count * activations.layer() + activations.shared_by_layers() for count in counts]
+    def _stage_memory(self, stage: int, num_microbatches: int) -> StageMemory:
+        activations = ActivationModel(self.config, self.work, fused=self.config.runtime.device == "cuda")
+        decoder = [count * activations.layer() + activations.shared_by_layers() for count in self._layers]
         # A chunk's output stays until its gradient arrives.
-        decoder[:-1] = [kept + activations.row_bytes for kept in decoder[:-1]]
+        decoder[:-1] = [kept + activations.hidden_bytes for kept in decoder[:-1]]
         decoder[0] += activations.embedding()
         decoder[-1] += activations.final_norm() + activations.head()
-        encoder = [activations.encoder(), *[0] * (len(counts) - 1)]
-        held = [piece for chunk in self._parameters(config, stage) for piece in chunk]
-        state: StateBytes = state_bytes(config, held, dp_size)
-        is_last = stage == stages - 1
+        encoder = [activations.encoder(), *[0] * (len(decoder) - 1)]
+        held = [piece for chunk in self._held[stage] for piece in chunk]
+        is_first, is_last = stage == 0, stage == self._stages - 1
         return StageMemory(
             stage=stage,
             parameters=sum(piece.numel for piece in held),
-            weights=state.weights,
-            gradients=state.gradients,
-            optimizer=state.optimizer,
-            activations=most_in_flight(stage, stages, num_microbatches, decoder),
-            encoder=most_in_flight(stage, stages, num_microbatches, encoder),
-            inputs=activations.inputs(stage == 0, num_microbatches),
+            **state_bytes(self.config, held, self._dp_size)._asdict(),
+            activations=most_in_flight(stage, self._stages, num_microbatches, decoder),
+            encoder=most_in_flight(stage, self._stages, num_microbatches, encoder),
+            inputs=activations.inputs(is_first, num_microbatches),
             working=max(
                 activations.layer_working(),
                 activations.head_working() if is_last else 0,
-                activations.encoder_working() if stage == 0 else 0,
+                activations.encoder_working() if is_first else 0,
             ),
         )
 
@@ -277,8 +273,5 @@ def _is_feed_forward(part: Part | None) -> bool:
     return part in ("text feed-forward", "visual feed-forward")
 
 
-def _is_repeated(part: Part | None, training: TrainingConfig) -> bool:
-    """Whether the backward pass repeats a group of a decoder layer's products; those of the softmax have no part."""
-    if training.recompute == "full":
-        return True
-    return training.recomputes("mlp") if _is_feed_forward(part) else part is None and training.recomputes("attention")
+def _forward(terms: Iterable[Term]) -> int:
+    return sum(flops for _, flops in terms)

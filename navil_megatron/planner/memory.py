@@ -1,11 +1,12 @@
 """Bytes that a rank holds: weights, gradients, optimizer state, and what a microbatch keeps for its backward pass.
 
 Activations are read off the layers: each line below is a tensor that autograd saves. ``fused`` says how RMSNorm runs:
-the CUDA kernel keeps its input and one number a row; the CPU's composite form keeps the scaled rows too.
+the CUDA kernel keeps its input and one number a token; the CPU's composite form keeps the scaled input too.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from navil_megatron.blueprint.held_parameters import HeldParameter, expert_replicas, is_routed
 from navil_megatron.blueprint.image_plan import num_patches
@@ -17,27 +18,15 @@ from navil_megatron.config.run import NaViLConfig
 FP32, INT64 = 4, 8
 
 
-@dataclass(frozen=True, slots=True)
-class StateBytes:
+class StateBytes(NamedTuple):
     """What outlives a step; the distributed optimizer's padding is left out."""
 
-    weights: float = 0
+    weights: int
     """In the precision of the run."""
-    gradients: float = 0
+    gradients: int
     """FP32, of trained parameters."""
-    optimizer: float = 0
+    optimizer: float
     """Two FP32 moments, and FP32 master weights under bf16."""
-
-    def __add__(self, other: "StateBytes") -> "StateBytes":
-        """Both together."""
-        return StateBytes(
-            self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer
-        )
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return round(self.weights + self.gradients + self.optimizer)
 
 
 def state_bytes(config: NaViLConfig, held: Iterable[HeldParameter], dp_size: int) -> StateBytes:
@@ -46,13 +35,15 @@ def state_bytes(config: NaViLConfig, held: Iterable[HeldParameter], dp_size: int
     optimizer = 2 * FP32 + (FP32 if size == 2 else 0)
     sharing = dp_size * config.parallel.context_parallel_size
     of_experts = expert_replicas(config.parallel, dp_size) if is_routed(config.model, config.parallel) else sharing
-    found = StateBytes()
+    whole = trained = 0
+    moments = 0.0
     for piece in held:
-        trained = piece.numel if is_trainable(piece.parameter.part, config.training.phase) else 0
-        holders = of_experts if piece.parameter.num_experts else sharing
-        shares = holders if config.optimizer.distributed else 1
-        found += StateBytes(piece.numel * size, trained * FP32, trained * optimizer / shares)
-    return found
+        whole += piece.numel
+        if is_trainable(piece.parameter.part, config.training.phase):
+            trained += piece.numel
+            holders = of_experts if piece.parameter.num_experts else sharing
+            moments += piece.numel * optimizer / (holders if config.optimizer.distributed else 1)
+    return StateBytes(whole * size, trained * FP32, moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,63 +51,51 @@ class ActivationModel:
     """Activations of one microbatch on one rank of a layout."""
 
     config: NaViLConfig
-    """The run, its layout included."""
     work: Workload
-    """The microbatch."""
     fused: bool
-    """RMSNorm keeps no scaled rows: on CUDA."""
+    """RMSNorm keeps no scaled input: on CUDA."""
 
     @property
-    def size(self) -> int:
-        """Bytes of a number."""
+    def _size(self) -> int:
         return self.config.precision.number_bytes
 
     @property
-    def tensor(self) -> int:
-        """Tensor-parallel ranks."""
+    def _tensor(self) -> int:
         return self.config.parallel.tensor_model_parallel_size
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a context-parallel rank."""
+    def _tokens(self) -> int:
         return self.config.rank_tokens
 
     @property
-    def row_bytes(self) -> int:
-        """Hidden states between the matrices: this rank's share of the rows under sequence parallelism."""
-        shares = self.tensor if self.config.parallel.sequence_parallel else 1
-        return self.tokens * self.config.model.language.hidden_size * self.size // shares
+    def hidden_bytes(self) -> int:
+        """Hidden states between the matrices, where sequence parallelism shares out the tokens."""
+        return self._tokens * self.config.model.language.hidden_size * self._size // self.config.parallel.sequence_ranks
 
-    def norm(self, rows: int, width: int) -> int:
-        """An RMSNorm: its input, a number a row, and unless fused the scaled rows."""
-        return rows * width * self.size * (1 if self.fused else 2) + rows * FP32
+    def _norm(self, tokens: int, width: int) -> int:
+        """An RMSNorm: its input, a number a token, and unless fused the scaled input."""
+        return tokens * width * self._size * (1 if self.fused else 2) + tokens * FP32
 
     def layer(self) -> int:
         """One decoder layer."""
         if self.config.training.recompute == "full":
-            return self.row_bytes
-        language = self.config.model.language
-        shares = self.tensor if self.config.parallel.sequence_parallel else 1
-        rows = self.tokens // shares
-        kept = 2 * self.norm(rows, language.hidden_size)
-        kept += self.row_bytes  # input of linear_qkv
-        kept += self._attention(again=self.config.training.recomputes("attention"))
-        if language.composed_visual_output_projection:
-            kept += self.row_bytes  # output of the text projection, input of the visual one
-        if self.config.training.recomputes("mlp"):
-            return kept + self.row_bytes
-        return kept + self._feed_forward()
+            return self.hidden_bytes
+        # The norms, and the input of linear_qkv.
+        kept = 2 * self.final_norm() + self.hidden_bytes + self._attention()
+        if self.config.model.language.composed_visual_output_projection:
+            kept += self.hidden_bytes  # output of the text projection, input of the visual one
+        return kept + (self.hidden_bytes if self.config.training.recomputes("mlp") else self._feed_forward())
 
-    def _attention(self, again: bool) -> int:
+    def _attention(self) -> int:
         """From linear_qkv's output to linear_proj's input; the softmax and its gathers may be computed again."""
-        language, t = self.config.model.language, self.tokens
-        heads, groups = language.num_attention_heads // self.tensor, language.num_query_groups // self.tensor
-        query, key = (t * n * language.head_dim * self.size for n in (heads, groups))
+        language, t, again = self.config.model.language, self._tokens, self.config.training.recomputes("attention")
+        heads, groups = language.num_attention_heads // self._tensor, language.num_query_groups // self._tensor
+        query, key = (t * n * language.head_dim * self._size for n in (heads, groups))
         qkv = query + 2 * key
         kept = query  # input of linear_proj
         if not again:
             # In attention order: query, key, value, output, and a logarithm of each softmax's sum.
-            on_cpu = 1 if self.fused else FP32 // self.size
+            on_cpu = 1 if self.fused else FP32 // self._size
             kept += (qkv + query) * on_cpu + t * heads * FP32
         else:
             kept += query + key  # turned by their positions; the value is a view of linear_qkv's output
@@ -130,81 +109,73 @@ class ActivationModel:
     def _feed_forward(self) -> int:
         """Inputs of linear_fc1, SwiGLU and linear_fc2."""
         language = self.config.model.language
-        parallel, tokens = self.config.parallel, self.tokens
+        parallel, tokens = self.config.parallel, self._tokens
         if not is_routed(self.config.model, parallel):
-            return self.row_bytes + tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
-        row = (language.hidden_size + 3 * language.ffn_hidden_size // parallel.expert_tensor_size) * self.size
-        kept = int(self.arriving_rows * row)
+            return self.hidden_bytes + tokens * 3 * language.ffn_hidden_size // self._tensor * self._size
+        # Tokens of the fullest expert-parallel rank, of all that send to it; one counts once for each of its experts.
+        arriving = tokens * language.experts_per_token * max(expert_loads(self.work, self.config))
+        arriving = arriving * parallel.expert_tensor_size / self._tensor
+        kept = int(
+            arriving
+            * ((language.hidden_size + 3 * language.ffn_hidden_size // parallel.expert_tensor_size) * self._size)
+        )
         if language.num_experts > 1:
             # The router's input; logits and two scores; weights beside their order and its inverse, there and back.
             scores = 5 * language.num_experts * FP32 + language.experts_per_token * (4 * INT64 + 2 * FP32)
-            kept += self.row_bytes + tokens * scores
-        # Core also keeps where each row came from.
+            kept += self.hidden_bytes + tokens * scores
+        # Core also keeps where each token came from.
         return kept + (tokens * INT64 if parallel.expert_model_parallel_size > 1 else 0)
 
-    @property
-    def arriving_rows(self) -> float:
-        """Rows of the fullest expert-parallel rank, of all that send to it; a token counts once for each expert."""
-        parallel, language = self.config.parallel, self.config.model.language
-        rows = self.tokens * language.experts_per_token
-        return rows * max(expert_loads(self.work, self.config)) * parallel.expert_tensor_size / self.tensor
-
     def shared_by_layers(self) -> int:
-        """Rotary tables, and under attention without recompute the orders of the rows."""
+        """Rotary tables, and under attention without recompute the orders of all ranks' tokens."""
+        tables = self._tokens * 2 * self.config.model.language.head_dim * self._size
         orders = 0 if self.config.training.recomputes("attention") else 2 * INT64
-        # The orders are of the tokens of all ranks.
-        return (
-            self.tokens * 2 * self.config.model.language.head_dim * self.size + self.config.microbatch_tokens * orders
-        )
+        return tables + self.config.microbatch_tokens * orders
 
     def final_norm(self) -> int:
-        """After the last layer."""
-        shares = self.tensor if self.config.parallel.sequence_parallel else 1
-        return self.norm(self.tokens // shares, self.config.model.language.hidden_size)
+        """That after the last layer; those inside keep as much."""
+        return self._norm(self._tokens // self.config.parallel.sequence_ranks, self.config.model.language.hidden_size)
 
     def embedding(self) -> int:
-        """Token ids, rows of special tokens, places of image tokens; under sequence parallelism the embeddings of all
-        rows, of which the first layer's input is a view.
+        """Token ids, entries of special tokens, places of image tokens; under sequence parallelism the embeddings of
+        all tokens, of which the first layer's input is a view.
         """
-        tokens = self.tokens
-        kept = tokens * (2 * INT64 + 1) + self._share(self.image_tokens) * INT64
-        return kept + tokens * self.config.model.language.hidden_size * self.size - self.row_bytes
+        kept = self._tokens * (2 * INT64 + 1) + self._image_places
+        return kept + self._tokens * self.config.model.language.hidden_size * self._size - self.hidden_bytes
 
     @property
-    def image_tokens(self) -> int:
-        """Image tokens of the microbatch."""
-        return self.work.image_tokens(self.config.model.vision)
+    def _image_places(self) -> int:
+        return self._share(self.work.image_tokens(self.config.model.vision)) * INT64
 
     def encoder(self) -> int:
         """Encoder and connector on the rank with most patches."""
         vision, hidden = self.config.model.vision, self.config.model.language.hidden_size
-        grids = fullest_share(self.work.grids, vision, self.config.parallel.row_ranks)
-        patches = num_patches(grids)
+        patches = self._patches
         tokens = patches // vision.merge_size**2
-        kept = patches * vision.patch_dim * self.size  # input of the patch embedding
-        kept += 2 * patches * vision.head_dim * self.size  # rotary tables
+        kept = patches * vision.patch_dim * self._size  # input of the patch embedding
+        kept += 2 * patches * vision.head_dim * self._size  # rotary tables
         for number in range(vision.num_layers):
             windowed = vision.full_attention_layers is not None and number not in vision.full_attention_layers
             kept += self._vision_layer(patches, windowed)
-        # Connector: input and scaled input of the norm with two numbers a row, then the inputs of GELU and linear_fc2.
-        kept += 2 * patches * vision.hidden_size * self.size + tokens * (2 * FP32 + 2 * hidden * self.size)
-        return kept + self._share(self.image_tokens) * INT64
+        # Connector: the norm's input, also scaled, and two numbers a token; then the inputs of GELU and linear_fc2.
+        kept += 2 * patches * vision.hidden_size * self._size + tokens * (2 * FP32 + 2 * hidden * self._size)
+        return kept + self._image_places
 
     def _vision_layer(self, patches: int, windowed: bool) -> int:
         vision = self.config.model.vision
-        rows = patches * vision.hidden_size * self.size
+        hidden = patches * vision.hidden_size * self._size
         if self.config.training.recomputes("encoder"):
-            return rows
-        norm = self.norm(patches, vision.hidden_size) if vision.norm == "rmsnorm" else rows + 2 * patches * FP32
-        value = rows if windowed else 3 * rows  # in place it is a view of linear_qkv's output
-        attention = 3 * rows + value + patches * vision.num_attention_heads * FP32
+            return hidden
+        norm = self._norm(patches, vision.hidden_size) if vision.norm == "rmsnorm" else hidden + 2 * patches * FP32
+        value = hidden if windowed else 3 * hidden  # in place it is a view of linear_qkv's output
+        attention = 3 * hidden + value + patches * vision.num_attention_heads * FP32
         # Inputs of linear_qkv, linear_proj, both LayerScales and linear_fc1; of GELU and linear_fc2.
-        return 2 * norm + attention + 5 * rows + 2 * patches * vision.ffn_hidden_size * self.size
+        return 2 * norm + attention + 5 * hidden + 2 * patches * vision.ffn_hidden_size * self._size
 
     def head(self) -> int:
-        """Picked rows with their places in the row and in this rank's vocabulary, and the log-sum of each."""
-        row = self.config.model.language.hidden_size * self.size
-        return self._share(self.work.num_predictions) * (row + 2 * INT64 + FP32)
+        """Predicted tokens with their places in the row and in this rank's vocabulary, and the log-sum of each."""
+        hidden = self.config.model.language.hidden_size * self._size
+        return self._share(self.work.num_predictions) * (hidden + 2 * INT64 + FP32)
 
     def _share(self, count: int) -> int:
         """Of so many tokens, those of the context-parallel rank with most."""
@@ -213,36 +184,33 @@ class ActivationModel:
     def head_working(self) -> int:
         """Logits of one chunk, in FP32 beside the run's precision, and the FP32 sum of a trained head's gradient."""
         language = self.config.model.language
-        rows = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
-        words = language.vocab_size // self.tensor
-        rounded = 0 if self.size == FP32 else self.size
+        tokens = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
+        words = language.vocab_size // self._tensor
+        rounded = 0 if self._size == FP32 else self._size
         trained = is_trainable("output_layer", self.config.training.phase)
-        return words * (rows * (FP32 + rounded) + language.hidden_size * (FP32 + rounded) * trained)
+        return words * (tokens * (FP32 + rounded) + language.hidden_size * (FP32 + rounded) * trained)
 
     def layer_working(self) -> int:
         """Beyond what is kept, while one layer runs backward: gradients of the widest activation and of its input and
         output, and with recompute the layer's own activations.
         """
         language, training = self.config.model.language, self.config.training
-        wide = self.tokens * 3 * language.ffn_hidden_size // self.tensor * self.size
-        wide *= language.experts_per_token
-        nothing = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
-        again = nothing.layer() - self.layer()
-        return wide + 2 * self.row_bytes + again
+        wide = self._tokens * 3 * language.ffn_hidden_size // self._tensor * self._size * language.experts_per_token
+        whole = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
+        return wide + 2 * self.hidden_bytes + whole.layer() - self.layer()
 
     @property
-    def patch_numbers(self) -> int:
-        """Numbers in the patches of the rank that encodes most."""
-        vision = self.config.model.vision
-        return num_patches(fullest_share(self.work.grids, vision, self.config.parallel.row_ranks)) * vision.patch_dim
+    def _patches(self) -> int:
+        """Of the rank that encodes most."""
+        return num_patches(fullest_share(self.work.grids, self.config.model.vision, self.config.parallel.row_ranks))
 
     def inputs(self, is_first: bool, num_microbatches: int) -> int:
         """What the device is given of the microbatch in work and of the next: ids and orders, and the first stage's
         share of the pixels, a byte each.
         """
-        ids = (3 * self.tokens + 2 * self.config.microbatch_tokens) * INT64
-        return min(2, num_microbatches) * (ids + (self.patch_numbers if is_first else 0))
+        ids = (3 * self._tokens + 2 * self.config.microbatch_tokens) * INT64
+        return min(2, num_microbatches) * (ids + is_first * self._patches * self.config.model.vision.patch_dim)
 
     def encoder_working(self) -> int:
         """The patches in encoder order, and normalised, before the first layer runs."""
-        return self.patch_numbers * (1 + FP32)
+        return self._patches * self.config.model.vision.patch_dim * (1 + FP32)

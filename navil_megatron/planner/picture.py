@@ -12,12 +12,7 @@ SHOWN_MICROBATCHES = 8
 
 
 def draw_schedule(schedule: Schedule, title: str) -> str:
-    """The first microbatches of a schedule.
-
-    Args:
-        schedule: What ``simulate`` found.
-        title: What the picture shows, in a line.
-    """
+    """The first microbatches of a schedule, under a line of title."""
     stages = 1 + max(span.stage for span in schedule.spans)
     shown = [span for span in schedule.spans if span.microbatch < max(SHOWN_MICROBATCHES, 2 * stages)]
     end = max(span.end for span in shown)

@@ -1,22 +1,24 @@
 """A plan as one JSON object and as the text of a terminal."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from navil_megatron.blueprint.parameters import active_parameters, count_by_part
 from navil_megatron.blueprint.workload import Workload
+from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, StageMemory
-from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.hardware import Hardware
 from navil_megatron.planner.search import Candidate
-
-PEAK_TFLOPS = 989
-"""Dense BF16 of an H100 SXM, for MFU."""
 
 Report = dict[str, Any]
 
+_SECONDS = ("step_seconds", "layer_traffic_seconds", "gradient_seconds", "update_seconds")
+_FIGURES = ("num_microbatches", *_SECONDS, "tokens_per_second_per_gpu", "mfu")
 
-def as_json(config: NaViLConfig, machine: Machine, work: Workload, found: Sequence[Candidate]) -> Report:
+
+def as_json(config: NaViLConfig, hardware: Hardware, work: Workload, found: Sequence[Candidate]) -> Report:
     """Everything that the plan found."""
     by_phase = {phase: count_by_part(config.model, phase) for phase in ("s1.1", "s1.2", "s2")}
     return {
@@ -27,19 +29,19 @@ def as_json(config: NaViLConfig, machine: Machine, work: Workload, found: Sequen
             "by_part": by_phase["s2"],
             "trainable_by_phase": {phase: sum(parts.values()) for phase, parts in by_phase.items()},
         },
-        "gpus": machine.gpus,
+        "gpus": hardware.gpus,
         "microbatch": {
             "text_tokens": work.text_tokens,
             "visual_tokens": work.visual_tokens,
             "patches": work.num_patches,
             "predictions": work.num_predictions,
         },
-        "assumptions": list(machine.assumptions()),
-        "layouts": [_layout(candidate, machine) for candidate in found],
+        "assumptions": list(hardware.assumptions()),
+        "layouts": [_layout(candidate, hardware) for candidate in found],
     }
 
 
-def _layout(candidate: Candidate, machine: Machine) -> Report:
+def _layout(candidate: Candidate, hardware: Hardware) -> Report:
     parallel, estimate = candidate.config.parallel, candidate.estimate
     report: Report = {
         "tensor": parallel.tensor_model_parallel_size,
@@ -49,7 +51,7 @@ def _layout(candidate: Candidate, machine: Machine) -> Report:
         "context": parallel.context_parallel_size,
         "expert": parallel.expert_model_parallel_size,
         "expert_tensor": parallel.expert_tensor_size,
-        "data": machine.gpus // parallel.model_parallel_size,
+        "data": hardware.gpus // parallel.model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "recompute": candidate.config.training.recompute,
         "recompute_modules": list(candidate.config.training.recompute_modules),
@@ -60,14 +62,8 @@ def _layout(candidate: Candidate, machine: Machine) -> Report:
         "memory": None,
     }
     if estimate is not None:
+        report |= {name: getattr(estimate, name) for name in _FIGURES}
         report |= {
-            "num_microbatches": estimate.num_microbatches,
-            "step_seconds": estimate.step_seconds,
-            "layer_traffic_seconds": estimate.layer_traffic_seconds,
-            "gradient_seconds": estimate.gradient_seconds,
-            "update_seconds": estimate.update_seconds,
-            "tokens_per_second_per_gpu": _tokens_per_second(estimate, machine),
-            "mfu": _mfu(estimate, machine),
             "bubble": estimate.schedule.bubble,
             "memory": _memory(estimate.fullest),
             "stages": [_memory(stage) for stage in estimate.stages],
@@ -80,23 +76,16 @@ def _memory(stage: StageMemory) -> Report:
     return {"stage": stage.stage, "parameters": stage.parameters, **kinds, "peak_bytes": round(stage.peak)}
 
 
-def _tokens_per_second(estimate: Estimate, machine: Machine) -> float:
-    config = estimate.config
-    return config.training.global_batch_size * config.data.seq_length / estimate.step_seconds / machine.gpus
-
-
-def _mfu(estimate: Estimate, machine: Machine) -> float:
-    return estimate.model_flops / estimate.step_seconds / machine.gpus / (PEAK_TFLOPS * 1e12)
-
-
-def as_text(config: NaViLConfig, machine: Machine, work: Workload, found: Sequence[Candidate], top: int) -> str:
+def as_text(config: NaViLConfig, hardware: Hardware, work: Workload, found: Sequence[Candidate], top: int) -> str:
     """Parameters, assumptions, the best layouts, the best one's memory, and what is out."""
     fitting = [candidate for candidate in found if candidate.fits]
-    lines = [*_parameter_lines(config), "", *_assumption_lines(config, machine, work), ""]
-    lines.append(f"{len(fitting)} of {len(found)} layouts fit {machine.gpus} GPUs of {machine.hbm:g} GB; the fastest:")
-    lines += _table(fitting[:top], machine)
+    lines = [*parameter_lines(config), "", *_assumption_lines(config, hardware, work), ""]
+    lines.append(
+        f"{len(fitting)} of {len(found)} layouts fit {hardware.gpus} GPUs of {hardware.hbm:g} GB; the fastest:"
+    )
+    lines += _table(fitting[:top])
     if fitting:
-        lines += ["", *_best_lines(fitting[0], machine)]
+        lines += ["", *_best_lines(fitting[0])]
     large = [candidate for candidate in found if candidate.estimate and not candidate.fits]
     if large:
         lines += ["", f"{len(large)} take too much memory; the nearest:"]
@@ -104,22 +93,24 @@ def as_text(config: NaViLConfig, machine: Machine, work: Workload, found: Sequen
     refused = [candidate for candidate in found if candidate.estimate is None]
     if refused:
         lines += ["", f"{len(refused)} are refused by a rule:"]
-        lines += [f"  {count} x {reason}" for reason, count in _counted(refused).items()]
+        lines += [
+            f"  {count} x {reason}" for reason, count in Counter(candidate.reason for candidate in refused).items()
+        ]
     return "\n".join(lines)
 
 
 def describe_layout(config: NaViLConfig) -> str:
     """A layout in a few words."""
     parallel = config.parallel
-    words = [f"tp{parallel.tensor_model_parallel_size}", f"pp{parallel.pipeline_model_parallel_size}"]
-    if parallel.virtual_pipeline_model_parallel_size:
-        words.append(f"vpp{parallel.virtual_pipeline_model_parallel_size}")
-    if parallel.context_parallel_size > 1:
-        words.append(f"cp{parallel.context_parallel_size}")
-    if parallel.expert_model_parallel_size > 1:
-        words.append(f"ep{parallel.expert_model_parallel_size}")
-    if parallel.expert_tensor_parallel_size is not None:
-        words.append(f"etp{parallel.expert_tensor_parallel_size}")
+    sizes = {
+        "tp": parallel.tensor_model_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "vpp": parallel.virtual_pipeline_model_parallel_size,
+        "cp": parallel.context_parallel_size,
+        "ep": parallel.expert_model_parallel_size,
+        "etp": parallel.expert_tensor_parallel_size,
+    }
+    words = [f"{axis}{size}" for axis, size in sizes.items() if size and (size > 1 or axis in ("tp", "pp", "etp"))]
     if parallel.sequence_parallel:
         words.append("sp")
     if config.training.recompute != "none":
@@ -128,7 +119,8 @@ def describe_layout(config: NaViLConfig) -> str:
     return " ".join(words)
 
 
-def _parameter_lines(config: NaViLConfig) -> list[str]:
+def parameter_lines(config: NaViLConfig) -> list[str]:
+    """Parameters of each part, all and trained."""
     phase = config.training.phase
     total, trained = count_by_part(config.model), count_by_part(config.model, phase)
     lines = [f"{'parameters':26} {'total':>16} {'trained in ' + phase:>18}"]
@@ -139,55 +131,44 @@ def _parameter_lines(config: NaViLConfig) -> list[str]:
     return lines
 
 
-def _assumption_lines(config: NaViLConfig, machine: Machine, work: Workload) -> list[str]:
+def _assumption_lines(config: NaViLConfig, hardware: Hardware, work: Workload) -> list[str]:
     share = work.visual_tokens / work.num_tokens
     row = (
         f"rows: {config.microbatch_tokens:,} tokens a microbatch, {share:.0%} visual, {work.num_patches:,} patches in "
         f"{len(work.grids)} scale-images, {work.num_predictions:,} predictions"
     )
-    return ["assumed", *(f"  {line}" for line in (row, *machine.assumptions()))]
+    return ["assumed", *(f"  {line}" for line in (row, *hardware.assumptions()))]
 
 
-def _table(fitting: Sequence[Candidate], machine: Machine) -> list[str]:
+def _table(fitting: Sequence[Candidate]) -> list[str]:
     lines = [f"  {'layout':34} {'dp':>4} {'step':>8} {'tok/s/GPU':>10} {'MFU':>5} {'idle':>5} {'peak':>8}  why"]
     for candidate in fitting:
         estimate = candidate.estimate
         assert estimate is not None
         lines.append(
             f"  {describe_layout(candidate.config):34} {estimate.dp_size:4} {estimate.step_seconds:6.2f} s "
-            f"{_tokens_per_second(estimate, machine):10,.0f} {_mfu(estimate, machine):5.0%} "
+            f"{estimate.tokens_per_second_per_gpu:10,.0f} {estimate.mfu:5.0%} "
             f"{estimate.schedule.bubble:5.0%} {estimate.fullest.peak / 1e9:5.1f} GB  {candidate.reason}"
         )
     return lines
 
 
-def _best_lines(best: Candidate, machine: Machine) -> list[str]:
-    estimate, parallel = best.estimate, best.config.parallel
+def _best_lines(best: Candidate) -> list[str]:
+    estimate, training = best.estimate, best.config.training
     assert estimate is not None
-    lines = ["memory of a rank of each stage under the fastest, in GB"]
-    lines.append("  stage " + "".join(f"{kind:>12}" for kind in (*MEMORY_KINDS, "peak")))
+    lines = ["memory of a rank of each stage under the fastest, in GB", *memory_lines(estimate)]
+    settings = {f"parallel.{name}": value for name, value in config_to_dict(best.config.parallel).items()}
+    settings["training.recompute"] = training.recompute
+    if training.recompute == "selective":
+        settings["training.recompute_modules"] = list(training.recompute_modules)
+    told = (f"  {key}={str(value).lower()}".replace(" ", "") for key, value in settings.items() if value is not None)
+    return [*lines, "", "to use it:", *told]
+
+
+def memory_lines(estimate: Estimate) -> list[str]:
+    """Memory of a rank of each stage by kind, in GB."""
+    kinds = (*MEMORY_KINDS, "peak")
+    lines = ["  stage " + "".join(f"{kind:>12}" for kind in kinds)]
     for stage in estimate.stages:
-        values = "".join(f"{getattr(stage, kind) / 1e9:12.2f}" for kind in (*MEMORY_KINDS, "peak"))
-        lines.append(f"  {stage.stage:5} {values}")
-    lines += ["", "to use it:"]
-    settings = {
-        "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
-        "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "parallel.virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
-        "parallel.pipeline_layers": list(parallel.pipeline_layers) if parallel.pipeline_layers else None,
-        "parallel.context_parallel_size": parallel.context_parallel_size,
-        "parallel.expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "parallel.expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
-        "training.recompute": best.config.training.recompute,
-    }
-    if best.config.training.recompute == "selective":
-        settings["training.recompute_modules"] = list(best.config.training.recompute_modules)
-    return [*lines, *(f"  {key}={value}".replace(" ", "") for key, value in settings.items() if value is not None)]
-
-
-def _counted(refused: Sequence[Candidate]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for candidate in refused:
-        counts[candidate.reason] = counts.get(candidate.reason, 0) + 1
-    return counts
+        lines.append(f"  {stage.stage:5} " + "".join(f"{getattr(stage, kind) / 1e9:12.2f}" for kind in kinds))
+    return lines

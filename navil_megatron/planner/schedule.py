@@ -21,11 +21,9 @@ class ChunkTime:
     backward: float
 
     def __add__(self, other: "ChunkTime") -> "ChunkTime":
-        """One after the other."""
         return ChunkTime(self.forward + other.forward, self.backward + other.backward)
 
     def __mul__(self, times: int) -> "ChunkTime":
-        """As often as that."""
         return ChunkTime(self.forward * times, self.backward * times)
 
     @property
@@ -60,13 +58,8 @@ class Schedule:
 
 
 def simulate(times: Sequence[ChunkTime], num_stages: int, num_microbatches: int, send_seconds: float = 0) -> Schedule:
-    """Run a schedule.
-
-    Args:
-        times: Of each chunk in the order of the model; more than one a stage is the interleaved schedule.
-        num_stages: Pipeline stages.
-        num_microbatches: Microbatches of a step and replica; interleaved, a multiple of the stages.
-        send_seconds: From the end of a chunk to the start of its neighbour on another stage.
+    """Run a step: ``times`` of each chunk in the order of the model, more than one a stage being the interleaved
+    schedule, whose microbatches are a multiple of the stages; ``send_seconds`` pass between chunks of two stages.
     """
     simulated = min(num_microbatches, _SIMULATED_ROUNDS * num_stages)
     spans = _spans(times, num_stages, simulated, send_seconds)
@@ -81,12 +74,9 @@ def simulate(times: Sequence[ChunkTime], num_stages: int, num_microbatches: int,
 
 def stage_order(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[tuple[bool, int, int]]:
     """(is forward, chunk in the order of the model, microbatch) of everything a stage does, first to last."""
-    per_stage = num_chunks // num_stages
+    per_stage, ahead = num_chunks // num_stages, num_stages - stage - 1
     total = num_microbatches * per_stage
-    if per_stage == 1:
-        warmup = min(num_stages - stage - 1, total)
-    else:
-        warmup = min(2 * (num_stages - stage - 1) + (per_stage - 1) * num_stages, total)
+    warmup = min(ahead if per_stage == 1 else 2 * ahead + (per_stage - 1) * num_stages, total)
 
     def unit(number: int, is_forward: bool) -> tuple[bool, int, int]:
         # Groups of as many microbatches as stages pass a chunk before the next chunk's turn.
@@ -113,13 +103,8 @@ def most_in_flight(stage: int, num_stages: int, num_microbatches: int, chunk_byt
 
 
 def balanced_layers(parallel: ParallelConfig, num_layers: int, layer: float, extra: Sequence[float]) -> tuple[int, ...]:
-    """Decoder layers of each chunk so that the slowest stage is as fast as can be.
-
-    Args:
-        parallel: The layout.
-        num_layers: Layers of the decoder.
-        layer: Seconds of one layer.
-        extra: Seconds of what else each chunk does: encoder and embeddings on the first, the head on the last.
+    """Decoder layers of each chunk so that the slowest stage is as fast as can be: ``layer`` seconds each, beside the
+    ``extra`` seconds of a chunk, for encoder and embeddings on the first and the head on the last.
     """
     stages, chunks = parallel.pipeline_model_parallel_size, len(extra)
     counts = [0] * chunks

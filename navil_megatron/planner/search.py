@@ -13,7 +13,7 @@ from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.training import Recomputed
 from navil_megatron.config.validate import validate
 from navil_megatron.planner.estimate import MEMORY_KINDS, Estimate, Estimator
-from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.hardware import Hardware
 
 RECOMPUTE: tuple[tuple[Literal["none", "selective", "full"], tuple[Recomputed, ...]], ...] = (
     ("none", ("attention",)),
@@ -31,58 +31,57 @@ class Candidate:
     """One layout and the verdict on it."""
 
     config: NaViLConfig
-    """The run with this layout."""
     estimate: Estimate | None
     """None where the config is refused."""
     fits: bool
-    """It can be started on this machine."""
     reason: str
     """Why it stands where it stands."""
 
 
-def search_layouts(config: NaViLConfig, machine: Machine, work: Workload) -> list[Candidate]:
+def search_layouts(config: NaViLConfig, hardware: Hardware, work: Workload) -> list[Candidate]:
     """Layouts that fit, fastest first; then those that take too much memory; then those that a rule refuses."""
-    estimator = Estimator(machine, work)
-    fitting: list[Candidate] = []
-    too_large: list[Candidate] = []
-    refused: list[Candidate] = []
-    for wished in layouts_of(config, machine):
+    found = []
+    for wished in layouts_of(config, hardware):
         try:
-            # Refused before it is balanced: the rules keep sizes apart that do not divide.
-            balanced = estimator.balance(wished) if wished.parallel.pipeline_model_parallel_size > 1 else wished
-            validate(balanced, machine.gpus)
+            is_piped = wished.parallel.pipeline_model_parallel_size > 1
+            balanced = Estimator(wished, hardware, work).balanced() if is_piped else wished
+            validate(balanced, hardware.gpus)
         except ConfigError as error:
-            refused.append(Candidate(config=wished, estimate=None, fits=False, reason=error.problems[0]))
+            found.append(Candidate(config=wished, estimate=None, fits=False, reason=error.problems[0]))
             continue
-        estimate = estimator.estimate(balanced)
-        fits = estimate.fullest.peak <= machine.usable_bytes
-        reason = where_time_goes(estimate) if fits else what_is_too_large(estimate, machine)
-        candidate = Candidate(config=balanced, estimate=estimate, fits=fits, reason=reason)
-        (fitting if fits else too_large).append(candidate)
-    fitting.sort(key=lambda found: (found.estimate.step_seconds, found.estimate.fullest.peak) if found.estimate else ())
-    too_large.sort(key=lambda found: found.estimate.fullest.peak if found.estimate else 0)
-    return [*fitting, *too_large, *refused]
+        estimate = Estimator(balanced, hardware, work).estimate()
+        fits = estimate.fullest.peak <= hardware.usable_bytes
+        reason = where_time_goes(estimate) if fits else what_is_too_large(estimate, hardware)
+        found.append(Candidate(config=balanced, estimate=estimate, fits=fits, reason=reason))
+    return sorted(found, key=_rank)
 
 
-def layouts_of(config: NaViLConfig, machine: Machine) -> Iterator[NaViLConfig]:
+def _rank(candidate: Candidate) -> tuple[float, ...]:
+    if candidate.estimate is None:
+        return (2,)
+    peak = candidate.estimate.fullest.peak
+    return (0, candidate.estimate.step_seconds, peak) if candidate.fits else (1, peak)
+
+
+def layouts_of(config: NaViLConfig, hardware: Hardware) -> Iterator[NaViLConfig]:
     """The run with every layout that its GPUs could hold; tensor and context parallelism stay inside a node. Rows of
     some length are needed before splitting them pays.
     """
     contexts = (1, 2, 4, 8) if config.data.seq_length > SPLIT_ROWS_BEYOND else (1,)
-    tensors = [n for n in _powers_of_two(machine.gpus) if n <= machine.gpus_per_node]
-    stages = [n for n in range(1, machine.gpus + 1) if machine.gpus % n == 0 and n <= config.model.language.num_layers]
+    tensors = [2**n for n in range(16) if 2**n <= min(hardware.gpus, hardware.gpus_per_node)]
+    stages = [
+        n for n in range(1, hardware.gpus + 1) if hardware.gpus % n == 0 and n <= config.model.language.num_layers
+    ]
     all_experts = len(MODALITIES) * config.model.language.num_experts
     expert_ranks = [n for n in range(1, all_experts + 1) if all_experts % n == 0]
     for tensor, context, pipeline, experts, (recompute, modules) in product(
         tensors, contexts, stages, expert_ranks, RECOMPUTE
     ):
-        if machine.gpus % (tensor * context * pipeline) or tensor * context > machine.gpus_per_node:
+        if hardware.gpus % (tensor * context * pipeline) or tensor * context > hardware.gpus_per_node:
             continue
-        replicas = machine.gpus // (tensor * context * pipeline)
-        if (
-            experts > replicas * context
-            or config.training.global_batch_size < replicas * config.training.micro_batch_size
-        ):
+        replicas = hardware.gpus // (tensor * context * pipeline)
+        smallest_batch = replicas * config.training.micro_batch_size
+        if experts > replicas * context or config.training.global_batch_size < smallest_batch:
             continue
         routed = config.model.language.num_experts > 1
         for virtual, sequence, split in product(
@@ -114,9 +113,8 @@ def where_time_goes(estimate: Estimate) -> str:
         "gradients and weights": estimate.gradient_seconds / total,
         "the update": estimate.update_seconds / total,
     }
-    found = [
-        f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.005
-    ]
+    largest_first = sorted(shares.items(), key=lambda item: -item[1])
+    found = [f"{name} {share:.0%}" for name, share in largest_first if share >= 0.005]
     training = estimate.config.training
     if training.recompute != "none":
         parts = "every layer" if training.recompute == "full" else " and ".join(training.recompute_modules)
@@ -124,16 +122,12 @@ def where_time_goes(estimate: Estimate) -> str:
     return ", ".join(found) or "nothing but compute"
 
 
-def what_is_too_large(estimate: Estimate, machine: Machine) -> str:
+def what_is_too_large(estimate: Estimate, hardware: Hardware) -> str:
     """What the fullest rank takes, and which kinds most of it."""
     fullest = estimate.fullest
     kinds = sorted(MEMORY_KINDS, key=lambda kind: -getattr(fullest, kind))[:3]
     parts = ", ".join(f"{kind} {getattr(fullest, kind) / 1e9:.1f}" for kind in kinds)
     return (
-        f"stage {fullest.stage} takes {fullest.peak / 1e9:.1f} of {machine.usable_bytes / 1e9:.1f} usable GB "
+        f"stage {fullest.stage} takes {fullest.peak / 1e9:.1f} of {hardware.usable_bytes / 1e9:.1f} usable GB "
         f"(most of it: {parts})"
     )
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    return [2**n for n in range(limit.bit_length()) if 2**n <= limit]

@@ -137,12 +137,8 @@ def _convert(
 ) -> Outcome:
     """What all conversions share: how the process keeps its memory, what each is told, and what each tells.
 
-    Args:
-        conversion: From one folder to another; gives its report.
-        options: Of the verb.
-        source: Name of the option, and of the report's entry, of the folder to read.
-        target: The same of the folder to write.
-        settings: What only this conversion is told.
+    ``source`` and ``target`` name the options, and entries of the report, of the folders to read and to write;
+    ``settings`` are what only this conversion is told.
     """
     import torch
 

@@ -4,16 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.verbs.arguments import (
-    DEVICE,
-    DTYPE,
-    EXPORTED,
-    choice,
-    chosen,
-    count,
-    require_picture_name,
-    value,
-)
+from navil_megatron.verbs.arguments import DEVICE, DTYPE, EXPORTED, choice, chosen, count, require_picture_name, value
 from navil_megatron.verbs.verb import Extra, Outcome, verb
 
 _PLACEHOLDER = "<image>"

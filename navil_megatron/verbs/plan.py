@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.hardware import Hardware
 from navil_megatron.verbs.arguments import OVERRIDES, chosen, count, positive, value
 from navil_megatron.verbs.verb import Outcome, verb
 
-_GPU = Machine(gpus=1)
+_GPU = Hardware(gpus=1)
 
 
 @verb(
@@ -40,9 +40,9 @@ def plan(options: Namespace) -> Outcome:
     config = load_config(options.config, options.overrides)
     # What is wrong beside the layout is wrong with every layout.
     validate(replace(config, parallel=ParallelConfig()))
-    machine = Machine(**chosen(options, "gpus", "hbm", "gpus_per_node", "nvlink", "network", "rate"))
+    hardware = Hardware(**chosen(options, "gpus", "hbm", "gpus_per_node", "nvlink", "network", "rate"))
     work = typical_workload(config, options.text_tokens, options.image_side)
-    found = search_layouts(config, machine, work)
+    found = search_layouts(config, hardware, work)
     fitting = [candidate.estimate for candidate in found if candidate.fits and candidate.estimate]
     if options.picture is not None and fitting:
         from navil_megatron.planner.picture import draw_schedule
@@ -52,5 +52,5 @@ def plan(options: Namespace) -> Outcome:
         idle = f"{drawn.schedule.bubble:.1%} idle over {drawn.num_microbatches} microbatches"
         title = f"{describe_layout(drawn.config)}: {idle}"
         options.picture.write_text(draw_schedule(drawn.schedule, title), "utf-8")
-    text = as_text(config, machine, work, found, options.top)
-    return Outcome(as_json(config, machine, work, found), text, 0 if fitting else 1)
+    text = as_text(config, hardware, work, found, options.top)
+    return Outcome(as_json(config, hardware, work, found), text, 0 if fitting else 1)

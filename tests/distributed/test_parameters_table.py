@@ -65,7 +65,7 @@ class Seen(NamedTuple):
 def of_model(name: str, parameter: Any, config: NaViLConfig) -> Seen:
     """By the built module: core's marks, and the rules of the reference by name."""
     is_split = getattr(parameter, "tensor_model_parallel", False)
-    used_on = "rows" if getattr(parameter, "sequence_parallel", False) else None
+    used_on = "tokens" if getattr(parameter, "sequence_parallel", False) else None
     if "q_layernorm" in name or "k_layernorm" in name:  # core sums these over the ranks by their names
         used_on = "heads"
     if getattr(parameter, "sum_gradient_over_tensor_parallel", False):
@@ -88,7 +88,7 @@ def of_table(piece: HeldParameter, config: NaViLConfig) -> Seen:
         piece.name,
         piece.shape,
         None if row.split_dim is None else (row.split_dim, row.split_blocks),
-        None if row.used_on == "rows" and not parallel.sequence_parallel else row.used_on,
+        None if row.used_on == "tokens" and not parallel.sequence_parallel else row.used_on,
         row.num_experts is not None and is_routed(config.model, parallel),
         row.part,
         (row.mean, row.std),

@@ -4,13 +4,13 @@ import functools
 
 import pytest
 
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.training.batch import build_model_inputs
 from tests.held_memory import watching
 from tests.oracle import MIXED, TEXT_ONLY, Outcome, compare, merge_sections, oracle_config, run_steps
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import LINEAR_MEMORY, RANKS
+from tools.bench.synthetic import synthetic_microbatch
 
 CHOICES: dict[str, dict] = {
     "none": {},

@@ -15,7 +15,6 @@ from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.config.vision import VisionConfig
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Launch, Session
@@ -24,6 +23,7 @@ from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 from tests.oracle import Composition, merge_sections
 from tests.ranks import tiny_config
+from tools.bench.synthetic import synthetic_microbatch
 
 SEQ_LENGTH, VOCABULARY, PAD_TO = 512, 512, 128
 MODEL = ModelConfig(

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from navil_megatron.blueprint.workload import Workload
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.memory import ActivationModel
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
 from tests.oracle import oracle_config
 from tests.tolerances import ACTIVATION_BYTES_ON_GPU
+from tools.bench.synthetic import synthetic_microbatch
 
 WIDE = {
     "language": {

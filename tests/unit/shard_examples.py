@@ -58,7 +58,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def exit_code(work: Callable[..., object], *arguments: object, **options: object) -> int | None:
     """How a process of its own ends that does this work; minus the signal that killed it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["navil_megatron.data.shards.parts"])
+    context.set_forkserver_preload(["navil_megatron.data.shards.pieces"])
     process = context.Process(target=work, args=arguments, kwargs=options)
     process.start()
     process.join(120)

@@ -13,9 +13,9 @@ from navil_megatron.config.load import load_config
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.assemble import MAX_PADDING_SEGMENT, RowFormat, assemble, drop_loss
 from navil_megatron.data.rank_share import plan_microbatch
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import ALONE, EncodedSample, PackedSequence, SampleId
 from tests.unit.config_examples import EXAMPLE_TOML
+from tools.bench.synthetic import synthetic_microbatch
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.data.image_decode import decode_image, read_image_size
 from navil_megatron.data.shards.index_report import describe_index_report, report_index
 from navil_megatron.data.shards.index_shards import index_shards
-from navil_megatron.data.shards.parts import parts_folder
+from navil_megatron.data.shards.pieces import pieces_folder
 from navil_megatron.data.shards.shard_index import HEADER, IMAGE, SAMPLE
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
@@ -143,7 +143,7 @@ def test_jobs_do_not_change_a_byte(tmp_path: Path, tokenizer: SampleTokenizer) -
     assert report["num_samples"] == 12 and report["rejected_reasons"] == {"text is not UTF-8": 3}
     listed = [json.loads(line) for line in (tmp_path / "x.index.rejected.jsonl").read_text().splitlines()]
     assert listed[1] == {"shard": "s-1.tar", "key": "1-bad", "reason": "text is not UTF-8"}
-    assert not parts_folder(tmp_path / "x.index").exists()
+    assert not pieces_folder(tmp_path / "x.index").exists()
 
 
 def test_an_interrupted_run_goes_on_with_what_still_fits(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
@@ -171,8 +171,8 @@ def test_an_interrupted_run_goes_on_with_what_still_fits(tmp_path: Path, tokeniz
     assert ticks() == [2]
     write_tar(shards[0], [("new.txt", b"other")])
     assert ticks() == [1]
-    (parts_folder(index) / "unfinished.index.partial").write_bytes(b"half")
-    next(parts_folder(index).glob("*.index")).write_bytes(b"half")
+    (pieces_folder(index) / "unfinished.index.partial").write_bytes(b"half")
+    next(pieces_folder(index).glob("*.index")).write_bytes(b"half")
     report = index_shards([f"{tmp_path}/*.tar"], index, tokenizer)
     assert report["num_samples"] == 9
     assert Source(index).key(0) == "new"

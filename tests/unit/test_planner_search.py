@@ -11,7 +11,7 @@ from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.cli import main
 from navil_megatron.config.load import load_config
 from navil_megatron.config.validate import validate
-from navil_megatron.planner.machine import Machine, ring_share
+from navil_megatron.planner.hardware import Hardware, ring_share
 from navil_megatron.planner.search import Candidate, search_layouts
 from tests.ranks import tiny_config
 from tests.real_sizes import NAVIL_9B
@@ -27,7 +27,7 @@ def found_9b() -> list[Candidate]:
         precision={"type": "bf16"},
         runtime={"device": "cuda"},
     )
-    return search_layouts(config, Machine(gpus=16), typical_workload(config, 256, 1024))
+    return search_layouts(config, Hardware(gpus=16), typical_workload(config, 256, 1024))
 
 
 def test_long_rows_are_split_and_short_ones_not(found_9b: list[Candidate]) -> None:
@@ -39,7 +39,7 @@ def test_long_rows_are_split_and_short_ones_not(found_9b: list[Candidate]) -> No
         precision={"type": "bf16"},
         runtime={"device": "cuda"},
     )
-    found = search_layouts(config, Machine(gpus=8), typical_workload(config, 256, 1024))
+    found = search_layouts(config, Hardware(gpus=8), typical_workload(config, 256, 1024))
     plain = {
         candidate.config.parallel.context_parallel_size: candidate.estimate
         for candidate in found
@@ -106,7 +106,7 @@ def test_several_experts_per_modality_are_planned() -> None:
         precision={"type": "bf16"},
         runtime={"device": "cuda"},
     )
-    found = search_layouts(config, Machine(gpus=64), typical_workload(config, 256, 1024))
+    found = search_layouts(config, Hardware(gpus=64), typical_workload(config, 256, 1024))
     estimates = [candidate.estimate for candidate in found if candidate.estimate]
     assert {e.config.parallel.expert_model_parallel_size for e in estimates} == {1, 2, 4, 8}
     assert {e.config.parallel.expert_tensor_parallel_size for e in estimates} == {None, 1}
@@ -127,9 +127,9 @@ def test_ring_cost() -> None:
 
 
 def test_links_inside_a_node_are_faster() -> None:
-    machine = Machine(gpus=64)
-    assert machine.link(8, 1) == 450e9
-    assert machine.link(8, 8) == 50e9
+    hardware = Hardware(gpus=64)
+    assert hardware.link(8, 1) == 450e9
+    assert hardware.link(8, 8) == 50e9
 
 
 def test_typical_rows_are_full() -> None:

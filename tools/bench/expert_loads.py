@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from small_run import mixed_row, small_config, start_rank
 
 from navil_megatron.config.run import NaViLConfig

@@ -12,9 +12,9 @@ from torch import Tensor
 from navil_megatron.blueprint.flops import forward_terms
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.runtime.session import Session
+from tools.bench.synthetic import synthetic_microbatch
 
 Results = list[dict[str, Any]]
 AROUND = ("vision_encoder", "connector", "output_layer")

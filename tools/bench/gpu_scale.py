@@ -18,7 +18,6 @@ from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.models.inputs import ModelInputs
@@ -27,6 +26,7 @@ from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
 from navil_megatron.training.optimizer import wrap_ddp
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
+from tools.bench.synthetic import synthetic_microbatch
 
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Part of a GPU's name -> dense BF16 products a second, as its maker says."""

@@ -32,7 +32,7 @@ from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.types import ALONE, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
-from navil_megatron.planner.machine import Machine
+from navil_megatron.planner.hardware import Hardware
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
@@ -198,7 +198,7 @@ def running(config: NaViLConfig) -> Iterator[Run]:
 def planned_bytes(config: NaViLConfig) -> float:
     """What the planner expects at the fullest moment, for rows of images of the largest size."""
     work = typical_workload(config, text_tokens=64, image_side=round(config.data.max_image_pixels**0.5))
-    return Estimator(Machine(gpus=1), work).estimate(config).fullest.peak
+    return Estimator(config, Hardware(gpus=1), work).estimate().fullest.peak
 
 
 def about(run: Run, scale: Scale) -> dict[str, Any]:

@@ -7,10 +7,13 @@ left: its microbatches as model inputs, the weight of the global batch, and the 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 import numpy as np
 import torch
 from small_run import small_config
@@ -19,11 +22,11 @@ from navil_megatron.blueprint.flops import training_flops
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loss_groups import group_weights
 from navil_megatron.data.rank_share import plan_microbatch
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import ALONE, Microbatch
 from navil_megatron.runtime.platform import Platform
 from navil_megatron.runtime.upload import exchanged
 from navil_megatron.training.batch import build_model_inputs, upload_ahead
+from tools.bench.synthetic import synthetic_microbatch
 
 
 def photo_row(config: NaViLConfig, seed: int) -> Microbatch:

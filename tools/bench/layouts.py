@@ -42,11 +42,10 @@ from navil_megatron.data.types import ALONE, DataPlace, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.communication import (
     MicrobatchSizes,
-    RankView,
+    RankTraffic,
     Traffic,
     TrafficTable,
     is_exact,
-    traffic_of_step,
 )
 from navil_megatron.planner.memory import state_bytes
 from navil_megatron.runtime.session import Session
@@ -111,15 +110,16 @@ def sizes_of(microbatch: Microbatch, config: NaViLConfig) -> MicrobatchSizes:
     return MicrobatchSizes(
         num_predictions=int(np.count_nonzero(microbatch.labels != -100)),
         gathered_features=ranks * microbatch.vision_plan.gathered_tokens,
-        rows_by_modality=(microbatch.visual_token_mask.size - num_visual, num_visual),
+        text_tokens=microbatch.visual_token_mask.size - num_visual,
+        visual_tokens=num_visual,
     )
 
 
-def traffic_by_formula(view: RankView) -> TrafficTable:
+def traffic_by_formula(rank: RankTraffic) -> TrafficTable:
     """The formula, where it is exact."""
-    if not is_exact(view.config):
+    if not is_exact(rank.config):
         raise SystemExit("the formula of the traffic is exact in phase s2, and with experts beside data parallelism")
-    return traffic_of_step(view)
+    return rank.of_step()
 
 
 class Trainer:
@@ -150,9 +150,9 @@ class Trainer:
             self.step()
         return dict(counting.found)
 
-    def view(self) -> RankView:
+    def view(self) -> RankTraffic:
         """What the formula may look at."""
-        return RankView(
+        return RankTraffic(
             config=self.config,
             pp_rank=self.session.pp_rank,
             dp_rank=self.session.dp_rank,
@@ -208,11 +208,11 @@ def measure_once(trainer: Trainer, before: int) -> dict[str, Any]:
     restart_peak()
     trainer.step()
     peak, view = resident_bytes("VmHWM") - before, trainer.view()
-    parameters = [item for chunk in view.parameters for item in chunk.items()]
+    held = [piece for chunk in view.parameters for piece in chunk]
     return {
         "peak_bytes": peak,
         "state_bytes": trainer.state_bytes(),
-        "state_bytes_formula": state_bytes(trainer.config, parameters, view.dp_size).total,
+        "state_bytes_formula": round(sum(state_bytes(trainer.config, held, len(view.batch)))),
         "traffic": compare(counted, traffic_by_formula(view)),
     }
 

@@ -43,7 +43,7 @@ from megatron.energon import (
 )
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from photos import photo, photo_shards
 from small_run import small_config
 

@@ -9,9 +9,9 @@ from typing import Any
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.synthetic import synthetic_microbatch
 from navil_megatron.data.types import ALONE, DataPlace, Microbatch
 from navil_megatron.runtime.session import Launch, Session
+from tools.bench.synthetic import synthetic_microbatch
 
 SHAPE = {"hidden": 512, "ffn": 1536, "heads": 8, "groups": 4, "head_dim": 64, "vocabulary": 16_384, "vision": 256}
 """The shape that the ratios of ``step.py`` are asked for."""

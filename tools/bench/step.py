@@ -37,7 +37,7 @@ from navil_megatron.models.vision_encoder import normalise
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs, place_of
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from small_run import mixed_row, one_sample_row, small_config, start_rank
 
 

@@ -23,15 +23,15 @@ from navil_megatron.data.shards.index_build import (
 )
 from navil_megatron.data.shards.index_report import report_index
 from navil_megatron.data.shards.manifest import Chunk, Manifest
-from navil_megatron.data.shards.parts import PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, rejected_path, run_tasks
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.shards.shard_writer import tar_sample, write_tar
 from navil_megatron.files.atomic_file import new_file
 from navil_megatron.files.json_file import read_json
 from navil_megatron.files.worker_pool import OnProgress, Tell
 
-type Task = tuple[Chunk, Path, PartFiles]
-"""Rows, the shard that they become, and its part of the index."""
+type Task = tuple[Chunk, Path, PieceFiles]
+"""Lines, the shard that they become, and its piece of the index."""
 
 
 def build_shards(
@@ -45,72 +45,62 @@ def build_shards(
     jobs: int = 1,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Writes tar shards and the index over them; what an unfinished run did is not done again.
+    """Writes tar shards and the index over them, and reports what it holds and what was left out why.
+
+    What an unfinished run did is not done again.
 
     Args:
         manifest: JSON lines, or parquet for pure text. A line has a ``caption`` or ``text``, or ``conversations`` or
             ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the
             manifest's folder. Image files are stored as they are.
         output: folder of the shards, made if needed.
-        counter: counts tokens; pickles where ``jobs`` is more than 1.
+        counter: counts tokens; pickles where ``jobs``, the processes, are more than 1.
         prefix: shards are called ``<prefix>-000000.tar`` and so on, the index ``<prefix>.index``.
         samples_per_shard: lines of a shard; those that are left out are missing from it.
-        text_column: which column of parquet.
+        text_column: of parquet.
         jobs: processes that share the shards.
         on_progress: called with (done, total) after every shard.
-
-    Returns:
-        A report: what the index holds, and what was left out why.
 
     Raises:
         UserError: the manifest cannot be read, the output holds other shards of this name, or no sample is any good.
     """
     index = output / f"{prefix}.index"
-    rows = Manifest(manifest, text_column)
-    chunks = _resume_or_start(index, rows, samples_per_shard, counter.fingerprint)
-    tasks: list[Task] = [
-        (
-            chunk,
-            output / f"{prefix}-{chunk.number:06d}.tar",
-            PartFiles(parts_folder(index) / f"{chunk.number:06d}.index"),
-        )
-        for chunk in chunks
-    ]
+    lines = Manifest(manifest, text_column)
+    tasks: list[Task] = []
+    for chunk in _resume_or_start(index, lines, samples_per_shard, counter.fingerprint):
+        files = PieceFiles(pieces_folder(index) / f"{chunk.number:06d}.index")
+        tasks.append((chunk, output / f"{prefix}-{chunk.number:06d}.tar", files))
     left = [task for task in tasks if not _is_done(task)]
-    run_tasks(partial(_build_one, manifest=rows, counter=counter), left, len(tasks), jobs, on_progress)
-    reasons = merge_parts(index, [files for _, _, files in tasks], bytes.fromhex(counter.fingerprint))
+    run_tasks(partial(_build_one, manifest=lines, counter=counter), left, len(tasks), jobs, on_progress)
+    reasons = merge_pieces(index, [files for _, _, files in tasks], bytes.fromhex(counter.fingerprint))
     return report_index(index, reasons, rejected_path(index))
 
 
 def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[Chunk]:
-    """The chunks of a build that was interrupted, or of a new one.
-
-    Raises:
-        UserError: the build that was interrupted was another one, or the output holds a finished one.
-    """
-    plan = parts_folder(index) / "build.json"
+    """The chunks of a build that was interrupted, or of a new one, where no other build was interrupted or finished."""
+    record = pieces_folder(index) / "build.json"
     made_from = [manifest.version, samples_per_shard, tokenizer]
     named = f"{index.with_suffix('')}*"
-    if plan.exists():
-        known = read_json(plan, f"remove {named} to start anew")
+    if record.exists():
+        known = read_json(record, f"remove {named} to start anew")
         if known["made_from"] != made_from:
             raise UserError(
                 f"{index.parent} holds an unfinished build of another manifest, tokenizer or shard size than now: "
                 f"give the same to go on, or remove {named} to start anew"
             )
-        return [Chunk(*row) for row in known["chunks"]]
+        return [Chunk(*fields) for fields in known["chunks"]]
     if index.exists() or any(index.parent.glob(f"{index.stem}-*.tar")):
         raise UserError(f"{index.parent} already holds {index.stem} shards: remove {named}, or choose another prefix")
-    shutil.rmtree(plan.parent, ignore_errors=True)  # a finished build may have been killed as it tidied up
+    shutil.rmtree(record.parent, ignore_errors=True)  # a finished build may have been killed as it tidied up
     chunks = manifest.chunks(samples_per_shard)
-    plan.parent.mkdir(parents=True)
-    with new_file(plan) as file:
+    record.parent.mkdir(parents=True)
+    with new_file(record) as file:
         file.write(json.dumps({"made_from": made_from, "chunks": [astuple(chunk) for chunk in chunks]}).encode())
     return chunks
 
 
 def _is_done(task: Task) -> bool:
-    """The part is there, and the shard with it unless it would hold nothing."""
+    """The piece is there, and the shard with it unless it would hold nothing."""
     _, path, files = task
     if not files.is_complete():
         return False
@@ -119,31 +109,27 @@ def _is_done(task: Task) -> bool:
 
 
 def _build_one(_: int, task: Task, tell: Tell, *, manifest: Manifest, counter: TokenCounter) -> None:
-    """Writes one shard and its part of the index; images are decoded here, once."""
+    """Writes one shard and its piece of the index; images are decoded here, once."""
     chunk, path, files = task
     rejected: list[tuple[str, str]] = []
     with write_tar(path) as tar:
-        for number, row in manifest.read(chunk):
+        for number, line in manifest.read(chunk):
             try:
-                if isinstance(row, RejectedSample):
-                    raise row
-                tar.write(_read_row(f"{number:09d}", row, manifest.path.parent))
+                if isinstance(line, RejectedSample):
+                    raise line
+                tar.write(_read_line(f"{number:09d}", line, manifest.path.parent))
             except RejectedSample as rejection:
                 rejected.append((f"line {number + 1}", str(rejection)))
-    part = index_shard(str(path), counter, decode=False, name=path.name)
-    part.rejected[:0] = rejected
-    files.save(part, str(manifest.path), bytes.fromhex(counter.fingerprint))
-    if not len(part.samples):
+    entries = index_shard(str(path), counter, decode=False, name=path.name)
+    entries.rejected[:0] = rejected
+    files.save(entries, str(manifest.path), bytes.fromhex(counter.fingerprint))
+    if not len(entries.samples):
         path.unlink()
     tell(1)
 
 
-def _read_row(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One row as a sample of a tar, checked.
-
-    Raises:
-        RejectedSample: it cannot be trained on.
-    """
+def _read_line(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One line as a sample of a tar, checked; raises ``RejectedSample`` where it cannot be trained on."""
     named = fields.get("image", fields.get("images"))
     paths = [] if named is None else named if isinstance(named, list) else [named]
     extension, text = _text_member(fields)
@@ -157,7 +143,7 @@ def _read_row(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _text_member(fields: dict[str, Any]) -> tuple[str, bytes]:
-    """(extension, bytes) of what the row says."""
+    """(extension, bytes) of what the line says."""
     try:
         for name in ("conversations", "messages"):
             if name in fields:

@@ -1,4 +1,4 @@
-"""Builds the part of an index that one WebDataset tar fills: ``key.jpg`` or ``key.0.jpg key.1.png ...``, and its text.
+"""What one WebDataset tar adds to an index: ``key.jpg`` or ``key.0.jpg key.1.png ...``, and its text.
 
 Every sample that cannot be trained on is left out here, once, with a reason that is counted. Members are read in place
 and never extracted, and a header's claims are checked before memory is spent on them.
@@ -8,10 +8,9 @@ import hashlib
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import batched, groupby
 from pathlib import PurePosixPath
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from navil_megatron.blueprint.image_plan import MAX_ASPECT_RATIO
 from navil_megatron.data.content import NoCaptionError, RejectedSample, parse_content
 from navil_megatron.data.image_decode import ImageDecodeError, decode_image, read_image_size
 from navil_megatron.data.shards.shard_files import open_file
-from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard
+from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard, ShardEntries
 from navil_megatron.data.types import Content
 
 IMAGE_EXTENSIONS = (
@@ -50,83 +49,65 @@ class TokenCounter(Protocol):
         """[n] int64: tokens of each sample that do not stand for an image."""
 
 
-@dataclass(slots=True)
-class ShardPart:
-    """What one tar adds to an index."""
+class _Sample(NamedTuple):
+    """One good sample, its tokens not yet counted."""
 
-    samples: np.ndarray
-    """[n] of ``SAMPLE``."""
-    images: np.ndarray
-    """[m] of ``IMAGE``."""
-    shard: Shard
-    rejected: list[tuple[str, str]]
-    """(key, reason) of every sample that was left out."""
+    text: tarfile.TarInfo
+    kind: int
+    images: list[tuple[int, ...]]
+    """Entries of ``IMAGE``."""
+    content: Content
 
-
-@dataclass(slots=True)
-class _Tables:
-    """The part as it grows."""
-
-    counter: TokenCounter
-    samples: list[tuple[int, ...]] = field(default_factory=list)
-    images: list[tuple[int, ...]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    waiting: list[tuple[Content, int]] = field(default_factory=list)
-
-    def add(self, sample: tuple[int, ...], images: list[tuple[int, ...]], content: Content) -> None:
-        """One good sample."""
-        self.samples.append(sample)
-        self.images += images
-        self.waiting.append((content, len(images)))
-        if len(self.waiting) == _SAMPLES_AT_ONCE:
-            self.count()
-
-    def count(self) -> None:
-        """Counts the tokens of the texts that wait."""
-        if self.waiting:
-            contents, num_images = zip(*self.waiting, strict=True)
-            self.tokens += self.counter.count(contents, num_images).tolist()
-            self.waiting = []
+    @property
+    def name_blocks(self) -> int:
+        return (self.text.offset_data - self.text.offset) // BLOCK
 
 
-def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardPart:
-    """Reads one tar from front to back; a tar that is damaged counts up to the damage.
+def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardEntries:
+    """Reads one tar, a path or URL, from front to back; a tar that is damaged counts up to the damage.
 
-    Args:
-        shard: path or URL of the tar.
-        counter: counts tokens.
-        decode: decode every picture in full; without it only headers are read, and damage shows up during training.
-        name: how the index calls the shard.
+    Without ``decode`` only headers of pictures are read, and damage shows up during training. The index calls the shard
+    by ``name``.
 
     Raises:
         UserError: the tar cannot be read.
     """
-    tables, content = _Tables(counter), hashlib.sha256()
+    samples: list[tuple[int, ...]] = []
+    images: list[tuple[int, ...]] = []
     rejected: list[tuple[str, str]] = []
+    digest = hashlib.sha256()
     with open_file(shard) as file:
         num_bytes = file.seek(0, 2)
         file.seek(0)
-        seen: set[str] = set()
-        for key, files in _members(file, rejected):
-            try:
-                if key in seen:
-                    raise RejectedSample("key occurs again")
-                seen.add(key)
-                tables.add(*_index_sample(file, key, files, len(tables.images), decode, content))
-            except RejectedSample as rejection:
-                rejected.append((key, str(rejection)))
-    tables.count()
-    samples = np.array(tables.samples, dtype=SAMPLE)
-    samples["text_tokens"] = tables.tokens
-    row = Shard(name or shard, len(samples), num_bytes, content.hexdigest()[:32])
-    return ShardPart(samples, np.array(tables.images, dtype=IMAGE), row, rejected)
+        for batch in batched(_good_samples(file, decode, digest, rejected), _SAMPLES_AT_ONCE):
+            counts = counter.count([found.content for found in batch], [len(found.images) for found in batch])
+            for found, tokens in zip(batch, counts.tolist(), strict=True):
+                place = found.text.offset_data // BLOCK, found.text.size
+                samples.append((*place, tokens, len(images), len(found.images), found.name_blocks, found.kind))
+                images += found.images
+    entry = Shard(name or shard, len(samples), num_bytes, digest.hexdigest()[:32])
+    return ShardEntries(np.array(samples, dtype=SAMPLE), np.array(images, dtype=IMAGE), entry, rejected)
+
+
+def _good_samples(
+    file: IO[bytes], decode: bool, digest: "hashlib._Hash", rejected: list[tuple[str, str]]
+) -> Iterator[_Sample]:
+    seen: set[str] = set()
+    for key, members in _members(file, rejected):
+        try:
+            if key in seen:
+                raise RejectedSample("key occurs again")
+            seen.add(key)
+            yield _read_sample(file, key, members, decode, digest)
+        except RejectedSample as rejection:
+            rejected.append((key, str(rejection)))
 
 
 def check_image(file: bytes, decode: bool) -> tuple[int, int]:
-    """(height, width) of an image that can be trained on; ``decode`` reads all of it instead of the header.
+    """(height, width) of an image; ``decode`` reads all of it instead of the header.
 
     Raises:
-        RejectedSample: it cannot be.
+        RejectedSample: it cannot be trained on.
     """
     try:
         height, width = read_image_size(file, MAX_PIXELS)
@@ -161,10 +142,7 @@ class _HeaderReader:
         return self._file.read(count)
 
 
-type _Group = tuple[str, list[tarfile.TarInfo]]
-
-
-def _members(file: IO[bytes], rejected: list[tuple[str, str]]) -> Iterator[_Group]:
+def _members(file: IO[bytes], rejected: list[tuple[str, str]]) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """(key, members) of each sample: neighbours whose names agree up to the first dot.
 
     A sample that the damage of a tar cuts is lost with it: half of it could pass for a whole one.
@@ -191,10 +169,9 @@ def _visible(tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]
         raise tarfile.ReadError("no end mark")
 
 
-def _index_sample(
-    file: IO[bytes], key: str, members: list[tarfile.TarInfo], first_image: int, decode: bool, digest: "hashlib._Hash"
-) -> tuple[tuple[int, ...], list[tuple[int, ...]], Content]:
-    """Its record with tokens still 0, the records of its images, and its content."""
+def _read_sample(
+    file: IO[bytes], key: str, members: list[tarfile.TarInfo], decode: bool, digest: "hashlib._Hash"
+) -> _Sample:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts:
         raise RejectedSample("path climbs out")
@@ -207,45 +184,40 @@ def _index_sample(
     images = [files[name] for name in sorted(files, key=_natural) if name.startswith("image")]
     if len(images) > MAX_IMAGES_OF_A_SAMPLE:
         raise RejectedSample(f"more than {MAX_IMAGES_OF_A_SAMPLE} images")
-    text, kind, text_bytes, content = _read_text(file, files, len(images))
-    name_blocks = (text.offset_data - text.offset) // BLOCK
-    if name_blocks > np.iinfo(np.uint8).max:
+    text, kind, content, text_bytes = _read_text(file, files, len(images))
+    found = _Sample(text, kind, [], content)
+    if found.name_blocks > np.iinfo(np.uint8).max:
         raise RejectedSample("name too long")
     own_digest = hashlib.sha256(_framed(key.encode("utf-8", "surrogateescape")) + _framed(text_bytes))
-    records: list[tuple[int, ...]] = []
     for image in images:
         image_file = _read_member(file, image, MAX_IMAGE_BYTES, "image")
-        records.append((image.offset_data // BLOCK, image.size, *check_image(image_file, decode)))
+        found.images.append((image.offset_data // BLOCK, image.size, *check_image(image_file, decode)))
         own_digest.update(_framed(image_file))
     digest.update(own_digest.digest())
-    record = (text.offset_data // BLOCK, text.size, 0, first_image, len(images), name_blocks, kind)
-    return record, records, content
+    return found
 
 
-def _framed(part: bytes) -> bytes:
-    """Bytes behind their length, so that no two rows of parts read the same."""
-    return len(part).to_bytes(8, "little") + part
+def _framed(content: bytes) -> bytes:
+    """Bytes behind their length, so that no two lists of them read the same."""
+    return len(content).to_bytes(8, "little") + content
 
 
 def _kind(member: tarfile.TarInfo) -> str:
     """``txt``, ``json``, ``image`` and what names it among others, or another ending."""
     name, _, ending = PurePosixPath(member.name).name.rpartition(".")
-    ending = ending.lower()
-    if ending not in IMAGE_EXTENSIONS:
-        return ending
-    return f"image.{name.partition('.')[2]}"
+    return f"image.{name.partition('.')[2]}" if ending.lower() in IMAGE_EXTENSIONS else ending.lower()
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts img2 before img10; text and numbers take turns, and a number is compared by its length first."""
-    parts = re.split(r"0*([0-9]+)", name)
-    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
+    pieces = re.split(r"0*([0-9]+)", name)
+    return [(len(piece) if place % 2 else 0, piece) for place, piece in enumerate(pieces)]
 
 
 def _read_text(
     file: IO[bytes], files: dict[str, tarfile.TarInfo], num_images: int
-) -> tuple[tarfile.TarInfo, int, bytes, Content]:
-    """The text member, its kind, bytes and content: a conversation, else the ``.txt``, else a caption in ``.json``."""
+) -> tuple[tarfile.TarInfo, int, Content, bytes]:
+    """The text member, its kind, content and bytes: a conversation, else the ``.txt``, else a caption in ``.json``."""
     found = None
     for ending in ("json", "txt"):
         if (member := files.get(ending)) is None:
@@ -261,8 +233,7 @@ def _read_text(
             break
     if found is None:
         raise RejectedSample("no text file")
-    member, kind, content, text = found
-    return member, kind, text, content
+    return found
 
 
 def _read_member(file: IO[bytes], member: tarfile.TarInfo, max_bytes: int, what: str) -> bytes:

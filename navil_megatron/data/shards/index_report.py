@@ -8,7 +8,7 @@ import numpy as np
 
 from navil_megatron.data.shards.shard_index import IMAGE, KIND_CONVERSATION, SourceIndex
 
-_ROWS_AT_ONCE = 2**20
+_ENTRIES_AT_ONCE = 2**20
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -43,13 +43,13 @@ def _measure_samples(index: SourceIndex) -> dict[str, Any]:
     """Counts by kind, and tokens of text; a stretch at a time, so that memory stays small."""
     powers = np.zeros(33, dtype=np.int64)
     tokens = conversations = without_images = most_images = 0
-    for start in range(0, len(index.samples), _ROWS_AT_ONCE):
-        rows = index.samples[start : start + _ROWS_AT_ONCE]
-        powers += np.bincount(np.frexp(rows["text_tokens"].astype(np.float64))[1], minlength=33)
-        tokens += int(rows["text_tokens"].sum(dtype=np.int64))
-        conversations += int((rows["kind"] == KIND_CONVERSATION).sum())
-        without_images += int((rows["num_images"] == 0).sum())
-        most_images = max(most_images, int(rows["num_images"].max()))
+    for start in range(0, len(index.samples), _ENTRIES_AT_ONCE):
+        some = index.samples[start : start + _ENTRIES_AT_ONCE]
+        powers += np.bincount(np.frexp(some["text_tokens"].astype(np.float64))[1], minlength=33)
+        tokens += int(some["text_tokens"].sum(dtype=np.int64))
+        conversations += int((some["kind"] == KIND_CONVERSATION).sum())
+        without_images += int((some["num_images"] == 0).sum())
+        most_images = max(most_images, int(some["num_images"].max()))
     return {
         "num_samples": len(index.samples),
         "num_conversations": conversations,
@@ -63,22 +63,18 @@ def _measure_samples(index: SourceIndex) -> dict[str, Any]:
 
 def _measure_images(images: np.ndarray) -> dict[str, Any]:
     """Their number and bytes, and quantiles over a million of them, evenly spaced."""
-    num_bytes = sum(
-        int(images[start : start + _ROWS_AT_ONCE]["bytes"].sum(dtype=np.int64))
-        for start in range(0, len(images), _ROWS_AT_ONCE)
-    )
-    some = np.asarray(images[:: max(1, len(images) // _ROWS_AT_ONCE)], dtype=IMAGE)
-    values = {
-        "height": some["height"],
-        "width": some["width"],
-        "pixels": some["height"].astype(np.int64) * some["width"],
-        "bytes": some["bytes"],
-    }
+    some = np.asarray(images[:: max(1, len(images) // _ENTRIES_AT_ONCE)], dtype=IMAGE)
+    values = {side: some[side] for side in ("height", "width")}
+    values |= {"pixels": some["height"].astype(np.int64) * some["width"], "bytes": some["bytes"]}
     quantiles = {
         name: {str(q): int(np.quantile(value, q, method="nearest")) for q in _QUANTILES} if len(some) else {}
         for name, value in values.items()
     }
-    return {"num_images": len(images), "image_bytes": num_bytes, "image_quantiles": quantiles}
+    return {
+        "num_images": len(images),
+        "image_bytes": int(images["bytes"].sum(dtype=np.int64)),
+        "image_quantiles": quantiles,
+    }
 
 
 def describe_index_report(report: dict[str, Any]) -> str:

@@ -5,10 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.errors import UserError
 from navil_megatron.data.shards.index_build import TokenCounter, index_shard
 from navil_megatron.data.shards.index_report import report_index
-from navil_megatron.data.shards.parts import PartFiles, merge_parts, parts_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, rejected_path, run_tasks
 from navil_megatron.data.shards.shard_files import expand_shards, stored_path, version_of
 from navil_megatron.files.hashes import fingerprint
 from navil_megatron.files.worker_pool import OnProgress, Tell
@@ -23,44 +22,33 @@ def index_shards(
     jobs: int = 1,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Makes or renews an index; shards that an unfinished run did are not done again.
+    """Makes or renews an index, and reports what it holds and what was left out why.
 
-    Args:
-        patterns: paths, URLs or glob patterns of tars.
-        index: the file to write.
-        counter: counts tokens; pickles where ``jobs`` is more than 1.
-        decode: decode every picture in full; off, only headers are read (faster; damage then shows up in training).
-        jobs: processes that share the shards.
-        on_progress: called with (done, total) after every shard.
-
-    Returns:
-        A report: what the index holds, and what was left out why.
+    Shards, given as paths, URLs or glob patterns of tars, that an unfinished run did are not done again. Without
+    ``decode`` only headers of pictures are read (faster; damage then shows up in training). ``counter`` pickles where
+    ``jobs``, the processes, are more than 1.
 
     Raises:
         UserError: a shard is missing or cannot be read, or no sample is any good.
     """
     shards = expand_shards(patterns)
     index.parent.mkdir(parents=True, exist_ok=True)
-    tasks = [(shard, _part_files(index, shard, counter, decode)) for shard in shards]
+    tasks = [(shard, _piece_files(index, shard, counter, decode)) for shard in shards]
     left = [task for task in tasks if not task[1].is_complete()]
     work = partial(_index_one, folder=index.parent, counter=counter, decode=decode)
     run_tasks(work, left, len(tasks), jobs, on_progress)
-    reasons = merge_parts(index, [files for _, files in tasks], bytes.fromhex(counter.fingerprint))
+    reasons = merge_pieces(index, [files for _, files in tasks], bytes.fromhex(counter.fingerprint))
     return report_index(index, reasons, rejected_path(index))
 
 
-def _part_files(index: Path, shard: str, counter: TokenCounter, decode: bool) -> PartFiles:
-    """The part of a shard as it is now, under this tokenizer."""
-    try:
-        version = version_of(shard)
-    except OSError as error:
-        raise UserError(f"shard {shard} cannot be read ({error}): check the path and its rights") from None
-    made_from = "\0".join([shard, version, counter.fingerprint, str(decode)])
-    return PartFiles(parts_folder(index) / f"{fingerprint(made_from)}.index")
+def _piece_files(index: Path, shard: str, counter: TokenCounter, decode: bool) -> PieceFiles:
+    """The piece of a shard as it is now, under this tokenizer."""
+    made_from = "\0".join([shard, version_of(shard), counter.fingerprint, str(decode)])
+    return PieceFiles(pieces_folder(index) / f"{fingerprint(made_from)}.index")
 
 
 def _index_one(
-    _: int, task: tuple[str, PartFiles], tell: Tell, *, folder: Path, counter: TokenCounter, decode: bool
+    _: int, task: tuple[str, PieceFiles], tell: Tell, *, folder: Path, counter: TokenCounter, decode: bool
 ) -> None:
     shard, files = task
     name = stored_path(shard, folder)

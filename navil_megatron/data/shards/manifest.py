@@ -1,4 +1,4 @@
-"""The rows of a manifest: JSON lines or parquet, cut into chunks that are read independently of each other."""
+"""The lines of a manifest: JSON lines or rows of parquet, cut into chunks that are read independently."""
 
 import importlib.util
 import json
@@ -20,18 +20,18 @@ _BYTES_AT_ONCE = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows that one shard is made of."""
+    """Lines that one shard is made of."""
 
     number: int
     first: int
-    """The first row, from 0."""
-    num_rows: int
+    """The first line, from 0."""
+    num_lines: int
     offset: int
     """Bytes of the manifest in front of it; 0 in parquet."""
 
 
 class Manifest:
-    """A file of rows."""
+    """A file of lines."""
 
     def __init__(self, path: Path, text_column: str) -> None:
         """Looks at the file.
@@ -42,49 +42,51 @@ class Manifest:
         self.path, self._text_column = path, text_column
         self._is_parquet = path.suffix == ".parquet"
         try:
-            status = os.stat(path)
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from None
         self.version = f"{path.name} {status.st_size} {status.st_mtime_ns} {text_column if self._is_parquet else ''}"
         """Changes when the file does."""
+        self._size = status.st_size
         if self._is_parquet:
             self._open_parquet().close()
 
-    def chunks(self, rows_per_chunk: int) -> list[Chunk]:
-        """The rows in order, so many at a time."""
-        starts = [0] if self._is_parquet else [0, *self._line_starts(rows_per_chunk)]
+    def chunks(self, lines_per_chunk: int) -> list[Chunk]:
+        """The lines in order."""
         if self._is_parquet:
             with self._open_parquet() as table:
-                num_rows = table.metadata.num_rows
-            starts = [0] * -(-num_rows // rows_per_chunk)
+                num_lines = table.metadata.num_rows
+            starts = [0] * -(-num_lines // lines_per_chunk)
         else:
-            num_rows = len(starts) * rows_per_chunk
+            starts = [0, *self._line_starts(lines_per_chunk)]
+            num_lines = len(starts) * lines_per_chunk
         return [
-            Chunk(number, first, min(rows_per_chunk, num_rows - first), offset)
-            for number, (first, offset) in enumerate(zip(range(0, num_rows, rows_per_chunk), starts, strict=True))
+            Chunk(number, first, min(lines_per_chunk, num_lines - first), offset)
+            for number, (first, offset) in enumerate(zip(range(0, num_lines, lines_per_chunk), starts, strict=True))
         ]
 
     def read(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
-        """(row number, its fields or why it has none); blank lines are passed over."""
+        """(line number, its fields or why it has none); blank lines are passed over."""
         return self._read_parquet(chunk) if self._is_parquet else self._read_lines(chunk)
 
-    def _line_starts(self, rows_per_chunk: int) -> Iterator[int]:
-        """Where every so many lines the next one begins."""
+    def _line_starts(self, lines_per_chunk: int) -> Iterator[int]:
+        """Bytes in front of each chunk but the first."""
         num_lines = offset = 0
-        with self._open_lines() as file:
+        with self.path.open("rb") as file:
             while block := file.read(_BYTES_AT_ONCE):
                 ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
-                last = -(num_lines + 1) % rows_per_chunk  # of these ends, the first that also ends a chunk
-                for end in ends[last::rows_per_chunk].tolist():
+                last = -(num_lines + 1) % lines_per_chunk  # of these ends, the first that also ends a chunk
+                for end in ends[last::lines_per_chunk].tolist():
                     if offset + end < self._size:
                         yield offset + end
                 num_lines += len(ends)
                 offset += len(block)
 
     def _read_lines(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
-        with self._open_lines() as file:
+        with self.path.open("rb") as file:
             file.seek(chunk.offset)
-            for number in range(chunk.first, chunk.first + chunk.num_rows):
+            for number in range(chunk.first, chunk.first + chunk.num_lines):
                 line = file.readline(MAX_LINE_BYTES + 1)
                 is_long = len(line) > MAX_LINE_BYTES
                 rest = line
@@ -100,22 +102,12 @@ class Manifest:
             first = 0
             for group in range(table.num_row_groups):
                 end = first + table.metadata.row_group(group).num_rows
-                low, high = max(first, chunk.first), min(end, chunk.first + chunk.num_rows)
+                low, high = max(first, chunk.first), min(end, chunk.first + chunk.num_lines)
                 if low < high:
                     column = table.read_row_group(group, columns=[self._text_column]).column(0)
                     for number, text in enumerate(column.slice(low - first, high - low), low):
                         yield number, {"text": text.as_py()}
                 first = end
-
-    @property
-    def _size(self) -> int:
-        return os.stat(self.path).st_size
-
-    def _open_lines(self) -> Any:
-        try:
-            return self.path.open("rb")
-        except OSError as error:
-            raise self._unreadable(error.strerror or str(error)) from None
 
     def _open_parquet(self) -> Any:
         if importlib.util.find_spec("pyarrow") is None:

@@ -69,25 +69,43 @@ def resolve_path(stored: str, folder: Path) -> str:
     return stored if is_url(stored) else str(folder / stored)
 
 
+@contextmanager
+def reaching(
+    shard: str,
+    missing: str = "check the path",
+    unreadable: str = "check the path and its rights",
+    errors: type[Exception] = OSError,
+) -> Iterator[None]:
+    """Around access to a shard; ``missing`` and ``unreadable`` say what to do.
+
+    Raises:
+        UserError: it cannot be opened or read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"shard {shard} is missing: {missing}") from None
+    except errors as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"shard {shard} cannot be read ({reason}): {unreadable}") from error
+
+
 def version_of(shard: str) -> str:
-    """A name for the bytes that a shard holds now, from its size and its time or tag."""
-    if not is_url(shard):
-        status = os.stat(shard)
-        return f"{status.st_size} {status.st_mtime_ns}"
-    files, path = url_to_fs(shard)
-    about = files.info(path)
+    """A name for the bytes that a shard holds now, from its size and its time or tag; errors as of ``reaching``."""
+    with reaching(shard):
+        if not is_url(shard):
+            status = os.stat(shard)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        files, path = url_to_fs(shard)
+        about = files.info(path)
     tags = ("ETag", "etag", "Content-MD5", "mtime", "LastModified", "Last-Modified", "created")
     return " ".join(str(about.get(name, "")) for name in ("size", *tags))
 
 
 @contextmanager
 def open_file(shard: str) -> Iterator[IO[bytes]]:
-    """A shard, opened for reading from front to back.
-
-    Raises:
-        UserError: it cannot be opened or read.
-    """
-    try:
+    """A shard, opened for reading from front to back; errors as of ``reaching``."""
+    with reaching(shard):
         if not is_url(shard):
             with open(shard, "rb") as file:
                 yield file
@@ -96,7 +114,3 @@ def open_file(shard: str) -> Iterator[IO[bytes]]:
         # Headers are read one ahead of the files before them: blocks are kept, or they would be fetched twice.
         with files.open(path, "rb", cache_type="blockcache", cache_options={"maxblocks": 4}) as file:
             yield file
-    except FileNotFoundError:
-        raise UserError(f"shard {shard} is missing: check the path") from None
-    except OSError as error:
-        raise UserError(f"shard {shard} cannot be read ({error}): check the path and its rights") from None

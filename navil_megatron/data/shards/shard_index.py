@@ -9,7 +9,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -74,40 +74,51 @@ class Shard:
     """32 hexadecimal digits: digest of its samples' keys and bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShardEntries:
+    """What one tar adds to an index."""
+
+    samples: np.ndarray
+    """[n] of ``SAMPLE``; ``first_image`` counts from the shard's first image."""
+    images: np.ndarray
+    """[m] of ``IMAGE``."""
+    shard: Shard
+    rejected: list[tuple[str, str]]
+    """(key, reason) of every sample that was left out."""
+
+
 def save_index(
-    path: Path, samples: Sequence[np.ndarray], images: Sequence[np.ndarray], shards: Sequence[Shard], tokenizer: bytes
+    path: Path,
+    read: Callable[[], "Iterable[ShardEntries | SourceIndex]"],
+    shards: Sequence[Shard],
+    tokenizer: bytes,
 ) -> None:
     """Writes an index; a reader sees the old one or the new one, never a piece.
 
-    Args:
-        path: where.
-        samples: for each shard, [n] of ``SAMPLE`` with ``first_image`` counted from that shard's first image.
-        images: for each shard, [m] of ``IMAGE``.
-        shards: the shards, in the same order.
-        tokenizer: 16 bytes that name the tokenizer behind ``text_tokens``.
+    ``read`` gives the entries of each shard, as often as it is called; ``tokenizer`` are 16 bytes of its fingerprint.
 
     Raises:
         UserError: more images than an index can hold.
     """
-    num_images = sum(map(len, images))
+    num_images = sum(len(entries.images) for entries in read())
     if num_images > MAX_IMAGES:
         raise UserError(f"index {path} would hold {num_images} images, at most {MAX_IMAGES} fit: index in two parts")
     names = json.dumps([astuple(shard) for shard in shards], separators=(",", ":")).encode()
     header = np.zeros((), dtype=HEADER)
     header["magic"], header["version"], header["num_shards"] = MAGIC, VERSION, len(shards)
-    header["num_samples"], header["num_images"] = sum(map(len, samples)), num_images
+    header["num_samples"], header["num_images"] = sum(shard.num_samples for shard in shards), num_images
     header["shard_list_bytes"] = len(names)
     header["tokenizer"], header["content"] = np.void(tokenizer), np.void(digest_shards(shards))
     with new_file(path) as file:
         file.write(header.tobytes())
         first_image = 0
-        for table, pictures in zip(samples, images, strict=True):
-            moved = table.copy()
-            moved["first_image"] += first_image
-            first_image += len(pictures)
-            file.write(moved.tobytes())
-        for pictures in images:
-            file.write(pictures.tobytes())
+        for entries in read():
+            samples = entries.samples.copy()
+            samples["first_image"] += first_image
+            first_image += len(entries.images)
+            file.write(samples.tobytes())
+        for entries in read():
+            file.write(entries.images.tobytes())
         file.write(names)
 
 
@@ -148,11 +159,8 @@ class SourceIndex:
         """[n] of ``SAMPLE``, in the order of the shards."""
         self.images = np.frombuffer(self._map, IMAGE, num_images, images_at)
         """[m] of ``IMAGE``."""
-        names_at = images_at + num_images * IMAGE.itemsize
         try:
-            listed = json.loads(self._map[names_at : names_at + int(header["shard_list_bytes"])])
-            self.shards = tuple(Shard(*row) for row in listed)
-            """The shards, in order."""
+            self.shards = tuple(Shard(*entry) for entry in json.loads(self._map[images_at + self.images.nbytes :]))
         except (ValueError, TypeError, RecursionError):
             raise UserError(f"index {path} is damaged (its list of shards): {rebuild}") from None
         counts = [shard.num_samples for shard in self.shards]
@@ -163,11 +171,6 @@ class SourceIndex:
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @property
-    def name(self) -> str:
-        """What reports call the source: the file's name without its ending."""
-        return self.path.stem
 
     def shard_number(self, index: int) -> int:
         """Which shard holds a sample."""

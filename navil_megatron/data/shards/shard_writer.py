@@ -43,18 +43,11 @@ class ShardWriter:
     """Writes samples into ``<prefix>-000000.tar`` and so on, and at the end the index over them."""
 
     def __init__(
-        self,
-        folder: Path,
-        prefix: str,
-        counter: TokenCounter,
-        *,
-        samples_per_shard: int = 10_000,
-        decode: bool = True,
+        self, folder: Path, prefix: str, counter: TokenCounter, *, samples_per_shard: int = 10_000, decode: bool = True
     ) -> None:
         """Prepares to write into a folder, which is made; ``counter`` and ``decode`` as of ``index_shards``."""
         folder.mkdir(parents=True, exist_ok=True)
         self.index = folder / f"{prefix}.index"
-        """The index, once the writer is closed."""
         self.shards: list[Path] = []
         """The tars that are finished."""
         self.report: dict[str, Any] = {}

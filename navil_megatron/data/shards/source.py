@@ -6,18 +6,18 @@ Nothing is opened before it is read. A shard that is not what was indexed is ref
 import io
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from fsspec.core import url_to_fs
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import RejectedSample, parse_content
 from navil_megatron.data.shards.index_build import sample_key
-from navil_megatron.data.shards.shard_files import is_url, resolve_path
+from navil_megatron.data.shards.shard_files import is_url, reaching, resolve_path
 from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
 from navil_megatron.data.types import RawSample
 
@@ -29,16 +29,15 @@ _NEAR_BYTES = 8 * BLOCK
 type Span = tuple[int, int]
 """First byte, and the one after the last."""
 
+_reaching = partial(reaching, missing="restore it", unreadable="restore it or its connection", errors=Exception)
+"""Of any type: every remote file system raises types of its own."""
+
 
 class Source:
     """The samples of one index. Several threads may read."""
 
     def __init__(self, index: str | Path) -> None:
-        """Opens the index, not the shards.
-
-        Raises:
-            UserError: the index is missing or damaged.
-        """
+        """Opens the index, not the shards; errors as of ``SourceIndex``."""
         self.index = SourceIndex(index)
         self._files: dict[int, _ShardFile] = {}  # the one used last comes last
         self._lock = Lock()
@@ -47,25 +46,17 @@ class Source:
         return len(self.index)
 
     def check_shards(self, *, urls: bool = False) -> None:
-        """Looks whether every shard is there with the size that was indexed; ``urls``: asks for remote ones too.
-
-        Raises:
-            UserError: one is not.
-        """
+        """UserError where a shard is not there with the size that was indexed; ``urls``: remote ones are asked too."""
         for number, shard in enumerate(self.index.shards):
             if urls or not is_url(shard.path):
-                self._check_size(number, _size_of(self._path(number)))
+                self._check_size(number, _open_shard(self._path(number)).num_bytes)
 
     def shard_of(self, index: int) -> str:
         """Path or URL of the shard that holds a sample."""
         return self._path(self.index.shard_number(index))
 
     def key(self, index: int) -> str:
-        """One sample's name, from the tar's own header.
-
-        Raises:
-            UserError: the shard is gone or not the one that was indexed.
-        """
+        """One sample's name, from the tar's own header; errors as of ``read``."""
         number = self.index.shard_number(index)
         start, text, _ = self._text_place(index)
         (header,) = self._read(number, [(start, text)])
@@ -88,11 +79,7 @@ class Source:
         return RawSample(self._path(number), self._parse_key(number, header), tuple(files), content)
 
     def read_image(self, index: int, number: int) -> bytes:
-        """One image file of a sample.
-
-        Raises:
-            UserError: the shard is gone or not the one that was indexed.
-        """
+        """One image file of a sample; errors as of ``read``."""
         (file,) = self._read(self.index.shard_number(index), [self._image_place(index, number)])
         return file
 
@@ -143,10 +130,7 @@ class Source:
             if (known := self._files.pop(number, None)) is not None:
                 self._files[number] = known
                 return known
-        path = self._path(number)
-        file: _ShardFile
-        with _reaching(path):
-            file = _RemoteFile(path) if is_url(path) else _LocalFile(path)
+        file = _open_shard(self._path(number))
         self._check_size(number, file.num_bytes)
         with self._lock:
             self._files[number] = file
@@ -169,17 +153,8 @@ class Source:
         )
 
 
-class _ShardFile(Protocol):
-    """An open shard."""
-
-    num_bytes: int
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes from start to end, fewer where the file is shorter."""
-
-
 class _LocalFile:
-    """Reads by position, so that threads share one descriptor."""
+    """Reads by position, so that threads share one descriptor; fewer bytes where the file is shorter."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with the object)
@@ -204,21 +179,12 @@ class _RemoteFile:
         return bytes(self._files.cat_file(self._path, start=start, end=end))
 
 
-def _size_of(path: str) -> int:
+type _ShardFile = _LocalFile | _RemoteFile
+
+
+def _open_shard(path: str) -> _ShardFile:
     with _reaching(path):
-        return _RemoteFile(path).num_bytes if is_url(path) else os.stat(path).st_size
-
-
-@contextmanager
-def _reaching(path: str) -> Iterator[None]:
-    """A shard that cannot be reached is one clear line."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"shard {path} is missing: restore it") from None
-    except Exception as error:  # every remote file system raises types of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"shard {path} cannot be read ({reason}): restore it or its connection") from error
+        return _RemoteFile(path) if is_url(path) else _LocalFile(path)
 
 
 def _neighbours(spans: Sequence[Span]) -> list[list[Span]]:

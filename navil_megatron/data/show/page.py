@@ -91,14 +91,7 @@ _BODY = """
 
 
 def render_rows(rows: Sequence[ShownRow], title: str, merge_block: int, notes: Sequence[str] = ()) -> str:
-    """The HTML of some rows.
-
-    Args:
-        rows: what is shown.
-        title: first line of the page, e.g. seed and step.
-        merge_block: side of what one visual token stands for, in pixels.
-        notes: what went wrong.
-    """
+    """The HTML of some rows; ``merge_block`` is the side, in pixels, of what one visual token stands for."""
     told = {"rows": rows, "notes": notes, "block": merge_block, "kinds": KINDS, "weight_colour": WEIGHT_COLOUR}
     scales = range(TokenKind.FIRST_SCALE, TokenKind.LAST_SCALE + 1)
     drawn = {"scales": scales, "address_of": address_of, "size_on_page": size_on_page}

@@ -77,17 +77,7 @@ def shown_rows(
     names: Mapping[SampleId, str],
     first_row: int = 0,
 ) -> list[ShownRow]:
-    """The rows of one microbatch.
-
-    Args:
-        rows: what each row holds.
-        microbatch: the rows, laid end to end.
-        tokenizer: the run's.
-        patch_size: side of a patch, in pixels.
-        merge_size: patches along one side of a merge block.
-        names: what to call the samples, e.g. by their keys.
-        first_row: number of the first row in its batch.
-    """
+    """The rows of one microbatch; ``names`` is what to call the samples, ``first_row`` counts in the batch."""
     kinds = token_kinds(rows, microbatch, tokenizer.special_token_ids, merge_size)
     pictures = iter(_scale_pictures(microbatch, patch_size, merge_size))
     samples = []
@@ -115,21 +105,12 @@ def shown_rows(
 def unpatchify(
     patches: torch.Tensor, grid_height: int, grid_width: int, patch_size: int, merge_size: int
 ) -> np.ndarray:
-    """[height, width, 3] uint8 of one scale image, from its patches in merge-block order, padding included.
+    """[height, width, 3] uint8 of one scale image, from its patches [p, 3 * patch * patch] uint8, padding included.
 
-    Args:
-        patches: [p, 3 * patch * patch] uint8.
-        grid_height: patches down.
-        grid_width: patches across.
-        patch_size: side of a patch, in pixels.
-        merge_size: patches along one side of a merge block.
+    Patches lie in merge-block order; ``grid_height`` and ``grid_width`` count them down and across.
     """
-    blocks = (
-        patches.cpu()
-        .numpy()
-        .reshape(grid_height // merge_size, grid_width // merge_size, merge_size, merge_size, 3, patch_size, patch_size)
-    )
-    pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4)
+    shape = (grid_height // merge_size, grid_width // merge_size, merge_size, merge_size, 3, patch_size, patch_size)
+    pixels = patches.cpu().numpy().reshape(shape).transpose(0, 2, 5, 1, 3, 6, 4)
     return np.ascontiguousarray(pixels.reshape(grid_height * patch_size, grid_width * patch_size, 3))
 
 
@@ -151,7 +132,6 @@ def size_on_page(scale: Image.Image, largest: Image.Image) -> tuple[int, int]:
 
 
 def _lines(tokens: range, kinds: np.ndarray, microbatch: Microbatch) -> list[Line]:
-    """The lines of the row that holds these tokens of the microbatch."""
     cell_width = min(max(LINE_WIDTH // len(tokens), _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
     weights, lines = microbatch.loss_weights, []
     for first in tokens[:: LINE_WIDTH // cell_width]:
@@ -163,7 +143,6 @@ def _lines(tokens: range, kinds: np.ndarray, microbatch: Microbatch) -> list[Lin
 
 
 def _cost(row: PackedSequence, segments: np.ndarray) -> str:
-    """What a row costs to compute."""
     patches = [scale.grid_height * scale.grid_width for s in row.samples for image in s.scales for scale in image]
     return (
         f"{len(patches)} images at all scales with {sum(patches):,} patches; cost: attention "

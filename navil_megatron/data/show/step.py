@@ -5,7 +5,7 @@ from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.loader import load_run_tokenizer, open_sources, plan_run
+from navil_megatron.data.loader import load_run_tokenizer, open_train_sources, plan_run
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.show.page import render_rows
 from navil_megatron.data.show.picture import draw_rows
@@ -16,12 +16,7 @@ from navil_megatron.data.types import ALONE
 def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, output: Path) -> dict[str, Any]:
     """Writes rows of the global batch of a step to a page or a picture, and says what is on it.
 
-    Args:
-        config: the run.
-        step: from 0.
-        first_row: of the batch, from 0.
-        num_rows: at most; the batch may end before.
-        output: an ``.html`` file, or a ``.png`` with bars and images alone.
+    Steps and rows count from 0. ``output`` is an ``.html`` file, or a ``.png`` with bars and images alone.
 
     Raises:
         UserError: sources or tokenizer do not fit, or the batch has no such row.
@@ -29,7 +24,7 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, out
     if output.suffix not in (".html", ".png"):
         raise UserError(f"--output {output}: give a page, as rows.html, or bars and images without texts, as rows.png")
     tokenizer = load_run_tokenizer(config)
-    sources = open_sources([source.index for source in config.data.train_sources], tokenizer)
+    sources = open_train_sources(config, tokenizer)
     batch = plan_run(config, sources).step_rows(step)
     rows = batch[first_row : first_row + num_rows]
     if not rows:
@@ -48,9 +43,7 @@ def show_step(config: NaViLConfig, step: int, first_row: int, num_rows: int, out
     if output.suffix == ".png":
         draw_rows(shown, title).save(output, "PNG")
     else:
-        notes = [
-            f"{failed.shard}: {failed.key}: {failed.reason}; blank, and without loss" for failed in microbatch.failures
-        ]
+        notes = [f"{bad.shard}: {bad.key}: {bad.reason}; blank, and without loss" for bad in microbatch.failures]
         output.write_text(render_rows(shown, title, patch * merge, notes), encoding="utf-8")
     return {
         "step": step,

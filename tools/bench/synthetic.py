@@ -1,6 +1,7 @@
 """Random microbatches of a wished composition, for tests and benchmarks; assembled by the code that real data takes."""
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -23,27 +24,14 @@ def synthetic_microbatch(
     pad_segments_to: int = 16,
     place: DataPlace = ALONE,
 ) -> Microbatch:
-    """Rows of random samples, laid end to end.
+    """Rows of random samples, laid end to end; text tokens follow the images and carry the loss.
 
-    Args:
-        model: decides ids and patch sizes.
-        seq_length: tokens of a row.
-        seed: decides text tokens and pixels.
-        rows: their composition; text tokens follow the images and carry the loss.
-        pad_segments_to: each modality's segment is padded to a multiple of this many tokens.
-        place: the rank that it is for; the rows are the same on all.
-
-    Raises:
-        ValueError: the samples do not fit a row.
+    ``seed`` decides text tokens and pixels, which are the same on all ranks. Raises ValueError where a row is overfull.
     """
     random = np.random.default_rng(seed)
     plain_ids = np.setdiff1d(np.arange(model.language.vocab_size), model.special_token_ids)
-    encoded: list[list[EncodedSample]] = []
-    for row in rows:
-        encoded.append([])
-        for num_text, grids in row:
-            index = sum(len(done) for done in encoded)
-            encoded[-1].append(_random_sample(model, index, num_text, grids, random, plain_ids))
+    index = count()
+    encoded = [[_random_sample(model, next(index), *sample, random, plain_ids) for sample in row] for row in rows]
     patches = sum(scale.num_patches for row in encoded for s in row for image in s.scales for scale in image)
     pixels = random.integers(0, 256, (patches, model.vision.patch_dim), dtype=np.uint8)
     row_format = RowFormat(

@@ -1,13 +1,15 @@
-"""The machine that a plan is for: memory, rates and bandwidths, and where each default comes from."""
+"""The hardware that a plan is for: memory, rates and bandwidths, and where each default comes from."""
 
 from dataclasses import dataclass
 
 RESERVED_GB = 3.0
 """Memory that no tensor of ours gets: the CUDA context, NCCL's buffers, what the allocator cannot place."""
+PEAK_TFLOPS = 989
+"""Dense BF16 of an H100 SXM, for MFU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Hardware:
     """Figures of one GPU and its links; defaults are published ones for an H100 SXM and no measurement of ours."""
 
     gpus: int
