@@ -43,19 +43,28 @@ class Points:
     losses: Array
 
 
+@dataclass(frozen=True, slots=True)
+class Outlier:
+    """A point far from the law."""
+
+    where: str
+    loss: float
+    expected: float
+    """By the law."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A law with its parameters, in the units of ``UNITS``."""
+    """A law's parameters, in the units of ``UNITS``, as reports give them."""
 
-    law: str
+    formula: str
     parameters: Parameters
     intervals: dict[str, tuple[float, float]]
-    r2_log: float
-    """Share of the variance of log loss that the law explains."""
+    r2_log: float | None
+    """Share of the variance of log loss that the law explains; ``None`` where losses are equal or a law gives none."""
     rmse: float
     leave_one_out_rmse: float | None
-    outliers: tuple[tuple[Cell, float], ...]
-    """Points far from the law, and the loss it expects there."""
+    outliers: tuple[Outlier, ...]
 
 
 def choose_points(study: Study, held: dict[str, float]) -> Points:
@@ -115,13 +124,12 @@ def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit
     fitted = law.predict(best, points.x)
     logs = np.log(points.losses)
     with np.errstate(invalid="ignore", divide="ignore"):
-        unexplained = float(((logs - np.log(fitted)) ** 2).sum())
-    spread = float(((logs - logs.mean()) ** 2).sum())
+        r2_log = float(1 - ((logs - np.log(fitted)) ** 2).sum() / ((logs - logs.mean()) ** 2).sum())
     return Fit(
-        law=name,
+        formula=law.formula,
         parameters=_report(law, points, best),
         intervals=_bootstrap(law, points, best, scale, np.random.default_rng(seed), draws),
-        r2_log=1 - unexplained / spread if spread else math.nan,
+        r2_log=r2_log if math.isfinite(r2_log) else None,
         rmse=float(np.sqrt(((points.losses - fitted) ** 2).mean())),
         leave_one_out_rmse=_leave_one_out(law, points, best, scale),
         outliers=_outliers(points, fitted) if len(points.cells) - len(best) >= _MANY else (),
@@ -214,8 +222,8 @@ def _leave_one_out(law: LogLinear, points: Points, best: Array, scale: float) ->
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def _outliers(points: Points, fitted: Array) -> tuple[tuple[Cell, float], ...]:
+def _outliers(points: Points, fitted: Array) -> tuple[Outlier, ...]:
     relative = points.losses / fitted - 1
     distance = np.abs(relative - np.median(relative))
-    far = distance > OUTLIER * max(_MAD * float(np.median(distance)), _NOTHING)
-    return tuple((points.cells[i], float(fitted[i])) for i in np.flatnonzero(far))
+    far = np.flatnonzero(distance > OUTLIER * max(_MAD * float(np.median(distance)), _NOTHING))
+    return tuple(Outlier(points.cells[i].where, points.cells[i].loss, float(fitted[i])) for i in far)

@@ -1,12 +1,11 @@
 """What the scaling verbs report: as JSON objects, and as text for a terminal."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from navil_megatron.scaling.fit import DRAWS, UNITS, Fit, Points
-from navil_megatron.scaling.laws import LARGEST_EXPONENT, LAWS
+from navil_megatron.scaling.laws import LARGEST_EXPONENT
 from navil_megatron.scaling.line import Line
 from navil_megatron.scaling.paper import describe_inconsistency
 from navil_megatron.scaling.recommend import Optima, Recommendation
@@ -126,8 +125,15 @@ def _range(interval: Interval) -> str:
     return f"from {format_size(low)}" if high is None else f"{format_size(low)} to {format_size(high)}"
 
 
-def fit_json(study: Study, points: Points, fits: Sequence[Fit], refused: Mapping[str, str], held: Report) -> Report:
+def fit_json(study: Study, points: Points, fits: Mapping[str, Fit], refused: Mapping[str, str], held: Report) -> Report:
     """Every law with its parameters."""
+    warnings = [*study.warnings, *(describe_inconsistency(found) for found in study.inconsistencies)]
+    for law, fit in fits.items():
+        for name, (low, high) in fit.intervals.items():
+            if name.startswith("exponent") and high >= LARGEST_EXPONENT * 0.99:
+                warnings.append(f"{law}: {name} is not determined by these points ({low:.2g} to {high:.2g})")
+        for point in fit.outliers:
+            warnings.append(f"{law}: outlier {point.where}: loss {point.loss:.4g}, expected {point.expected:.4g}")
     return {
         "study": study.name,
         "points": len(points.cells),
@@ -137,35 +143,12 @@ def fit_json(study: Study, points: Points, fits: Sequence[Fit], refused: Mapping
         "data_unit": study.data_unit,
         "seed_noise": study.noise(),
         "confidence": CONFIDENCE,
-        "fits": {fit.law: _one_fit_json(fit) for fit in fits},
+        "fits": {law: asdict(fit) for law, fit in fits.items()},
         "refused": dict(refused),
         "held": held,
         "inconsistencies": list(study.inconsistencies),
-        "warnings": _fit_warnings(study, fits),
+        "warnings": warnings,
     }
-
-
-def _one_fit_json(fit: Fit) -> Report:
-    return {
-        "formula": LAWS[fit.law].formula,
-        "parameters": fit.parameters,
-        "intervals": {name: list(interval) for name, interval in fit.intervals.items()},
-        "r2_log": None if math.isnan(fit.r2_log) else fit.r2_log,
-        "rmse": fit.rmse,
-        "leave_one_out_rmse": fit.leave_one_out_rmse,
-        "outliers": [{"where": cell.where, "loss": cell.loss, "expected": expected} for cell, expected in fit.outliers],
-    }
-
-
-def _fit_warnings(study: Study, fits: Sequence[Fit]) -> list[str]:
-    warnings = [*study.warnings, *(describe_inconsistency(found) for found in study.inconsistencies)]
-    for fit in fits:
-        for name, (low, high) in fit.intervals.items():
-            if name.startswith("exponent") and high >= LARGEST_EXPONENT * 0.99:
-                warnings.append(f"{fit.law}: {name} is not determined by these points ({low:.2g} to {high:.2g})")
-        for cell, expected in fit.outliers:
-            warnings.append(f"{fit.law}: outlier {cell.where}: loss {cell.loss:.4g}, expected {expected:.4g}")
-    return warnings
 
 
 def fit_text(report: Report) -> str:

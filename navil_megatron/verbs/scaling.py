@@ -72,7 +72,7 @@ def fit(options: Namespace) -> Outcome:
     refused = {name: reason for name in names if (reason := refusal(LAWS[name], points))}
     if len(refused) == len(names):
         raise UserError("; ".join(refused.values()))
-    fits = [fit_law(name, points, options.seed) for name in names if name not in refused]
+    fits = {name: fit_law(name, points, options.seed) for name in names if name not in refused}
     report = fit_json(study, points, fits, refused, held)
     return Outcome(report, fit_text(report))
 

@@ -89,9 +89,9 @@ def test_one_bad_run_is_named_and_bends_little() -> None:
     bad = replace(study.runs[17], loss=1.5 * study.runs[17].loss)
     study = replace(study, runs=(*study.runs[:17], bad, *study.runs[18:]))
     fit = fit_law("power", choose_points(study, {}), draws=20)
-    ((cell, expected),) = fit.outliers
-    assert cell.where == "study:18"
-    assert expected == pytest.approx(bad.loss / 1.5, rel=0.01)
+    (outlier,) = fit.outliers
+    assert outlier.where == "study:18"
+    assert outlier.expected == pytest.approx(bad.loss / 1.5, rel=0.01)
     assert fit.parameters["exponent_D"] == pytest.approx(0.3, abs=0.005)
 
 
