@@ -92,9 +92,9 @@ def _draw_line(axes: Axes, optima: Optima, line: Line, llm: float | None) -> Non
     axes.fill_between(grid, low, high, color=_COLORS[0], alpha=0.15, linewidth=0, label="interval")
     label = f"{line.prefactor:.3g} N$^{{{line.exponent:.3f}}}$, N in billions"
     axes.plot(grid, [line.predict(size) for size in grid], color=_COLORS[0], label=label)
-    for index, found in enumerate(optima.found):
+    for found in optima.found:
         # An arrow where the interval has no end.
-        bottom, top = optima.interval_of(index)
+        bottom, top = found.interval
         down = found.encoder - (bottom or found.encoder / 2)
         up = (top or 2 * found.encoder) - found.encoder
         marker = {"equal": "o", "at least": "^", "at most": "v"}[found.relation]

@@ -1,13 +1,13 @@
 """The encoder for an LLM: by the 1% rule where the study measured that LLM, by the log-log line elsewhere."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.scaling.fit import estimate_noise
 from navil_megatron.scaling.line import Line
-from navil_megatron.scaling.rule import DRAWS, THRESHOLD, Interval, Optimum, find_optimum, redraw
+from navil_megatron.scaling.rule import THRESHOLD, Interval, Optimum, find_optimum, redraw
 from navil_megatron.scaling.shape import Shape, choose_shape
 from navil_megatron.scaling.sizes import format_size
 from navil_megatron.scaling.study import CONFIDENCE, Curve, Study, curves_at
@@ -28,10 +28,8 @@ class Optima:
     study: Study
     threshold: float
     found: tuple[Optimum, ...]
-    draws: tuple[tuple[Optimum, ...], ...]
-    """Of noisy copies, one row for each LLM; empty where no noise is known."""
     noise: str
-    """Where the noise of the copies comes from: ``seeds``, ``curves``, ``reading`` or ``unknown``."""
+    """Where the noise of a loss is known from: ``seeds``, ``curves``, ``reading`` or ``unknown``."""
     warnings: tuple[str, ...]
 
     @property
@@ -42,39 +40,16 @@ class Optima:
     @cached_property
     def line(self) -> Line | None:
         """The log-log line; ``None`` of fewer than two optima inside their curves."""
-        inside = [i for i, optimum in enumerate(self.found) if optimum.is_inside]
+        inside = [optimum for optimum in self.found if optimum.is_inside]
         if len(inside) < 2:
             return None
-        found = [self.found[i] for i in inside]
-        drawn = [[optimum.encoder for optimum in self.draws[i]] for i in inside] if self.are_draws_of_noise else []
+        drawn = [[each.curve.encoders[index] for index in each.drawn] for each in inside if each.is_widened]
         return Line(
-            tuple(optimum.llm for optimum in found),
-            tuple(optimum.encoder for optimum in found),
-            tuple(_halves(optimum) for optimum in found),
+            tuple(optimum.llm for optimum in inside),
+            tuple(optimum.encoder for optimum in inside),
+            tuple(_halves(optimum) for optimum in inside),
             tuple(zip(*drawn, strict=True)),
         )
-
-    @property
-    def are_draws_of_noise(self) -> bool:
-        """Whether the draws follow noise of the runs: the paper's optima are published, only their losses were read."""
-        return self.noise in ("seeds", "curves")
-
-    def agreement(self, index: int) -> float | None:
-        """Share of noisy copies of a curve with the same optimum."""
-        return (
-            sum(drawn.index == self.found[index].index for drawn in self.draws[index]) / DRAWS if self.draws else None
-        )
-
-    def interval_of(self, index: int) -> Interval:
-        """Where the optimum of a measured LLM can be: its cell of the grid, and those that noise moves it to."""
-        cells = [self.found[index].cell]
-        if self.are_draws_of_noise:
-            ordered = sorted(self.draws[index], key=lambda optimum: optimum.index)
-            tail = round((1 - CONFIDENCE) / 2 * DRAWS)
-            cells += [ordered[tail].cell, ordered[-1 - tail].cell]
-        low = min(0.0 if low is None else low for low, _ in cells)
-        high = max(math.inf if high is None else high for _, high in cells)
-        return low or None, None if math.isinf(high) else high
 
 
 def _halves(optimum: Optimum) -> tuple[float, float]:
@@ -109,9 +84,13 @@ def find_optima(
             f"{'any amount of data' if data is None else f'{format_size(data)} {study.data_unit}'}; "
             f"{f'curves are there at {amounts}' if amounts else 'train both'}"
         )
-    found = tuple(find_optimum(curve, threshold) for curve in curves)
+    found = [find_optimum(curve, threshold) for curve in curves]
     noise, scale, told = _find_noise(study, curves)
-    draws = () if scale is None else tuple(redraw(optimum, scale, threshold, seed) for optimum in found)
+    if scale is not None:
+        found = [
+            replace(optimum, drawn=redraw(optimum, scale, threshold, seed), is_widened=noise != "reading")
+            for optimum in found
+        ]
     warnings += told
     cells = [(cell.runs[0].llm, cell.runs[0].data) for cell in study.cells()]
     for optimum in found:
@@ -119,7 +98,7 @@ def find_optima(
         warnings += [f"{name}: {note}" for note in optimum.notes]
         if cells.count((optimum.llm, optimum.curve.data)) > len(optimum.curve.cells):
             warnings.append(f"{name}: of several shapes of one encoder size the best counts")
-    return Optima(study, threshold, found, draws, noise, (*study.warnings, *warnings))
+    return Optima(study, threshold, tuple(found), noise, (*study.warnings, *warnings))
 
 
 def _is_same(llm: float, asked: float) -> bool:
@@ -163,21 +142,21 @@ def recommend(optima: Optima, llm: float) -> Recommendation:
     Raises:
         UserError: The LLM was not measured, and fewer than two optima are known to lay a line through.
     """
-    line, is_extrapolated, interval = optima.line, False, None
-    index = next((i for i, found in enumerate(optima.found) if _is_same(found.llm, llm)), None)
-    if index is not None:
-        method, encoder, relation = "rule", optima.found[index].encoder, optima.found[index].relation
-        interval, warnings = optima.interval_of(index), _warn_of_rule(optima, index)
+    line, is_extrapolated = optima.line, False
+    found = next((found for found in optima.found if _is_same(found.llm, llm)), None)
+    if found is not None:
+        method, encoder, relation = "rule", found.encoder, found.relation
+        interval, warnings = found.interval, _warn_of_rule(optima, found)
     elif line is not None:
         method, encoder, relation = "line", line.predict(llm), "equal"
         interval, warnings = line.interval(llm), _warn_of_line(optima, line, llm)
         is_extrapolated = not min(line.llms) <= llm <= max(line.llms)
     else:
-        inside = sum(found.is_inside for found in optima.found)
+        inside = sum(each.is_inside for each in optima.found)
         raise UserError(
             f"the study did not train an LLM of {format_size(llm)}, and a line to it needs 2 LLMs whose optimum "
             f"lies inside their curve, found {inside}; train more encoder sizes, or ask for one of "
-            f"{', '.join(format_size(found.llm) for found in optima.found)}"
+            f"{', '.join(format_size(each.llm) for each in optima.found)}"
         )
     shape, of_shape = choose_shape(encoder)
     return Recommendation(
@@ -192,9 +171,8 @@ def recommend(optima: Optima, llm: float) -> Recommendation:
     )
 
 
-def _warn_of_rule(optima: Optima, index: int) -> list[str]:
-    found, warnings = optima.found[index], []
-    size, share = format_size(found.encoder), f"{optima.threshold:.0%}"
+def _warn_of_rule(optima: Optima, found: Optimum) -> list[str]:
+    size, share, warnings = format_size(found.encoder), f"{optima.threshold:.0%}", []
     if found.relation == "at least":
         warnings.append(
             f"every doubling up to {size} gains {share} or more: the optimum is at least this; train larger encoders"
@@ -204,11 +182,10 @@ def _warn_of_rule(optima: Optima, index: int) -> list[str]:
             f"already the first doubling from {size} gains less than {share}: the optimum is at most this; train "
             "smaller encoders"
         )
-    agreement = optima.agreement(index)
-    if agreement is not None and agreement < CONFIDENCE:
-        outside = "" if optima.are_draws_of_noise else "; the interval is that of the grid alone"
+    if found.agreement is not None and found.agreement < CONFIDENCE:
         warnings.append(
-            f"under {_NOISES[optima.noise]} the rule gives the same encoder in {agreement:.0%} of draws{outside}"
+            f"under {_NOISES[optima.noise]} the rule gives the same encoder in {found.agreement:.0%} of draws"
+            + ("" if found.is_widened else "; the interval is that of the grid alone")
         )
     return warnings
 

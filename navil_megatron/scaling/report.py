@@ -50,8 +50,8 @@ def optima_json(optima: Optima) -> Report:
             "llm_parameters": round(optimum.llm),
             "encoder_parameters": round(optimum.encoder),
             "relation": optimum.relation,
-            "interval": _whole(optima.interval_of(index)),
-            "agreement": optima.agreement(index),
+            "interval": _whole(optimum.interval),
+            "agreement": optimum.agreement,
             "data": optimum.curve.data,
             "encoders": [round(encoder) for encoder in optimum.curve.encoders],
             "losses": list(optimum.curve.losses),
@@ -59,7 +59,7 @@ def optima_json(optima: Optima) -> Report:
             "spreads": [cell.spread for cell in optimum.curve.cells],
             "gains": list(optimum.gains),
         }
-        for index, optimum in enumerate(optima.found)
+        for optimum in optima.found
     ]
     return {"optima": found, "line": None if optima.line is None else _line_json(optima.line)}
 
@@ -99,14 +99,14 @@ def recommendation_text(optima: Optima, advice: Recommendation) -> str:
 def optima_lines(optima: Optima) -> list[str]:
     """A table of the optima, and the line."""
     rows = [("LLM", "data", "optimum", "interval", "gains from doubling, in % of the smallest encoder's loss")]
-    for index, found in enumerate(optima.found):
+    for found in optima.found:
         gains = ", ".join(
             f"{format_size(encoder)} {'-' if gain is None else f'{gain:.2%}'}"
             for encoder, gain in zip(found.curve.encoders, found.gains, strict=True)
         )
         sign = {"equal": "", "at least": ">= ", "at most": "<= "}[found.relation]
         sizes = (format_size(found.llm), format_size(found.curve.data), sign + format_size(found.encoder))
-        rows.append((*sizes, _range(optima.interval_of(index)), gains))
+        rows.append((*sizes, _range(found.interval), gains))
     lines = _table(rows)
     if optima.line is not None:
         low, high = optima.line.exponent_interval()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from navil_megatron.scaling.study import SAME_SIZE, Curve
+from navil_megatron.scaling.study import CONFIDENCE, SAME_SIZE, Curve
 
 THRESHOLD = 0.01
 """The paper's lambda."""
@@ -29,6 +29,10 @@ class Optimum:
     gains: tuple[float | None, ...]
     """Fall of the loss from doubling each encoder, in parts of the smallest encoder's loss; ``None``: not measured."""
     notes: tuple[str, ...] = ()
+    drawn: tuple[int, ...] = ()
+    """``index`` on noisy copies of the curve; empty where no noise is known."""
+    is_widened: bool = False
+    """Whether the copies widen the interval: the paper's optima are published, only their losses were read."""
 
     @property
     def llm(self) -> float:
@@ -63,6 +67,21 @@ class Optimum:
         high = None if self.relation == "at least" else math.sqrt(sizes[at] * sizes[at + 1])
         return low, high
 
+    @property
+    def interval(self) -> Interval:
+        """Where the optimum can be: its cell of the grid, and those that noise moves it to."""
+        if not self.is_widened:
+            return self.cell
+        tail = round((1 - CONFIDENCE) / 2 * DRAWS)
+        ordered = sorted(self.drawn)
+        low, high = min(self.index, ordered[tail]), max(self.index, ordered[-1 - tail])
+        return replace(self, index=low).cell[0], replace(self, index=high).cell[1]
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of noisy copies with the same optimum."""
+        return self.drawn.count(self.index) / len(self.drawn) if self.drawn else None
+
 
 def find_optimum(curve: Curve, threshold: float = THRESHOLD) -> Optimum:
     """Applies the rule to a curve."""
@@ -82,8 +101,8 @@ def find_optimum(curve: Curve, threshold: float = THRESHOLD) -> Optimum:
     return replace(found, notes=tuple(notes))
 
 
-def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int = 0) -> tuple[Optimum, ...]:
-    """What the rule chooses on noisy copies of a curve.
+def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int = 0) -> tuple[int, ...]:
+    """The index that the rule chooses on each noisy copy of a curve.
 
     Args:
         found: On the measured curve.
@@ -94,9 +113,7 @@ def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int
     generator = np.random.default_rng([seed, int(found.llm) % 2**32])
     scale = np.array([noise / math.sqrt(len(cell.runs)) for cell in found.curve.cells])
     copies = np.array(found.curve.losses) * (1 + scale * generator.standard_normal((DRAWS, len(scale))))
-    gains, _ = _gains(found.curve, copies)
-    answers = [replace(found, index=index) for index in range(len(scale))]
-    return tuple(answers[index] for index in _choose(gains, threshold))
+    return tuple(_choose(_gains(found.curve, copies)[0], threshold).tolist())
 
 
 def _gains(curve: Curve, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
