@@ -89,21 +89,6 @@ def choose_points(study: Study, held: dict[str, float]) -> Points:
     return Points(tuple(cells), axes, x / means, means, np.array([cell.loss for cell in cells]))
 
 
-def refusal(law: LogLinear, points: Points) -> str | None:
-    """Why these points are too few for a law; ``None`` where they are enough."""
-    needed = law.num_parameters(len(points.axes)) + 1
-    if len(points.cells) < needed:
-        over = " and ".join(points.axes)
-        return f"{law.name} over {over} needs at least {needed} points, found {len(points.cells)}; add runs"
-    for axis, values in zip(points.axes, points.x.T, strict=True):
-        needed, found = law.num_parameters(1), len(np.unique(values))
-        if found < needed:
-            return f"{law.name} needs at least {needed} values of {axis}, found {found}; add some or hold it"
-    if np.linalg.matrix_rank(np.column_stack([np.ones(len(points.x)), np.log(points.x)])) <= len(points.axes):
-        return f"{law.name}: {' and '.join(points.axes)} vary only together, found no runs that tell them apart"
-    return None
-
-
 def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit:
     """Fits one law.
 
@@ -117,9 +102,7 @@ def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit
         UserError: The points are too few for this law.
     """
     law = LAWS[name]
-    reason = refusal(law, points)
-    if reason is not None:
-        raise UserError(reason)
+    _require_enough(law, points)
     best, scale = _fit_robustly(law, points)
     fitted = law.predict(best, points.x)
     logs = np.log(points.losses)
@@ -134,6 +117,20 @@ def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit
         leave_one_out_rmse=_leave_one_out(law, points, best, scale),
         outliers=_outliers(points, fitted) if len(points.cells) - len(best) >= _MANY else (),
     )
+
+
+def _require_enough(law: LogLinear, points: Points) -> None:
+    name, axes = law.name, " and ".join(points.axes)
+    needed, found = law.num_parameters(len(points.axes)) + 1, len(points.cells)
+    if found < needed:
+        raise UserError(f"{name} over {axes} needs at least {needed} points, found {found}; add runs")
+    needed = law.num_parameters(1)
+    for axis, values in zip(points.axes, points.x.T, strict=True):
+        found = len(np.unique(values))
+        if found < needed:
+            raise UserError(f"{name} needs at least {needed} values of {axis}, found {found}; add some or hold it")
+    if np.linalg.matrix_rank(np.column_stack([np.ones(len(points.x)), np.log(points.x)])) <= len(points.axes):
+        raise UserError(f"{name}: {axes} vary only together, found no runs that tell them apart")
 
 
 def _report(law: LogLinear, points: Points, p: Array) -> Parameters:

@@ -6,7 +6,6 @@ from typing import Any
 
 from navil_megatron.scaling.fit import DRAWS, UNITS, Fit, Points
 from navil_megatron.scaling.laws import LARGEST_EXPONENT
-from navil_megatron.scaling.line import Line
 from navil_megatron.scaling.paper import describe_inconsistency
 from navil_megatron.scaling.recommend import Optima, Recommendation
 from navil_megatron.scaling.rule import Interval
@@ -61,21 +60,18 @@ def optima_json(optima: Optima) -> Report:
         }
         for optimum in optima.found
     ]
-    return {"optima": found, "line": None if optima.line is None else _line_json(optima.line)}
+    line = optima.line and {
+        "formula": "encoder_B = prefactor * llm_B ** exponent",
+        "prefactor": optima.line.prefactor,
+        "exponent": optima.line.exponent,
+        "exponent_interval": list(optima.line.exponent_interval()),
+        "points": len(optima.line.llms),
+    }
+    return {"optima": found, "line": line}
 
 
 def _whole(interval: Interval) -> list[int | None]:
     return [None if end is None else round(end) for end in interval]
-
-
-def _line_json(line: Line) -> Report:
-    return {
-        "formula": "encoder_B = prefactor * llm_B ** exponent",
-        "prefactor": line.prefactor,
-        "exponent": line.exponent,
-        "exponent_interval": list(line.exponent_interval()),
-        "points": len(line.llms),
-    }
 
 
 def recommendation_text(optima: Optima, advice: Recommendation) -> str:
@@ -192,16 +188,7 @@ def sweep_json(name: str, sweep: Sweep, wanted: Wanted) -> Report:
         "cheaper": [_plan_json(plan) for plan in sweep.cheaper],
         "on_other_data": [_plan_json(plan) for plan in sweep.on_other_data],
         "assumptions": asdict(wanted.machine),
-        "runs": [
-            {
-                "llm_parameters": round(run.llm),
-                "encoder_parameters": round(run.encoder),
-                "samples": round(sweep.plan.samples),
-                "seed": run.seed,
-                "gpu_hours": round(run.gpu_hours, 2),
-            }
-            for run in sweep.plan.runs
-        ],
+        "runs": [{**asdict(run), "gpu_hours": round(run.gpu_hours, 2)} for run in sweep.plan.runs],
     }
 
 
@@ -211,7 +198,7 @@ def _plan_json(plan: Plan) -> Report:
         "gpu_hours": plan.gpu_hours,
         "factor": plan.factor,
         "num_runs": len(plan.runs),
-        "llm_parameters": [round(size) for size in sorted({run.llm for run in plan.runs})],
+        "llm_parameters": sorted({run.llm_parameters for run in plan.runs}),
     }
 
 

@@ -42,10 +42,11 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """One run to buy."""
+    """One run to buy, with the names of a study's lines; the loss is what is missing."""
 
-    llm: float
-    encoder: float
+    llm_parameters: int
+    encoder_parameters: int
+    samples: int
     seed: int
     gpu_hours: float
 
@@ -144,10 +145,9 @@ def _choices(
     def runs(steps: tuple[float, ...]) -> tuple[PlannedRun, ...]:
         # Two digits: no shape hits a size more exactly.
         encoders = [float(f"{centre * 2**step:.2g}") for step in steps]
-        hours = [run_hours(llm, encoder, samples, wanted.machine) for encoder in encoders]
         return tuple(
-            PlannedRun(llm, encoder, seed, cost)
-            for encoder, cost in zip(encoders, hours, strict=True)
+            PlannedRun(round(llm), round(size), round(samples), seed, run_hours(llm, size, samples, wanted.machine))
+            for size in encoders
             for seed in range(wanted.seeds)
         )
 

@@ -61,18 +61,21 @@ _RULE = (
 )
 def fit(options: Namespace) -> Outcome:
     """Fits every law that the points are enough for."""
-    from navil_megatron.scaling.fit import choose_points, fit_law, refusal
+    from navil_megatron.scaling.fit import choose_points, fit_law
     from navil_megatron.scaling.laws import LAWS
     from navil_megatron.scaling.report import fit_json, fit_text
 
     study = load_study(_study_file(options))
     held = {axis: size for axis, size in chosen(options, "llm", "encoder", "data").items() if size is not None}
     points = choose_points(study, held)
-    names = [options.form] if options.form else list(LAWS)
-    refused = {name: reason for name in names if (reason := refusal(LAWS[name], points))}
-    if len(refused) == len(names):
+    fits, refused = {}, {}
+    for name in [options.form] if options.form else LAWS:
+        try:
+            fits[name] = fit_law(name, points, options.seed)
+        except UserError as error:
+            refused[name] = str(error)
+    if not fits:
         raise UserError("; ".join(refused.values()))
-    fits = {name: fit_law(name, points, options.seed) for name in names if name not in refused}
     report = fit_json(study, points, fits, refused, held)
     return Outcome(report, fit_text(report))
 
