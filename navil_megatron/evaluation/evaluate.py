@@ -114,19 +114,16 @@ def _answer(
             texts[sample.id] = earlier
     waiting = [sample for sample in samples if sample.id not in texts and sample.id not in damaged]
     on_progress(len(texts) + len(damaged), len(samples))
-    captioner = _load(folder, settings) if waiting else None
+    if not waiting:
+        return texts, damaged
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    captioner = load_for_generation(folder, dtype, settings.device)
     for batch in batched(waiting, settings.batch_size):
-        assert captioner is not None
         found = _answer_batch(captioner, batch, settings, damaged)
         predictions.add((sample.id, pictures_of[sample.id], found[sample.id]) for sample in batch if sample.id in found)
         texts |= found
         on_progress(len(texts) + len(damaged), len(samples))
     return texts, damaged
-
-
-def _load(folder: Path, settings: Settings) -> Captioner:
-    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    return load_for_generation(folder, dtype, settings.device)
 
 
 def _answer_batch(

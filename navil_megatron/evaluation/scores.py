@@ -3,9 +3,8 @@
 Everything is in points: 100 times the fraction, so an exact match is 100.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from navil_megatron.evaluation.answer_scores import anls, exact_match, relaxed_accuracy
@@ -38,17 +37,14 @@ def score(answers: Sequence[Scored]) -> tuple[list[Scored], dict[str, dict[str, 
     if captions:
         found = score_captions([one.text for one in captions], [one.sample.answers for one in captions])
         scores["caption"] = {"num": len(captions), "cider": found.cider, "bleu": found.bleu}
-        scored += [_with(one, {"cider": cider}) for one, cider in zip(captions, found.ciders, strict=True)]
+        scored += [replace(one, points={"cider": cider}) for one, cider in zip(captions, found.ciders, strict=True)]
     if questions:
+        judges = QUESTION_SCORES.items()
         judged = [
-            _with(one, {name: 100 * judge(one.text, one.sample.answers) for name, judge in QUESTION_SCORES.items()})
+            replace(one, points={name: 100 * judge(one.text, one.sample.answers) for name, judge in judges})
             for one in questions
         ]
         means = {name: sum(one.points[name] for one in judged) / len(judged) for name in QUESTION_SCORES}
         scores["qa"] = {"num": len(judged), **means}
         scored += judged
     return scored, scores
-
-
-def _with(answer: Scored, points: dict[str, float]) -> Scored:
-    return dataclasses.replace(answer, points=points)

@@ -51,19 +51,15 @@ def write_worst_page(
     tasks = []
     for task, values in scores.items():
         worst = sorted((one for one in scored if one.sample.task == task), key=lambda one: one.rank)[:num_worst]
-        means = {name: value for name, value in values.items() if name != "num"}
         tasks.append(
-            {"title": _TITLES[task], "summary": _points(means), "num": values["num"], "cases": list(map(_case, worst))}
+            {"title": _TITLES[task], "summary": _points(values), "num": values["num"], "cases": list(map(_case, worst))}
         )
     path.write_text(render_page(title, _STYLE, _BODY, {"tasks": tasks}), encoding="utf-8")
 
 
 def describe_scores(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line for each task."""
-    return [
-        f"{_TITLES[task].lower()} ({values['num']}): {_points({k: v for k, v in values.items() if k != 'num'})}"
-        for task, values in scores.items()
-    ]
+    return [f"{_TITLES[task].lower()} ({values['num']}): {_points(values)}" for task, values in scores.items()]
 
 
 def _case(one: Scored) -> dict[str, Any]:
@@ -80,7 +76,8 @@ def _case(one: Scored) -> dict[str, Any]:
 
 
 def _points(points: Mapping[str, float]) -> str:
-    return ", ".join(f"{_NAMES.get(name, name.replace('_', ' '))} {value:.1f}" for name, value in points.items())
+    shown = {_NAMES.get(name, name.replace("_", " ")): value for name, value in points.items() if name != "num"}
+    return ", ".join(f"{name} {value:.1f}" for name, value in shown.items())
 
 
 def _thumbnail(path: Path) -> str:

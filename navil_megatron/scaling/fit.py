@@ -15,10 +15,9 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.scaling.laws import LAWS, Array, Law, Parameters
-from navil_megatron.scaling.study import Cell, Curve, Study
+from navil_megatron.scaling.laws import LAWS, Array, LogLinear, Parameters
+from navil_megatron.scaling.study import CONFIDENCE, Cell, Curve, Study
 
-CONFIDENCE = 0.95
 DRAWS = 300
 UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}
 """Parameters in billions, samples or tokens in millions."""
@@ -43,25 +42,29 @@ class Points:
     means: Array
     losses: Array
 
-    @property
-    def letters(self) -> tuple[str, ...]:
-        """The axes' letters in the formulas."""
-        return tuple(LETTERS[axis] for axis in self.axes)
+
+@dataclass(frozen=True, slots=True)
+class Outlier:
+    """A point far from the law."""
+
+    where: str
+    loss: float
+    expected: float
+    """By the law."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A law with its parameters, in the units of ``UNITS``."""
+    """A law's parameters, in the units of ``UNITS``, as reports give them."""
 
-    law: str
+    formula: str
     parameters: Parameters
     intervals: dict[str, tuple[float, float]]
-    r2_log: float
-    """Share of the variance of log loss that the law explains."""
+    r2_log: float | None
+    """Share of the variance of log loss that the law explains; ``None`` where losses are equal or a law gives none."""
     rmse: float
     leave_one_out_rmse: float | None
-    outliers: tuple[tuple[Cell, float], ...]
-    """Points far from the law, and the loss it expects there."""
+    outliers: tuple[Outlier, ...]
 
 
 def choose_points(study: Study, held: dict[str, float]) -> Points:
@@ -83,24 +86,7 @@ def choose_points(study: Study, held: dict[str, float]) -> Points:
         raise UserError(f"{study.name}: all {len(cells)} points have one size and amount of data; nothing to fit")
     x = np.column_stack([values[axis] for axis in axes])
     means = np.exp(np.log(x).mean(axis=0))
-    losses = np.array([cell.loss for cell in cells])
-    return Points(tuple(cells), axes, x / means, means, losses)
-
-
-def refusal(law: Law, points: Points) -> str | None:
-    """Why these points are too few for a law; ``None`` where they are enough."""
-    needed = law.num_parameters(len(points.axes)) + 1
-    if len(points.cells) < needed:
-        over = " and ".join(points.axes)
-        return f"{law.name} over {over} needs at least {needed} points, found {len(points.cells)}; add runs"
-    for i, axis in enumerate(points.axes):
-        found = len(np.unique(points.x[:, i]))
-        if found < law.min_values:
-            return f"{law.name} needs at least {law.min_values} values of {axis}, found {found}; add some or hold it"
-    rank = np.linalg.matrix_rank(np.column_stack([np.ones(len(points.x)), np.log(points.x)]))
-    if rank <= len(points.axes):
-        return f"{law.name}: {' and '.join(points.axes)} vary only together, found no runs that tell them apart"
-    return None
+    return Points(tuple(cells), axes, x / means, means, np.array([cell.loss for cell in cells]))
 
 
 def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit:
@@ -116,43 +102,49 @@ def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit
         UserError: The points are too few for this law.
     """
     law = LAWS[name]
-    reason = refusal(law, points)
-    if reason is not None:
-        raise UserError(reason)
+    _require_enough(law, points)
     best, scale = _fit_robustly(law, points)
     fitted = law.predict(best, points.x)
-    relative = points.losses / fitted - 1
     logs = np.log(points.losses)
     with np.errstate(invalid="ignore", divide="ignore"):
-        unexplained = float(((logs - np.log(fitted)) ** 2).sum())
-    spread = float(((logs - logs.mean()) ** 2).sum())
+        r2_log = float(1 - ((logs - np.log(fitted)) ** 2).sum() / ((logs - logs.mean()) ** 2).sum())
     return Fit(
-        law=name,
-        parameters=law.report(best, points.means, points.letters),
+        formula=law.formula,
+        parameters=_report(law, points, best),
         intervals=_bootstrap(law, points, best, scale, np.random.default_rng(seed), draws),
-        r2_log=1 - unexplained / spread if spread else math.nan,
+        r2_log=r2_log if math.isfinite(r2_log) else None,
         rmse=float(np.sqrt(((points.losses - fitted) ** 2).mean())),
         leave_one_out_rmse=_leave_one_out(law, points, best, scale),
-        outliers=_outliers(points, fitted, relative) if len(points.cells) - len(best) >= _MANY else (),
+        outliers=_outliers(points, fitted) if len(points.cells) - len(best) >= _MANY else (),
     )
 
 
-def _solve(law: Law, x: Array, losses: Array, starts: list[Array], scale: float) -> Array:
-    """The parameters of the best start; residuals are parts of the median loss or, in log, of each loss."""
-    bounds = law.bounds(x.shape[1])
-    weights = np.full(len(losses), np.median(losses)) if law.name == "log-linear" else losses
+def _require_enough(law: LogLinear, points: Points) -> None:
+    name, axes = law.name, " and ".join(points.axes)
+    needed, found = law.num_parameters(len(points.axes)) + 1, len(points.cells)
+    if found < needed:
+        raise UserError(f"{name} over {axes} needs at least {needed} points, found {found}; add runs")
+    needed = law.num_parameters(1)
+    for axis, values in zip(points.axes, points.x.T, strict=True):
+        found = len(np.unique(values))
+        if found < needed:
+            raise UserError(f"{name} needs at least {needed} values of {axis}, found {found}; add some or hold it")
+    if np.linalg.matrix_rank(np.column_stack([np.ones(len(points.x)), np.log(points.x)])) <= len(points.axes):
+        raise UserError(f"{name}: {axes} vary only together, found no runs that tell them apart")
 
-    def residuals(p: Array) -> Array:
-        return np.asarray((law.predict(p, x) - losses) / weights)
 
-    def jacobian(p: Array) -> Array:
-        return np.asarray(law.jacobian(p, x) / weights[:, None])
+def _report(law: LogLinear, points: Points, p: Array) -> Parameters:
+    return law.report(p, points.means, [LETTERS[axis] for axis in points.axes])
 
+
+def _solve(law: LogLinear, x: Array, losses: Array, starts: list[Array], scale: float) -> Array:
+    """The parameters of the best start; a residual beyond ``scale`` counts less."""
+    bounds, weights = law.bounds(x.shape[1]), law.weights(losses)
     solutions = [
         least_squares(
-            residuals,
+            lambda p: (law.predict(p, x) - losses) / weights,
             np.clip(start, *bounds),
-            jac=jacobian,
+            jac=lambda p: law.jacobian(p, x) / weights[:, None],
             bounds=bounds,
             loss="soft_l1",
             f_scale=scale,
@@ -164,7 +156,7 @@ def _solve(law: Law, x: Array, losses: Array, starts: list[Array], scale: float)
     return np.asarray(min(solutions, key=lambda solution: solution.cost).x)
 
 
-def _fit_robustly(law: Law, points: Points) -> tuple[Array, float]:
+def _fit_robustly(law: LogLinear, points: Points) -> tuple[Array, float]:
     """Parameters, and the residual from which on a point counts less: two robust deviations of a first fit."""
     is_few = len(points.cells) - law.num_parameters(len(points.axes)) < _MANY
     # Of few points none can be told to be off: a scale of the whole loss makes it plain least squares.
@@ -186,8 +178,8 @@ def estimate_noise(curves: Iterable[Curve]) -> float | None:
     total, freedom = 0.0, 0
     for curve in curves:
         if len(curve.encoders) > law.num_parameters(1):
-            x = np.array(curve.encoders)[:, None]
-            x, losses = x / np.exp(np.log(x).mean()), np.array(curve.losses)
+            x, losses = np.array(curve.encoders)[:, None], np.array(curve.losses)
+            x = x / np.exp(np.log(x).mean())
             solved = _solve(law, x, losses, law.starts(x, losses), 1.0)
             total += float(((law.predict(solved, x) / losses - 1) ** 2).sum())
             freedom += len(losses) - law.num_parameters(1)
@@ -195,45 +187,40 @@ def estimate_noise(curves: Iterable[Curve]) -> float | None:
 
 
 def _bootstrap(
-    law: Law, points: Points, best: Array, scale: float, generator: np.random.Generator, draws: int
+    law: LogLinear, points: Points, best: Array, scale: float, generator: np.random.Generator, draws: int
 ) -> dict[str, tuple[float, float]]:
     fitted = law.predict(best, points.x)
-    residuals = points.losses - fitted
-    relative = residuals / fitted if law.name != "log-linear" else residuals / np.median(points.losses)
+    unit = law.weights(fitted)
+    residuals = (points.losses - fitted) / unit
     count, freedom = len(residuals), len(residuals) - len(best)
-    tail = (1 - CONFIDENCE) / 2
-    few = float(student.ppf(1 - tail, freedom) / norm.ppf(1 - tail))
-    relative = (relative - relative.mean()) * math.sqrt(count / freedom) * few
-    unit = fitted if law.name != "log-linear" else np.full(count, np.median(points.losses))
-    drawn: dict[str, list[float]] = {}
+    tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+    few = float(student.ppf(tails[1], freedom) / norm.ppf(tails[1]))
+    residuals = (residuals - residuals.mean()) * math.sqrt(count / freedom) * few
+    drawn = []
     for _ in range(draws):
-        losses = np.maximum(fitted + unit * generator.choice(relative, count), 1e-6)
-        again = _solve(law, points.x, losses, [best], scale)
-        for name, value in law.report(again, points.means, points.letters).items():
-            drawn.setdefault(name, []).append(value)
+        losses = np.maximum(fitted + unit * generator.choice(residuals, count), 1e-6)
+        drawn.append(_report(law, points, _solve(law, points.x, losses, [best], scale)))
     found = {}
-    for name, value in law.report(best, points.means, points.letters).items():
-        low, high = np.quantile(drawn[name], [tail, 1 - tail])
+    for name, value in _report(law, points, best).items():
+        low, high = np.quantile([each[name] for each in drawn], tails)
         found[name] = (min(float(low), value), max(float(high), value))
     return found
 
 
-def _leave_one_out(law: Law, points: Points, best: Array, scale: float) -> float | None:
+def _leave_one_out(law: LogLinear, points: Points, best: Array, scale: float) -> float | None:
     """RMSE of each point's loss as the law of all others expects it; ``None`` where they are too few."""
     errors = []
-    for index in range(len(points.cells)):
-        rest = np.delete(np.arange(len(points.cells)), index)
-        left = Points(
-            tuple(points.cells[i] for i in rest), points.axes, points.x[rest], points.means, points.losses[rest]
-        )
-        if len(rest) < len(best) or any(len(np.unique(column)) < law.min_values for column in left.x.T):
+    for index, loss in enumerate(points.losses):
+        x = np.delete(points.x, index, axis=0)
+        if len(x) < len(best) or any(len(np.unique(column)) < law.num_parameters(1) for column in x.T):
             return None
-        solved = _solve(law, left.x, left.losses, [best], scale)
-        errors.append(float(law.predict(solved, points.x[index : index + 1])[0] - points.losses[index]))
-    return math.sqrt(sum(error**2 for error in errors) / len(errors))
+        solved = _solve(law, x, np.delete(points.losses, index), [best], scale)
+        errors.append(law.predict(solved, points.x[[index]])[0] - loss)
+    return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def _outliers(points: Points, fitted: Array, relative: Array) -> tuple[tuple[Cell, float], ...]:
-    deviation = _MAD * float(np.median(np.abs(relative - np.median(relative))))
-    far = np.abs(relative - np.median(relative)) > OUTLIER * max(deviation, _NOTHING)
-    return tuple((points.cells[i], float(fitted[i])) for i in np.flatnonzero(far))
+def _outliers(points: Points, fitted: Array) -> tuple[Outlier, ...]:
+    relative = points.losses / fitted - 1
+    distance = np.abs(relative - np.median(relative))
+    far = np.flatnonzero(distance > OUTLIER * max(_MAD * float(np.median(distance)), _NOTHING))
+    return tuple(Outlier(points.cells[i].where, points.cells[i].loss, float(fitted[i])) for i in far)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-CONFIDENCE = 0.95
+from navil_megatron.scaling.study import CONFIDENCE
+
 UNIT = 1e9
 """Sizes of the line's formula are in billions."""
 
@@ -30,7 +31,7 @@ class Line:
     @property
     def exponent(self) -> float:
         """Slope of the line."""
-        return float(self._weights_of_slope() @ np.log(self.encoders))
+        return float(_slope(self.llms) @ np.log(self.encoders))
 
     @property
     def prefactor(self) -> float:
@@ -39,42 +40,30 @@ class Line:
 
     def predict(self, llm: float) -> float:
         """The encoder size for an LLM."""
-        return math.exp(self._weights_at(llm) @ np.log(self.encoders))
+        return math.exp(_height(self.llms, llm) @ np.log(self.encoders))
 
     def exponent_interval(self) -> tuple[float, float]:
         """Of the slope."""
-        return self._interval(self._weights_of_slope())
+        return self._interval(_slope(self.llms))
 
     def interval(self, llm: float) -> tuple[float, float]:
         """Of the encoder size for an LLM."""
-        low, high = self._interval(self._weights_at(llm))
+        low, high = self._interval(_height(self.llms, llm))
         return math.exp(low), math.exp(high)
 
-    def _centred(self) -> np.ndarray:
-        logs = np.log(self.llms)
-        return np.asarray(logs - logs.mean())
-
-    def _weights_of_slope(self) -> np.ndarray:
-        """The slope of least squares is this times the optima's logs."""
-        centred = self._centred()
-        return np.asarray(centred / (centred @ centred))
-
-    def _weights_at(self, llm: float) -> np.ndarray:
-        """The line's height at an LLM is this times the optima's logs."""
-        distance = math.log(llm) - float(np.log(self.llms).mean())
-        return np.asarray(1 / len(self.llms) + distance * self._weights_of_slope())
-
     def _interval(self, weights: np.ndarray) -> tuple[float, float]:
-        logs = np.log(self.encoders)
-        value = float(weights @ logs)
-        down, up = _cell_reach(weights, self.halves)
+        """Of a weighted sum of the optima's logs."""
+        value = float(weights @ np.log(self.encoders))
+        # The worst case of optima anywhere in their cells, not a standard error: the grid moves all of them at once.
+        lower, upper = np.transpose(self.halves)
+        down = float(weights @ np.where(weights > 0, lower, -upper))
+        up = float(weights @ np.where(weights > 0, upper, -lower))
         misfit = self._misfit(weights)
         lows, highs = [value - down, value - misfit], [value + up, value + misfit]
         if self.draws:
-            drawn = np.log(self.draws) @ weights
-            tail = (1 - CONFIDENCE) / 2
-            lows.append(float(np.quantile(drawn, tail)) - down)
-            highs.append(float(np.quantile(drawn, 1 - tail)) + up)
+            low, high = np.quantile(np.log(self.draws) @ weights, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+            lows.append(float(low) - down)
+            highs.append(float(high) + up)
         return min(lows), max(highs)
 
     def _misfit(self, weights: np.ndarray) -> float:
@@ -82,20 +71,20 @@ class Line:
         freedom = len(self.llms) - 2
         if freedom < 1:
             return 0.0
-        fitted = np.array([self._weights_at(llm) @ np.log(self.encoders) for llm in self.llms])
-        deviation = math.sqrt(float(((np.log(self.encoders) - fitted) ** 2).sum()) / freedom)
+        distances = np.log(self.encoders) - np.log([self.predict(llm) for llm in self.llms])
+        deviation = math.sqrt(float(distances @ distances) / freedom)
         return float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(float(weights @ weights))
 
 
-def _cell_reach(weights: Sequence[float] | np.ndarray, halves: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """How far below and above a weighted sum of optima can be if each is anywhere in its cell.
+def _slope(llms: Sequence[float]) -> np.ndarray:
+    """The slope of least squares is this times the logs of the encoders."""
+    centred = np.log(llms) - np.log(llms).mean()
+    return np.asarray(centred / (centred @ centred))
 
-    The worst case, not a standard error: the grid moves all optima at once.
-    """
-    pairs = list(zip(weights, halves, strict=True))
-    down = sum(weight * (low if weight > 0 else -high) for weight, (low, high) in pairs)
-    up = sum(weight * (high if weight > 0 else -low) for weight, (low, high) in pairs)
-    return float(down), float(up)
+
+def _height(llms: Sequence[float], llm: float) -> np.ndarray:
+    """The line's height at an LLM is this times the logs of the encoders."""
+    return np.asarray(1 / len(llms) + (math.log(llm) - np.log(llms).mean()) * _slope(llms))
 
 
 def grid_factor(llms: Sequence[float], halves: Sequence[float], llm: float) -> float:
@@ -106,7 +95,4 @@ def grid_factor(llms: Sequence[float], halves: Sequence[float], llm: float) -> f
         halves: Half the step of each curve's grid, in log size.
         llm: For which an encoder is recommended.
     """
-    logs = np.log(llms)
-    centred = logs - logs.mean()
-    weights = 1 / len(llms) + (math.log(llm) - logs.mean()) * centred / (centred @ centred)
-    return float(np.abs(weights) @ np.asarray(halves))
+    return float(np.abs(_height(llms, llm)) @ np.asarray(halves))

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,33 +29,29 @@ def load_study(path: Path | None) -> Study:
         raise UserError(f"cannot read {file}: {error.strerror}; expected a study's JSON lines or curves") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text; expected a study's JSON lines or curves") from None
-    name = str(path) if path else "the paper's curves (read off its figures)"
     curves = _as_curves(text)
-    if curves is not None:
-        return read_curves(curves, str(path or file.name), name)
-    return _read_lines(text, str(file), name)
+    if curves is None:
+        return _read_lines(text, str(file))
+    return read_curves(curves, str(path or file.name), str(path or "the paper's curves (read off its figures)"))
 
 
-def _as_curves(text: str) -> Mapping[str, Any] | None:
+def _as_curves(text: str) -> dict[str, Any] | None:
     """The object of a curves file; ``None`` where the text is something else."""
     try:
         whole = json.loads(text)
     except ValueError:
         return None
     is_curves = isinstance(whole, dict) and any(isinstance(value, dict | list) for value in whole.values())
-    return whole if is_curves and not set(whole) & set(_READERS) else None
+    return whole if is_curves and not set(whole) & set(_FIELDS) else None
 
 
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"found {value!r}, expected a whole number from 1 up")
-    return value
+def _whole_from(least: int) -> Callable[[object], int]:
+    def whole(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"found {value!r}, expected a whole number from {least} up")
+        return value
 
-
-def _seed(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"found {value!r}, expected a whole number from 0 up")
-    return value
+    return whole
 
 
 def _loss(value: object) -> float:
@@ -64,99 +60,95 @@ def _loss(value: object) -> float:
     return parse_size(value)
 
 
-def _tags(value: object) -> tuple[str, ...]:
+def _tags(value: object) -> object:
     if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
         raise ValueError(f"found {value!r}, expected a list of texts")
-    return tuple(value)
+    return value
 
 
-_READERS: dict[str, Callable[[object], Any]] = {
+_FIELDS: dict[str, Callable[[object], Any]] = {
     "llm_parameters": model_size,
     "encoder_parameters": model_size,
     "samples": data_size,
     "tokens": data_size,
     "validation_loss": _loss,
-    "seed": _seed,
-    "depth": _whole,
-    "width": _whole,
-    "heads": _whole,
+    "seed": _whole_from(0),
+    "depth": _whole_from(1),
+    "width": _whole_from(1),
+    "heads": _whole_from(1),
     "tags": _tags,
     "gpu_hours": parse_size,
 }
 _REQUIRED = ("llm_parameters", "encoder_parameters", "validation_loss")
 
 
-def _read_lines(text: str, file: str, name: str) -> Study:
+def _read_lines(text: str, file: str) -> Study:
     problems: list[str] = []
-    runs: list[Run] = []
+    runs: dict[tuple[object, ...], Run] = {}
+    warnings: list[str] = []
     units: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            where = f"{file}:{number}"
-            found, wrong = _read_line(line, where)
-            problems += wrong
-            if found is not None:
-                run, unit = found
-                runs.append(run)
-                units.setdefault(unit, where)
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            run, unit = _read_line(line, where)
+        except ConfigError as error:
+            problems += (f"{where}: {problem}" for problem in error.problems)
+            continue
+        units.setdefault(unit, where)
+        # Equal in all, a given seed and the loss included, is a line that was written down twice.
+        key = (run.llm, run.encoder, run.data, run.shape, run.seed, run.loss, where if run.seed is None else "")
+        if runs.setdefault(key, run) is not run:
+            warnings.append(f"{where} repeats {runs[key].where} with the same seed and loss; counted once")
     if len(units) == 2:
         problems.append(f"{units['samples']} counts samples and {units['tokens']} tokens; use one of them in a file")
     if not runs and not problems:
         problems.append(f"{file} holds no runs; expected one JSON object a line")
     if problems:
         raise ConfigError(problems)
-    runs, warnings = _without_repeats(runs)
-    return Study(name=name, runs=tuple(runs), data_unit=next(iter(units)), warnings=tuple(warnings))
+    return Study(name=file, runs=tuple(runs.values()), data_unit=next(iter(units)), warnings=tuple(warnings))
 
 
-def _read_line(line: str, where: str) -> tuple[tuple[Run, str] | None, list[str]]:
-    """The run of a line and the unit of its data, or its problems."""
+def _read_line(line: str, where: str) -> tuple[Run, str]:
+    """The run of a line and the unit of its data.
+
+    Raises:
+        ConfigError: Every problem of the line.
+    """
     try:
         fields = json.loads(line)
     except ValueError as error:
-        return None, [f"{where}: no JSON ({error}); expected one run a line"]
+        raise ConfigError(f"no JSON ({error}); expected one run a line") from None
     if not isinstance(fields, dict):
-        return None, [f"{where}: found {type(fields).__name__}, expected an object with {', '.join(_REQUIRED)}"]
+        raise ConfigError(f"found {type(fields).__name__}, expected an object with {', '.join(_REQUIRED)}")
     problems, values = [], {}
     for key, value in fields.items():
-        if key not in _READERS:
-            near = get_close_matches(key, _READERS, n=1)
-            problems.append(f"{where}: unknown field {key}; {f'did you mean {near[0]}?' if near else _known()}")
+        if key not in _FIELDS:
+            near = get_close_matches(key, _FIELDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_FIELDS)}"
+            problems.append(f"unknown field {key}; {hint}")
         elif value is not None or key in _REQUIRED:
             try:
-                values[key] = _READERS[key](value)
+                values[key] = _FIELDS[key](value)
             except ValueError as error:
-                problems.append(f"{where}: {key}: {error}")
-    problems += [f"{where}: {key} is missing" for key in _REQUIRED if key not in fields]
+                problems.append(f"{key}: {error}")
+    problems += [f"{key} is missing" for key in _REQUIRED if key not in fields]
     given = [unit for unit in ("samples", "tokens") if fields.get(unit) is not None]
     if len(given) != 1:
-        problems.append(f"{where}: expected one of samples and tokens, found {' and '.join(given) or 'neither'}")
-    if {"width", "heads"} <= set(values) and values["width"] % values["heads"]:
-        problems.append(f"{where}: heads = {values['heads']} does not divide width = {values['width']}")
+        problems.append(f"expected one of samples and tokens, found {' and '.join(given) or 'neither'}")
+    depth, width, heads = (values.get(key) for key in ("depth", "width", "heads"))
+    if width and heads and width % heads:
+        problems.append(f"heads = {heads} does not divide width = {width}")
     if problems:
-        return None, problems
+        raise ConfigError(problems)
     run = Run(
         llm=values["llm_parameters"],
         encoder=values["encoder_parameters"],
         data=values[given[0]],
         loss=values["validation_loss"],
         where=where,
-        **{key: values[key] for key in ("seed", "depth", "width", "heads", "tags") if key in values},
+        seed=values.get("seed"),
+        shape=(depth, width, heads),
     )
-    return (run, given[0]), []
-
-
-def _known() -> str:
-    return f"known are {', '.join(_READERS)}"
-
-
-def _without_repeats(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """The runs without those that were written down twice: equal in all, a given seed and the loss included."""
-    kept: dict[tuple[object, ...], Run] = {}
-    warnings = []
-    for run in runs:
-        key = (run.llm, run.encoder, run.data, run.shape, run.seed, run.loss, run.where if run.seed is None else "")
-        if key in kept:
-            warnings.append(f"{run.where} repeats {kept[key].where} with the same seed and loss; counted once")
-        kept.setdefault(key, run)
-    return list(kept.values()), warnings
+    return run, given[0]

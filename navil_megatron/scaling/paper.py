@@ -4,7 +4,7 @@ The file that comes with this package holds NaViL's own (arXiv 2510.08565), meas
 printed no numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,7 @@ def read_curves(curves: Mapping[str, Any], file: str, name: str) -> Study:
     runs: list[Run] = []
     for title, curve in figure.items():
         if isinstance(curve, Mapping):
-            found, wrong = _read_llm(title, curve, f"{file}: {FIGURE}.{title}")
-            runs += found
-            problems += wrong
+            runs += _read_llm(title, curve, f"{file}: {FIGURE}.{title}", problems)
     if not runs and not problems:
         problems.append(f"{file}: {FIGURE} holds no curve; expected one for each LLM size")
     if problems:
@@ -48,21 +46,21 @@ def read_curves(curves: Mapping[str, Any], file: str, name: str) -> Study:
     errors = curves.get("uncertainty")
     error = errors.get("fig6_rel") if isinstance(errors, Mapping) else None
     reading_error = float(error) if isinstance(error, int | float) and 0 < error < 1 else None
-    figures = {key: curves[key] for key in (LLM_FIGURE,) if key in curves}
-    return Study(name=name, runs=tuple(runs), reading_error=reading_error, figures=figures)
+    contradictions = tuple(_contradictions(curves.get(LLM_FIGURE), runs, reading_error)) if reading_error else ()
+    return Study(name=name, runs=tuple(runs), reading_error=reading_error, inconsistencies=contradictions)
 
 
-def _read_llm(title: str, curve: Mapping[str, Any], where: str) -> tuple[list[Run], list[str]]:
-    """The runs of one LLM, or their problems."""
+def _read_llm(title: str, curve: Mapping[str, Any], where: str, problems: list[str]) -> Iterator[Run]:
+    """The runs of one LLM; what is wrong is added to ``problems``."""
     try:
         llm = model_size(title)
         encoders = [model_size(parse_size(size) * 1e6) for size in curve["enc_M"]]
     except KeyError:
-        return [], [f"{where}.enc_M is missing; expected the encoder sizes in millions"]
+        problems.append(f"{where}.enc_M is missing; expected the encoder sizes in millions")
+        return
     except (ValueError, TypeError) as error:
-        return [], [f"{where}: {error}"]
-    runs: list[Run] = []
-    problems: list[str] = []
+        problems.append(f"{where}: {error}")
+        return
     for amount, losses in curve.items():
         if amount == "enc_M":
             continue
@@ -74,47 +72,37 @@ def _read_llm(title: str, curve: Mapping[str, Any], where: str) -> tuple[list[Ru
                 raise ValueError(f"found {found} losses for {len(encoders)} encoder sizes; use null for a missing one")
             for encoder, loss in zip(encoders, losses, strict=True):
                 if loss is not None:
-                    value = parse_size(loss)
                     at = f"{place}[{format_size(encoder)}]"
-                    runs.append(Run(llm=llm, encoder=encoder, data=data, loss=value, where=at))
+                    yield Run(llm=llm, encoder=encoder, data=data, loss=parse_size(loss), where=at)
         except ValueError as error:
             problems.append(f"{place}: {error}")
-    return runs, problems
 
 
-def find_inconsistencies(study: Study) -> list[dict[str, Any]]:
+def _contradictions(figure: object, runs: list[Run], reading_error: float) -> Iterator[dict[str, Any]]:
     """Points of figure 5 that figure 6 contradicts: same LLM, encoder and data, losses further apart than both can
     have been misread. Each with both losses, and the encoder of figure 6 whose loss figure 5 shows instead.
     """
-    figure = study.figures.get(LLM_FIGURE)
-    if not isinstance(figure, Mapping) or study.reading_error is None:
-        return []
-    found = []
+    if not isinstance(figure, Mapping):
+        return
     for size, published in zip(figure.get("llm_B", ()), figure.get("loss", ()), strict=False):
-        peers = {
-            run.encoder: run.loss
-            for run in study.runs
-            if abs(run.llm / (size * 1e9) - 1) < 1e-3 and run.data == LLM_FIGURE_DATA
-        }
-        expected = peers.get(LLM_FIGURE_ENCODER)
-        if expected is None or published is None or abs(published - expected) <= 2 * study.reading_error * expected:
+        llm = size * 1e9
+        at = [run for run in runs if abs(run.llm / llm - 1) < 1e-3 and run.data == LLM_FIGURE_DATA]
+        expected = {run.encoder: run.loss for run in at}.get(LLM_FIGURE_ENCODER)
+        if expected is None or published is None or abs(published - expected) <= 2 * reading_error * expected:
             continue
-        nearest = min(peers, key=lambda encoder: abs(peers[encoder] - published))
-        found.append(
-            {
-                "llm_parameters": size * 1e9,
-                "figure_5_loss": published,
-                "figure_6_loss": expected,
-                "encoder_of_both": LLM_FIGURE_ENCODER,
-                "figure_6_encoder_with_this_loss": nearest,
-                "figure_6_loss_of_that_encoder": peers[nearest],
-            }
-        )
-    return found
+        nearest = min(at, key=lambda run: abs(run.loss - published))
+        yield {
+            "llm_parameters": llm,
+            "figure_5_loss": published,
+            "figure_6_loss": expected,
+            "encoder_of_both": LLM_FIGURE_ENCODER,
+            "figure_6_encoder_with_this_loss": nearest.encoder,
+            "figure_6_loss_of_that_encoder": nearest.loss,
+        }
 
 
 def describe_inconsistency(found: Mapping[str, Any]) -> str:
-    """One line of what ``find_inconsistencies`` found."""
+    """One line of what ``Study.inconsistencies`` holds."""
     return (
         f"the paper contradicts itself: figure 5 shows loss {found['figure_5_loss']:.3f} for the "
         f"{format_size(found['llm_parameters'])} LLM with the {format_size(found['encoder_of_both'])} encoder, figure "

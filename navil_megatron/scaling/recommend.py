@@ -1,17 +1,16 @@
 """The encoder for an LLM: by the 1% rule where the study measured that LLM, by the log-log line elsewhere."""
 
 import math
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.scaling.fit import estimate_noise
-from navil_megatron.scaling.line import CONFIDENCE, Line
-from navil_megatron.scaling.rule import DRAWS, THRESHOLD, Optimum, find_optimum, redraw
+from navil_megatron.scaling.line import Line
+from navil_megatron.scaling.rule import THRESHOLD, Interval, Optimum, find_optimum, redraw
 from navil_megatron.scaling.shape import Shape, choose_shape
 from navil_megatron.scaling.sizes import format_size
-from navil_megatron.scaling.study import Cell, Curve, Study, curves_at
+from navil_megatron.scaling.study import CONFIDENCE, Curve, Study, curves_at
 
 SAME_LLM = 0.01
 """Relative difference within which an asked LLM is a measured one."""
@@ -20,7 +19,6 @@ _NOISES = {
     "curves": "noise as guessed from the curves",
     "reading": "the error of reading the figure",
 }
-Interval = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,8 @@ class Optima:
     study: Study
     threshold: float
     found: tuple[Optimum, ...]
-    draws: tuple[tuple[Optimum, ...], ...]
-    """Of noisy copies, one row for each LLM; empty where no noise is known."""
     noise: str
-    """Where the noise of the copies comes from: ``seeds``, ``curves``, ``reading`` or ``unknown``."""
+    """Where the noise of a loss is known from: ``seeds``, ``curves``, ``reading`` or ``unknown``."""
     warnings: tuple[str, ...]
 
     @property
@@ -44,41 +40,15 @@ class Optima:
     @cached_property
     def line(self) -> Line | None:
         """The log-log line; ``None`` of fewer than two optima inside their curves."""
-        inside = [i for i, optimum in enumerate(self.found) if optimum.is_inside]
+        inside = [optimum for optimum in self.found if optimum.is_inside]
         if len(inside) < 2:
             return None
-        drawn = [[optimum.encoder for optimum in self.draws[i]] for i in inside] if self.are_draws_of_noise else []
+        drawn = [[each.curve.encoders[index] for index in each.drawn] for each in inside if each.is_widened]
         return Line(
-            tuple(self.found[i].llm for i in inside),
-            tuple(self.found[i].encoder for i in inside),
-            tuple(_halves(self.found[i]) for i in inside),
+            tuple(optimum.llm for optimum in inside),
+            tuple(optimum.encoder for optimum in inside),
+            tuple(_halves(optimum) for optimum in inside),
             tuple(zip(*drawn, strict=True)),
-        )
-
-    @property
-    def are_draws_of_noise(self) -> bool:
-        """Whether the draws follow noise of the runs: the paper's optima are published, only their losses were read."""
-        return self.noise in ("seeds", "curves")
-
-    def agreement(self, index: int) -> float | None:
-        """Share of noisy copies of a curve with the same optimum."""
-        if not self.draws:
-            return None
-        found = self.found[index]
-        counts = Counter((drawn.encoder, drawn.relation) for drawn in self.draws[index])
-        return counts[(found.encoder, found.relation)] / DRAWS
-
-    def interval_of(self, index: int) -> Interval:
-        """Where the optimum of a measured LLM can be: its cell of the grid, and those that noise moves it to."""
-        cells = [self.found[index].cell]
-        if self.are_draws_of_noise:
-            ordered = sorted(self.draws[index], key=lambda optimum: (optimum.encoder, optimum.relation != "at most"))
-            tail = round((1 - CONFIDENCE) / 2 * DRAWS)
-            cells += [ordered[tail].cell, ordered[-1 - tail].cell]
-        lows, highs = zip(*cells, strict=True)
-        return (
-            None if None in lows else min(low for low in lows if low is not None),
-            None if None in highs else max(high for high in highs if high is not None),
         )
 
 
@@ -88,18 +58,24 @@ def _halves(optimum: Optimum) -> tuple[float, float]:
     return math.log(optimum.encoder / low), math.log(high / optimum.encoder)
 
 
-def find_optima(study: Study, threshold: float = THRESHOLD, data: float | None = None, seed: int = 0) -> Optima:
+def find_optima(
+    study: Study, threshold: float = THRESHOLD, data: float | None = None, seed: int = 0, llm: float | None = None
+) -> Optima:
     """Applies the 1% rule to every LLM of a study.
 
     Args:
         study: The results.
         threshold: The rule's.
-        data: Samples or tokens at which to compare; the most that every LLM was given if left out.
+        data: Samples or tokens at which to compare. If left out: the most that ``llm`` was given where it was
+            measured, else the most that every LLM was given.
         seed: Of the noisy copies.
+        llm: For which an encoder is to be recommended.
 
     Raises:
         UserError: No LLM has a curve.
     """
+    if data is None and llm is not None:
+        data = max((curve.data for curve in study.curves() if _is_same(curve.llm, llm)), default=None)
     curves, warnings = curves_at(study, data)
     if not curves:
         amounts = ", ".join(format_size(amount) for amount in sorted({curve.data for curve in study.curves()}))
@@ -108,16 +84,25 @@ def find_optima(study: Study, threshold: float = THRESHOLD, data: float | None =
             f"{'any amount of data' if data is None else f'{format_size(data)} {study.data_unit}'}; "
             f"{f'curves are there at {amounts}' if amounts else 'train both'}"
         )
-    found = tuple(find_optimum(curve, threshold) for curve in curves)
+    found = [find_optimum(curve, threshold) for curve in curves]
     noise, scale, told = _find_noise(study, curves)
-    draws = () if scale is None else tuple(tuple(redraw(curve, scale, threshold, seed)) for curve in curves)
+    if scale is not None:
+        found = [
+            replace(optimum, drawn=redraw(optimum, scale, threshold, seed), is_widened=noise != "reading")
+            for optimum in found
+        ]
     warnings += told
+    cells = [(cell.runs[0].llm, cell.runs[0].data) for cell in study.cells()]
     for optimum in found:
-        warnings += [f"LLM {format_size(optimum.llm)}: {note}" for note in optimum.notes]
-        at = {(cell.runs[0].encoder, cell.runs[0].shape) for cell in study.cells() if _is_on(optimum.curve, cell)}
-        if len(at) > len(optimum.curve.cells):
-            warnings.append(f"LLM {format_size(optimum.llm)}: of several shapes of one encoder size the best counts")
-    return Optima(study, threshold, found, draws, noise, (*study.warnings, *warnings))
+        name = f"LLM {format_size(optimum.llm)}"
+        warnings += [f"{name}: {note}" for note in optimum.notes]
+        if cells.count((optimum.llm, optimum.curve.data)) > len(optimum.curve.cells):
+            warnings.append(f"{name}: of several shapes of one encoder size the best counts")
+    return Optima(study, threshold, tuple(found), noise, (*study.warnings, *warnings))
+
+
+def _is_same(llm: float, asked: float) -> bool:
+    return abs(llm / asked - 1) < SAME_LLM
 
 
 def _find_noise(study: Study, curves: list[Curve]) -> tuple[str, float | None, list[str]]:
@@ -134,16 +119,6 @@ def _find_noise(study: Study, curves: list[Curve]) -> tuple[str, float | None, l
         guess = f"every point is a single run: noise of {guessed:.2%} is guessed from how rough the curves are"
         return "curves", guessed, [guess]
     return "unknown", None, ["every point is a single run and no curve has 4 sizes: intervals leave the noise out"]
-
-
-def find_optima_for(study: Study, llm: float, threshold: float = THRESHOLD, seed: int = 0) -> Optima:
-    """The optima to recommend from: at the most data that a measured LLM was given, else that every LLM was given."""
-    own = [curve.data for curve in study.curves() if abs(curve.llm / llm - 1) < SAME_LLM]
-    return find_optima(study, threshold, max(own, default=None), seed)
-
-
-def _is_on(curve: Curve, cell: Cell) -> bool:
-    return (cell.runs[0].llm, cell.runs[0].data) == (curve.llm, curve.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,57 +142,51 @@ def recommend(optima: Optima, llm: float) -> Recommendation:
     Raises:
         UserError: The LLM was not measured, and fewer than two optima are known to lay a line through.
     """
-    index = next((i for i, found in enumerate(optima.found) if abs(found.llm / llm - 1) < SAME_LLM), None)
-    if index is not None:
-        found = optima.found[index]
-        encoder, relation, interval = found.encoder, found.relation, optima.interval_of(index)
-        warnings = _warn_of_rule(optima, index)
+    line, is_extrapolated = optima.line, False
+    found = next((found for found in optima.found if _is_same(found.llm, llm)), None)
+    if found is not None:
+        method, encoder, relation = "rule", found.encoder, found.relation
+        interval, warnings = found.interval, _warn_of_rule(optima, found)
+    elif line is not None:
+        method, encoder, relation = "line", line.predict(llm), "equal"
+        interval, warnings = line.interval(llm), _warn_of_line(optima, line, llm)
+        is_extrapolated = not min(line.llms) <= llm <= max(line.llms)
     else:
-        line = optima.line
-        if line is None:
-            inside = sum(found.is_inside for found in optima.found)
-            raise UserError(
-                f"the study did not train an LLM of {format_size(llm)}, and a line to it needs 2 LLMs whose optimum "
-                f"lies inside their curve, found {inside}; train more encoder sizes, or ask for one of "
-                f"{', '.join(format_size(found.llm) for found in optima.found)}"
-            )
-        encoder, relation, interval = line.predict(llm), "equal", line.interval(llm)
-        warnings = _warn_of_line(optima, line, llm)
+        inside = sum(each.is_inside for each in optima.found)
+        raise UserError(
+            f"the study did not train an LLM of {format_size(llm)}, and a line to it needs 2 LLMs whose optimum "
+            f"lies inside their curve, found {inside}; train more encoder sizes, or ask for one of "
+            f"{', '.join(format_size(each.llm) for each in optima.found)}"
+        )
     shape, of_shape = choose_shape(encoder)
     return Recommendation(
         llm=llm,
         encoder=encoder,
         relation=relation,
-        method="line" if index is None else "rule",
+        method=method,
         interval=interval,
         shape=shape,
-        is_extrapolated=index is None and not _is_between(llm, optima),
+        is_extrapolated=is_extrapolated,
         warnings=(*optima.warnings, *warnings, *of_shape),
     )
 
 
-def _is_between(llm: float, optima: Optima) -> bool:
-    line = optima.line
-    return line is not None and min(line.llms) <= llm <= max(line.llms)
-
-
-def _warn_of_rule(optima: Optima, index: int) -> list[str]:
-    found, warnings = optima.found[index], []
+def _warn_of_rule(optima: Optima, found: Optimum) -> list[str]:
+    size, share, warnings = format_size(found.encoder), f"{optima.threshold:.0%}", []
     if found.relation == "at least":
         warnings.append(
-            f"every doubling up to {format_size(found.encoder)} gains {optima.threshold:.0%} or more: the optimum is "
-            "at least this; train larger encoders"
+            f"every doubling up to {size} gains {share} or more: the optimum is at least this; train larger encoders"
         )
     elif found.relation == "at most":
         warnings.append(
-            f"already the first doubling from {format_size(found.encoder)} gains less than {optima.threshold:.0%}: the "
-            "optimum is at most this; train smaller encoders"
+            f"already the first doubling from {size} gains less than {share}: the optimum is at most this; train "
+            "smaller encoders"
         )
-    agreement = optima.agreement(index)
-    if agreement is not None and agreement < CONFIDENCE:
-        kind = _NOISES[optima.noise]
-        outside = "" if optima.are_draws_of_noise else "; the interval is that of the grid alone"
-        warnings.append(f"under {kind} the rule gives the same encoder in {agreement:.0%} of draws{outside}")
+    if found.agreement is not None and found.agreement < CONFIDENCE:
+        warnings.append(
+            f"under {_NOISES[optima.noise]} the rule gives the same encoder in {found.agreement:.0%} of draws"
+            + ("" if found.is_widened else "; the interval is that of the grid alone")
+        )
     return warnings
 
 
@@ -227,11 +196,11 @@ def _warn_of_line(optima: Optima, line: Line, llm: float) -> list[str]:
         f"the exponent {line.exponent:.3f} comes from {len(line.llms)} points, each known to a step of its grid: "
         f"anything from {low:.2f} to {high:.2f} fits them"
     ]
-    if not _is_between(llm, optima):
-        ratio = max(min(line.llms) / llm, llm / max(line.llms))
+    smallest, largest = min(line.llms), max(line.llms)
+    if not smallest <= llm <= largest:
         warnings.append(
-            f"extrapolated: {format_size(llm)} is {ratio:.3g} times beyond the measured "
-            f"{format_size(min(line.llms))} to {format_size(max(line.llms))}"
+            f"extrapolated: {format_size(llm)} is {max(smallest / llm, llm / largest):.3g} times beyond the measured "
+            f"{format_size(smallest)} to {format_size(largest)}"
         )
     outside = [found for found in optima.found if not found.is_inside]
     if outside:

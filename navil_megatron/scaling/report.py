@@ -1,38 +1,31 @@
 """What the scaling verbs report: as JSON objects, and as text for a terminal."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from navil_megatron.scaling.fit import CONFIDENCE, DRAWS, UNITS, Fit, Points
+from navil_megatron.scaling.fit import DRAWS, UNITS, Fit, Points
 from navil_megatron.scaling.laws import LARGEST_EXPONENT
-from navil_megatron.scaling.line import Line
 from navil_megatron.scaling.paper import describe_inconsistency
 from navil_megatron.scaling.recommend import Optima, Recommendation
-from navil_megatron.scaling.rule import Optimum
+from navil_megatron.scaling.rule import Interval
 from navil_megatron.scaling.shape import HEAD_SIZE, SOURCE
 from navil_megatron.scaling.sizes import format_size
-from navil_megatron.scaling.study import Study
+from navil_megatron.scaling.study import CONFIDENCE, Study
 from navil_megatron.scaling.sweep import Plan, Sweep, Wanted
 
 Report = dict[str, Any]
-_FORMULAS = {
-    "log-linear": "L = constant + sum of slope ln axis",
-    "power": "L = factor * product of axis^-exponent",
-    "power-irreducible": "L = irreducible + sum of factor * axis^-exponent",
-}
 
 
 def recommendation_json(optima: Optima, advice: Recommendation) -> Report:
     """Everything about a recommendation."""
-    low, high = advice.interval
     return {
         "study": optima.study.name,
         "llm_parameters": round(advice.llm),
         "encoder_parameters": round(advice.encoder),
         "relation": advice.relation,
         "method": advice.method,
-        "interval": [None if low is None else round(low), None if high is None else round(high)],
+        "interval": _whole(advice.interval),
         "depth": advice.shape.depth,
         "width": advice.shape.width,
         "heads": advice.shape.heads,
@@ -44,53 +37,52 @@ def recommendation_json(optima: Optima, advice: Recommendation) -> Report:
         "data": list(optima.data),
         "data_unit": optima.study.data_unit,
         "noise": optima.noise,
-        "optima": optima_json(optima),
-        "line": None if optima.line is None else line_json(optima.line),
+        **optima_json(optima),
         "warnings": list(advice.warnings),
     }
 
 
-def optima_json(optima: Optima) -> list[Report]:
-    """Every LLM's optimum with its curve."""
-    return [_optimum_json(optima, index, found) for index, found in enumerate(optima.found)]
-
-
-def _optimum_json(optima: Optima, index: int, found: Optimum) -> Report:
-    curve = found.curve
-    return {
-        "llm_parameters": round(found.llm),
-        "encoder_parameters": round(found.encoder),
-        "relation": found.relation,
-        "interval": [None if end is None else round(end) for end in optima.interval_of(index)],
-        "agreement": optima.agreement(index),
-        "data": curve.data,
-        "encoders": [round(encoder) for encoder in curve.encoders],
-        "losses": list(curve.losses),
-        "seeds": [len(cell.runs) for cell in curve.cells],
-        "spreads": [cell.spread for cell in curve.cells],
-        "gains": list(found.gains),
-    }
-
-
-def line_json(line: Line) -> Report:
-    """Formula and interval of the log-log line."""
-    return {
+def optima_json(optima: Optima) -> Report:
+    """Every LLM's optimum with its curve, and the line."""
+    found = [
+        {
+            "llm_parameters": round(optimum.llm),
+            "encoder_parameters": round(optimum.encoder),
+            "relation": optimum.relation,
+            "interval": _whole(optimum.interval),
+            "agreement": optimum.agreement,
+            "data": optimum.curve.data,
+            "encoders": [round(encoder) for encoder in optimum.curve.encoders],
+            "losses": list(optimum.curve.losses),
+            "seeds": [len(cell.runs) for cell in optimum.curve.cells],
+            "spreads": [cell.spread for cell in optimum.curve.cells],
+            "gains": list(optimum.gains),
+        }
+        for optimum in optima.found
+    ]
+    line = optima.line and {
         "formula": "encoder_B = prefactor * llm_B ** exponent",
-        "prefactor": line.prefactor,
-        "exponent": line.exponent,
-        "exponent_interval": list(line.exponent_interval()),
-        "points": len(line.llms),
+        "prefactor": optima.line.prefactor,
+        "exponent": optima.line.exponent,
+        "exponent_interval": list(optima.line.exponent_interval()),
+        "points": len(optima.line.llms),
     }
+    return {"optima": found, "line": line}
+
+
+def _whole(interval: Interval) -> list[int | None]:
+    return [None if end is None else round(end) for end in interval]
 
 
 def recommendation_text(optima: Optima, advice: Recommendation) -> str:
     """The recommendation for a terminal."""
     sign = "" if advice.relation == "equal" else f"{advice.relation} "
     shape = advice.shape
+    method = {"rule": "1% rule on this LLM's curve", "line": "log-log line through the measured LLMs"}[advice.method]
     lines = [
         f"study: {optima.study.name}",
         f"LLM {format_size(advice.llm)}: encoder of {sign}{format_size(advice.encoder)} "
-        f"({_range(advice.interval)}), by the {_METHODS[advice.method]}",
+        f"({_range(advice.interval)}), by the {method}",
         f"shape: depth {shape.depth}, width {shape.width}, {shape.heads} heads of {HEAD_SIZE}: "
         f"{shape.parameters:,} parameters",
         f"  {SOURCE}",
@@ -100,22 +92,17 @@ def recommendation_text(optima: Optima, advice: Recommendation) -> str:
     return "\n".join([*lines, *_warning_lines(advice.warnings)])
 
 
-_METHODS = {"rule": "1% rule on this LLM's curve", "line": "log-log line through the measured LLMs"}
-
-
 def optima_lines(optima: Optima) -> list[str]:
     """A table of the optima, and the line."""
     rows = [("LLM", "data", "optimum", "interval", "gains from doubling, in % of the smallest encoder's loss")]
-    for index, found in enumerate(optima.found):
+    for found in optima.found:
         gains = ", ".join(
             f"{format_size(encoder)} {'-' if gain is None else f'{gain:.2%}'}"
             for encoder, gain in zip(found.curve.encoders, found.gains, strict=True)
         )
         sign = {"equal": "", "at least": ">= ", "at most": "<= "}[found.relation]
-        optimum = f"{sign}{format_size(found.encoder)}"
-        rows.append(
-            (format_size(found.llm), format_size(found.curve.data), optimum, _range(optima.interval_of(index)), gains)
-        )
+        sizes = (format_size(found.llm), format_size(found.curve.data), sign + format_size(found.encoder))
+        rows.append((*sizes, _range(found.interval), gains))
     lines = _table(rows)
     if optima.line is not None:
         low, high = optima.line.exponent_interval()
@@ -127,17 +114,22 @@ def optima_lines(optima: Optima) -> list[str]:
     return lines
 
 
-def _range(interval: tuple[float | None, float | None]) -> str:
+def _range(interval: Interval) -> str:
     low, high = interval
-    if low is None and high is None:
-        return "no bound"
-    if low is None or high is None:
-        return f"up to {format_size(high)}" if high is not None else f"from {format_size(low or 0)}"
-    return f"{format_size(low)} to {format_size(high)}"
+    if low is None:
+        return "no bound" if high is None else f"up to {format_size(high)}"
+    return f"from {format_size(low)}" if high is None else f"{format_size(low)} to {format_size(high)}"
 
 
-def fit_json(study: Study, points: Points, fits: Sequence[Fit], refused: Mapping[str, str], more: Report) -> Report:
+def fit_json(study: Study, points: Points, fits: Mapping[str, Fit], refused: Mapping[str, str], held: Report) -> Report:
     """Every law with its parameters."""
+    warnings = [*study.warnings, *(describe_inconsistency(found) for found in study.inconsistencies)]
+    for law, fit in fits.items():
+        for name, (low, high) in fit.intervals.items():
+            if name.startswith("exponent") and high >= LARGEST_EXPONENT * 0.99:
+                warnings.append(f"{law}: {name} is not determined by these points ({low:.2g} to {high:.2g})")
+        for point in fit.outliers:
+            warnings.append(f"{law}: outlier {point.where}: loss {point.loss:.4g}, expected {point.expected:.4g}")
     return {
         "study": study.name,
         "points": len(points.cells),
@@ -147,35 +139,12 @@ def fit_json(study: Study, points: Points, fits: Sequence[Fit], refused: Mapping
         "data_unit": study.data_unit,
         "seed_noise": study.noise(),
         "confidence": CONFIDENCE,
-        "fits": {fit.law: _one_fit_json(fit) for fit in fits},
+        "fits": {law: asdict(fit) for law, fit in fits.items()},
         "refused": dict(refused),
-        **more,
-        "warnings": fit_warnings(study, fits, more["inconsistencies"]),
+        "held": held,
+        "inconsistencies": list(study.inconsistencies),
+        "warnings": warnings,
     }
-
-
-def _one_fit_json(fit: Fit) -> Report:
-    return {
-        "formula": _FORMULAS[fit.law],
-        "parameters": fit.parameters,
-        "intervals": {name: list(interval) for name, interval in fit.intervals.items()},
-        "r2_log": None if math.isnan(fit.r2_log) else fit.r2_log,
-        "rmse": fit.rmse,
-        "leave_one_out_rmse": fit.leave_one_out_rmse,
-        "outliers": [{"where": cell.where, "loss": cell.loss, "expected": expected} for cell, expected in fit.outliers],
-    }
-
-
-def fit_warnings(study: Study, fits: Sequence[Fit], inconsistencies: Sequence[Report]) -> list[str]:
-    """What a reader of the fits should know."""
-    warnings = [*study.warnings, *(describe_inconsistency(found) for found in inconsistencies)]
-    for fit in fits:
-        for name, (low, high) in fit.intervals.items():
-            if name.startswith("exponent") and high >= LARGEST_EXPONENT * 0.99:
-                warnings.append(f"{fit.law}: {name} is not determined by these points ({low:.2g} to {high:.2g})")
-        for cell, expected in fit.outliers:
-            warnings.append(f"{fit.law}: outlier {cell.where}: loss {cell.loss:.4g}, expected {expected:.4g}")
-    return warnings
 
 
 def fit_text(report: Report) -> str:
@@ -206,8 +175,7 @@ def fit_text(report: Report) -> str:
 
 
 def sweep_json(name: str, sweep: Sweep, wanted: Wanted) -> Report:
-    """The runs to buy and what was assumed."""
-    machine = wanted.machine
+    """The runs to buy, as lines of a study whose loss is missing, and what was assumed."""
     return {
         "study": name,
         "target_llm_parameters": round(wanted.target),
@@ -219,39 +187,19 @@ def sweep_json(name: str, sweep: Sweep, wanted: Wanted) -> Report:
         "factor_after": sweep.plan.factor,
         "cheaper": [_plan_json(plan) for plan in sweep.cheaper],
         "on_other_data": [_plan_json(plan) for plan in sweep.on_other_data],
-        "assumptions": {
-            "tflops": machine.tflops,
-            "mfu": machine.mfu,
-            "visual_tokens": machine.visual_tokens,
-            "text_tokens": machine.text_tokens,
-        },
-        "runs": runs_json(sweep.plan),
+        "assumptions": asdict(wanted.machine),
+        "runs": [{**asdict(run), "gpu_hours": round(run.gpu_hours, 2)} for run in sweep.plan.runs],
     }
 
 
 def _plan_json(plan: Plan) -> Report:
-    sizes = sorted({run.llm for run in plan.runs})
     return {
         "samples": plan.samples,
         "gpu_hours": plan.gpu_hours,
         "factor": plan.factor,
         "num_runs": len(plan.runs),
-        "llm_parameters": [round(size) for size in sizes],
+        "llm_parameters": sorted({run.llm_parameters for run in plan.runs}),
     }
-
-
-def runs_json(plan: Plan) -> list[Report]:
-    """The runs, with the names of a study's lines; the loss is what is missing."""
-    return [
-        {
-            "llm_parameters": round(run.llm),
-            "encoder_parameters": round(run.encoder),
-            "samples": round(plan.samples),
-            "seed": run.seed,
-            "gpu_hours": round(run.gpu_hours, 2),
-        }
-        for run in plan.runs
-    ]
 
 
 def sweep_text(report: Report) -> str:

@@ -5,7 +5,6 @@ import re
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _SIZE = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)([KMBT]?)", re.IGNORECASE)
-_EXPECTED = "a number above 0 such as 1.8e9, 1.8B or 500M"
 SMALLEST_MODEL = 1_000.0
 """A model of fewer parameters is a number without its unit."""
 
@@ -16,18 +15,15 @@ def parse_size(value: object, smallest: float = 0.0) -> float:
     Raises:
         ValueError: It is no finite number above 0, or below ``smallest``; the message says what was expected.
     """
+    number = math.nan
     if isinstance(value, str):
-        found = _SIZE.fullmatch(value.strip())
-        if found is None:
-            raise ValueError(f"found {value!r}, expected {_EXPECTED}")
-        # Rounded: 0.3 * 1e9 is not a whole number of parameters.
-        number = float(f"{float(found[1]) * _UNITS[found[2].upper()]:.12g}")
+        if found := _SIZE.fullmatch(value.strip()):
+            # Rounded: 0.3 * 1e9 is not a whole number of parameters.
+            number = float(f"{float(found[1]) * _UNITS[found[2].upper()]:.12g}")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = float(value)
-    else:
-        raise ValueError(f"found {value!r}, expected {_EXPECTED}")
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"found {value!r}, expected {_EXPECTED}")
+    if not 0 < number < math.inf:
+        raise ValueError(f"found {value!r}, expected a number above 0 such as 1.8e9, 1.8B or 500M")
     if number < smallest:
         raise ValueError(f"found {value!r}, expected at least {smallest:g} (a unit may be missing: 8B, 500M)")
     return number
@@ -45,7 +41,6 @@ def data_size(value: object) -> float:
 
 def format_size(number: float) -> str:
     """The size in its largest unit, to three digits: 1.8B, 600M."""
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if float(f"{number:.3g}") >= scale:
-            return f"{float(f'{number / scale:.3g}'):g}{unit}"
-    return f"{float(f'{number:.3g}'):g}"
+    rounded = float(f"{number:.3g}")
+    unit, scale = next(((unit, scale) for unit, scale in reversed(_UNITS.items()) if rounded >= scale), ("", 1.0))
+    return f"{float(f'{number / scale:.3g}'):g}{unit}"

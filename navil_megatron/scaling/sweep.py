@@ -42,10 +42,11 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """One run to buy."""
+    """One run to buy, with the names of a study's lines; the loss is what is missing."""
 
-    llm: float
-    encoder: float
+    llm_parameters: int
+    encoder_parameters: int
+    samples: int
     seed: int
     gpu_hours: float
 
@@ -94,7 +95,7 @@ def plan_sweep(line: Line, wanted: Wanted, is_measured: bool) -> Sweep:
         UserError: The budget buys no line, or nothing that narrows the one that is there.
     """
     halves = {llm: max(half) for llm, half in zip(line.llms, line.halves, strict=True)} if is_measured else {}
-    before = math.exp(grid_factor(list(halves), list(halves.values()), wanted.target)) if halves else None
+    before = _factor(halves, wanted.target) if halves else None
     least = math.inf
     found: dict[float, list[Plan]] = {}
     for samples in sorted(wanted.samples, reverse=True):
@@ -105,20 +106,23 @@ def plan_sweep(line: Line, wanted: Wanted, is_measured: bool) -> Sweep:
         affordable = [plan for plan in affordable if plan.num_curves > 2] or affordable
         if affordable:
             found[samples] = _up_to_best(affordable)
+    if math.isinf(least):
+        sizes = ", ".join(format_size(llm) for llm in wanted.llms)
+        raise UserError(f"no runs of LLMs {sizes} narrow the interval; add other sizes to --llms")
     if not found:
-        raise UserError(_refusal(wanted, least))
-    best = {samples: plans[-1] for samples, plans in found.items()}
-    # Ordered by data, most first.
-    chosen = next((plan for plan in best.values() if plan.num_curves > 2), next(iter(best.values())))
+        raise UserError(
+            f"found a budget of {wanted.budget:g} GPU-hours, expected at least {least:,.1f}; raise --gpu-hours"
+        )
+    # Most data first.
+    best = [plans[-1] for plans in found.values()]
+    chosen = next((plan for plan in best if plan.num_curves > 2), best[0])
     also_at = tuple(amount for amount in sorted(wanted.samples) if amount < chosen.samples)
-    others = tuple(plan for plan in best.values() if plan is not chosen)
+    others = tuple(plan for plan in best if plan is not chosen)
     return Sweep(chosen, also_at, before, tuple(found[chosen.samples][:-1]), others)
 
 
-def _refusal(wanted: Wanted, least: float) -> str:
-    if math.isinf(least):
-        return f"no runs of LLMs {_sizes(wanted.llms)} narrow the interval; add other sizes to --llms"
-    return f"found a budget of {wanted.budget:g} GPU-hours, expected at least {least:,.1f}; raise --gpu-hours"
+def _factor(halves: dict[float, float], target: float) -> float:
+    return math.exp(grid_factor(list(halves), list(halves.values()), target))
 
 
 def _plans(line: Line, wanted: Wanted, samples: float, halves: dict[float, float]) -> Iterator[Plan]:
@@ -129,44 +133,36 @@ def _plans(line: Line, wanted: Wanted, samples: float, halves: dict[float, float
         owned = {llm: half for llm, (half, _) in zip(llms, chosen, strict=True) if half is not None}
         runs = tuple(run for _, bought in chosen for run in bought)
         if runs and len(owned) > 1:
-            factor = math.exp(grid_factor(list(owned), list(owned.values()), wanted.target))
-            yield Plan(samples, runs, len(owned), factor)
+            yield Plan(samples, runs, len(owned), _factor(owned, wanted.target))
 
 
 def _choices(
     line: Line, wanted: Wanted, samples: float, llm: float, half: float | None
 ) -> list[tuple[float | None, tuple[PlannedRun, ...]]]:
     """What can be done for one LLM: half the step that its grid then has (``None``: no curve), and the runs."""
-    centre = dict(zip(line.llms, line.encoders, strict=True)).get(llm) if half is not None else None
-    coarse, fine = (
-        tuple(
-            PlannedRun(llm, encoder, seed, run_hours(llm, encoder, samples, wanted.machine))
-            for encoder in (_rounded((centre or line.predict(llm)) * 2**step) for step in steps)
+    centre = line.predict(llm) if half is None else line.encoders[line.llms.index(llm)]
+
+    def runs(steps: tuple[float, ...]) -> tuple[PlannedRun, ...]:
+        # Two digits: no shape hits a size more exactly.
+        encoders = [float(f"{centre * 2**step:.2g}") for step in steps]
+        return tuple(
+            PlannedRun(round(llm), round(size), round(samples), seed, run_hours(llm, size, samples, wanted.machine))
+            for size in encoders
             for seed in range(wanted.seeds)
         )
-        for steps in (COARSE, FINE)
-    )
+
     if half is None:
-        return [(None, ()), (_HALF, coarse), (_HALF / 2, coarse + fine)]
-    return [(half, ()), (_HALF / 2, fine)] if half > 0.9 * _HALF else [(half, ())]
-
-
-def _rounded(size: float) -> float:
-    """Two digits: no shape hits a size more exactly."""
-    return float(f"{size:.2g}")
+        return [(None, ()), (_HALF, runs(COARSE)), (_HALF / 2, runs(COARSE) + runs(FINE))]
+    return [(half, ()), (_HALF / 2, runs(FINE))] if half > 0.9 * _HALF else [(half, ())]
 
 
 def _up_to_best(plans: list[Plan]) -> list[Plan]:
     """Plans that are narrower than every cheaper one, up to the cheapest of those next to the narrowest."""
     kept: list[Plan] = []
-    narrowest = min(plan.factor for plan in plans)
+    enough = min(plan.factor for plan in plans) * NEXT_TO
     for plan in sorted(plans, key=lambda plan: (plan.gpu_hours, plan.factor)):
-        if not kept or plan.factor < kept[-1].factor / NEXT_TO or plan.factor <= narrowest * NEXT_TO:
+        if not kept or plan.factor < kept[-1].factor / NEXT_TO or plan.factor <= enough:
             kept.append(plan)
-        if plan.factor <= narrowest * NEXT_TO:
+        if plan.factor <= enough:
             break
     return kept
-
-
-def _sizes(llms: tuple[float, ...]) -> str:
-    return ", ".join(format_size(llm) for llm in llms)

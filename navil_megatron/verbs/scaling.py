@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.scaling.load import load_study
 from navil_megatron.scaling.sizes import data_size, model_size
 from navil_megatron.verbs.arguments import (
     choice,
@@ -60,21 +61,22 @@ _RULE = (
 )
 def fit(options: Namespace) -> Outcome:
     """Fits every law that the points are enough for."""
-    from navil_megatron.scaling.fit import choose_points, fit_law, refusal
+    from navil_megatron.scaling.fit import choose_points, fit_law
     from navil_megatron.scaling.laws import LAWS
-    from navil_megatron.scaling.load import load_study
-    from navil_megatron.scaling.paper import find_inconsistencies
     from navil_megatron.scaling.report import fit_json, fit_text
 
     study = load_study(_study_file(options))
     held = {axis: size for axis, size in chosen(options, "llm", "encoder", "data").items() if size is not None}
     points = choose_points(study, held)
-    names = [options.form] if options.form else list(LAWS)
-    refused = {name: reason for name in names if (reason := refusal(LAWS[name], points))}
-    if len(refused) == len(names):
+    fits, refused = {}, {}
+    for name in [options.form] if options.form else LAWS:
+        try:
+            fits[name] = fit_law(name, points, options.seed)
+        except UserError as error:
+            refused[name] = str(error)
+    if not fits:
         raise UserError("; ".join(refused.values()))
-    fits = [fit_law(name, points, options.seed) for name in names if name not in refused]
-    report = fit_json(study, points, fits, refused, {"held": held, "inconsistencies": find_inconsistencies(study)})
+    report = fit_json(study, points, fits, refused, held)
     return Outcome(report, fit_text(report))
 
 
@@ -90,15 +92,10 @@ def fit(options: Namespace) -> Outcome:
 )
 def recommend(options: Namespace) -> Outcome:
     """The encoder for an LLM."""
-    from navil_megatron.scaling.load import load_study
-    from navil_megatron.scaling.recommend import find_optima, find_optima_for, recommend
+    from navil_megatron.scaling.recommend import find_optima, recommend
     from navil_megatron.scaling.report import recommendation_json, recommendation_text
 
-    study = load_study(_study_file(options))
-    if options.data is None:
-        optima = find_optima_for(study, options.llm, options.threshold, options.seed)
-    else:
-        optima = find_optima(study, options.threshold, options.data, options.seed)
+    optima = find_optima(load_study(_study_file(options)), **chosen(options, "threshold", "data", "seed", "llm"))
     advice = recommend(optima, options.llm)
     return Outcome(recommendation_json(optima, advice), recommendation_text(optima, advice))
 
@@ -123,7 +120,6 @@ def recommend(options: Namespace) -> Outcome:
 def plan_sweep(options: Namespace) -> Outcome:
     """Chooses the runs, and writes them if asked."""
     from navil_megatron.scaling.cost import Machine
-    from navil_megatron.scaling.load import load_study
     from navil_megatron.scaling.recommend import find_optima
     from navil_megatron.scaling.report import sweep_json, sweep_text
     from navil_megatron.scaling.sweep import MOST_LLMS, Wanted, plan_sweep
@@ -164,18 +160,16 @@ def plan_sweep(options: Namespace) -> Outcome:
 def plot(options: Namespace) -> Outcome:
     """Draws the study."""
     require_picture_name(options.output)
-    from navil_megatron.scaling.load import load_study
     from navil_megatron.scaling.picture import draw_study
     from navil_megatron.scaling.recommend import find_optima
-    from navil_megatron.scaling.report import line_json, optima_json, optima_lines
+    from navil_megatron.scaling.report import optima_json, optima_lines
 
-    optima = find_optima(load_study(_study_file(options)), options.threshold, options.data, options.seed)
+    optima = find_optima(load_study(_study_file(options)), **chosen(options, "threshold", "data", "seed"))
     draw_study(optima, options.output, options.llm)
     report = {
         "study": optima.study.name,
         "output": str(options.output),
-        "optima": optima_json(optima),
-        "line": None if optima.line is None else line_json(optima.line),
+        **optima_json(optima),
         "warnings": list(optima.warnings),
     }
     text = "\n".join([*optima_lines(optima), *(f"warning: {w}" for w in optima.warnings), f"wrote {options.output}"])

@@ -13,8 +13,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.scaling.fit import estimate_noise
 from navil_megatron.scaling.line import Line, grid_factor
 from navil_megatron.scaling.load import load_study
-from navil_megatron.scaling.paper import find_inconsistencies
-from navil_megatron.scaling.recommend import Optima, find_optima, find_optima_for, recommend
+from navil_megatron.scaling.recommend import Optima, find_optima, recommend
 from navil_megatron.scaling.rule import find_optimum
 from navil_megatron.scaling.shape import choose_shape
 from navil_megatron.scaling.sizes import format_size, model_size, parse_size
@@ -77,7 +76,7 @@ def test_interval_grows_away_from_the_measured_llms(paper: Optima) -> None:
 
 
 def test_paper_contradicts_itself_at_7b() -> None:
-    (found,) = find_inconsistencies(load_study(None))
+    (found,) = load_study(None).inconsistencies
     assert (found["llm_parameters"], found["figure_5_loss"], found["figure_6_loss"]) == (7e9, 0.667, 0.678)
     assert found["figure_6_encoder_with_this_loss"] == 1.2e9
 
@@ -232,8 +231,8 @@ def test_llms_are_compared_at_the_most_data_of_all() -> None:
     optima = find_optima(cut)
     assert optima.data == (30e6,)
     assert any("most that every LLM was given" in warning for warning in optima.warnings)
-    assert find_optima_for(cut, 1.8e9).data == (60e6,)
-    assert find_optima_for(cut, 7e9).data == find_optima_for(cut, 4e9).data == (30e6,)
+    assert find_optima(cut, llm=1.8e9).data == (60e6,)
+    assert find_optima(cut, llm=7e9).data == find_optima(cut, llm=4e9).data == (30e6,)
     with pytest.raises(UserError, match="curves are there at 30M, 60M"):
         find_optima(cut, data=5e6)
 

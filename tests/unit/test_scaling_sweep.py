@@ -35,13 +35,13 @@ def test_more_money_is_never_worse() -> None:
 def test_plans_keep_the_budget_and_say_what_they_reach(budget: float, target: float, seeds: int) -> None:
     found = sweep(budget, target, seeds=seeds)
     assert 0 < found.plan.gpu_hours <= budget
-    llms = sorted({run.llm for run in found.plan.runs})
-    sizes = {llm: {run.encoder for run in found.plan.runs if run.llm == llm} for llm in llms}
+    llms = sorted({run.llm_parameters for run in found.plan.runs})
+    sizes = {llm: {run.encoder_parameters for run in found.plan.runs if run.llm_parameters == llm} for llm in llms}
     halves = [HALF if len(sizes[llm]) == 4 else HALF / 2 for llm in llms]
     assert found.plan.factor == pytest.approx(math.exp(grid_factor(llms, halves, target)))
     assert all(plan.gpu_hours < found.plan.gpu_hours and plan.factor > found.plan.factor for plan in found.cheaper)
     assert all(
-        len([run for run in found.plan.runs if (run.llm, run.encoder) == (llm, v)]) == seeds
+        len([run for run in found.plan.runs if (run.llm_parameters, run.encoder_parameters) == (llm, v)]) == seeds
         for llm in llms
         for v in sizes[llm]
     )
@@ -50,7 +50,7 @@ def test_plans_keep_the_budget_and_say_what_they_reach(budget: float, target: fl
 def test_a_study_is_added_to() -> None:
     found = sweep(1.2e3, is_measured=True)
     assert found.factor_before is not None and found.plan.factor < found.factor_before
-    assert {run.llm for run in found.plan.runs} == {0.5e9}
+    assert {run.llm_parameters for run in found.plan.runs} == {0.5e9}
     assert len(found.plan.runs) == 3
 
 
