@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,9 +54,9 @@ class Peers:
         except (OSError, ValueError):
             return None
 
-    def ask_others(self, message: Message) -> dict[int, Message | None]:
-        """What every other rank answers."""
-        others = [rank for rank in range(len(self.stages)) if rank != self.rank]
+    def ask_others(self, message: Message, skip: Collection[int] = ()) -> dict[int, Message | None]:
+        """What every other rank answers, but for some."""
+        others = [rank for rank in range(len(self.stages)) if rank != self.rank and rank not in skip]
         with ThreadPoolExecutor(16, thread_name_prefix="watchdog") as threads:
             return dict(zip(others, threads.map(lambda rank: self.ask(rank, message), others), strict=True))
 

@@ -80,7 +80,7 @@ class Watchdog:
     def _state(self) -> tuple[Any, ...]:
         """Changes with everything that moves: passes, layers, and the instruction that the training thread is at."""
         frame = sys._current_frames()[self._training_thread]  # not kept: its tensors would live on with it
-        return self.position.step, self.position.last, frame.f_code, frame.f_lasti
+        return self.position.step, self.position.last, id(frame.f_code), frame.f_lasti
 
     def _is_hang(self) -> bool:
         """Whether standing still is one: reading or writing a large file may take its time."""
@@ -120,6 +120,7 @@ class Watchdog:
                 return asdict(self.whereabouts())
             case "report" if self._peers.rank not in self._left:
                 self._wake.set()
+                return {"takes_over": True}
             case "leave":
                 self._left.add(int(message["rank"]))
             case "stop":
@@ -127,20 +128,22 @@ class Watchdog:
                 self._write_stacks()
                 # A moment later, for the answer says that the stacks are written. The asking rank told why.
                 threading.Timer(0.1, os._exit, (HANG_EXIT_CODE,)).start()
-        return {"rank": self._peers.rank}
+        return {"takes_over": False}
 
     def _end_run(self) -> None:
         """The lowest rank that answers tells; the others wait for its order to stop."""
-        answers, rank = self._ask_where(), self._peers.rank
-        lowest = min(other for other, answer in answers.items() if isinstance(answer, Whereabouts))
-        if lowest < rank:
-            self._peers.ask(lowest, {"ask": "report"})
-        if lowest < rank or self._stopping:  # somebody else told while this rank looked around
+        rank = self._peers.rank
+        # One after the other: it is one rank alone that asks all of them where they are.
+        replies = (self._peers.ask(lower, {"ask": "report"}) for lower in range(rank))
+        if any(reply is not None and reply["takes_over"] for reply in replies):
+            time.sleep(_HAND_OVER_SECONDS)
+        answers = self._ask_where()
+        if self._stopping:  # somebody else told while this rank looked around
             time.sleep(_HAND_OVER_SECONDS)
         line = hang_line(answers, rank, str(self._logs / "stacks-rank*.txt"))
         # Not through logging: a thread that hangs may hold its lock. A progress bar hides the cursor: show it.
         os.write(_STDERR, f"{_SHOW_CURSOR if os.isatty(_STDERR) else ''}{line}\n".encode())
-        self._peers.ask_others({"ask": "stop"})
+        self._peers.ask_others({"ask": "stop"}, skip=[other for other in answers if isinstance(answers[other], str)])
         self._write_stacks()
 
     def _write_stacks(self) -> None:
@@ -159,7 +162,8 @@ class Watchdog:
             self._lost_at = place_of([frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1])
             deadline = time.monotonic() + _SETTLE_SECONDS
             while time.monotonic() < deadline:
-                gone = {rank for rank, answer in self._ask_where().items() if isinstance(answer, str)}
+                replies = self._peers.ask_others({"ask": "nothing"}, skip=self._left)
+                gone = self._left | {rank for rank, reply in replies.items() if reply is None}
                 if gone and gone <= self._left:
                     os._exit(HANG_EXIT_CODE)  # they say why themselves
                 if gone:
