@@ -122,7 +122,7 @@ class Session:
     replica: ProcessGroup
     """The ranks of this rank's replica of the model, talking on the host."""
     watchdog: Watchdog
-    """Ends the run when ranks wait for one another too long; the loop tells it where it is."""
+    """Ends the run when ranks wait for one another too long."""
     _stop_signal: int | None = None
     _handlers: dict[int, Any] = field(default_factory=dict)
 
@@ -171,8 +171,8 @@ class Session:
     @classmethod
     def _from_parallel_state(cls, platform: Platform, config: NaViLConfig, launch: Launch) -> Self:
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        watchdog = Watchdog.start(
-            groups,
+        watchdog = Watchdog(
+            groups.pp.rank(),
             config.runtime.collective_timeout_seconds,
             Path(config.logging.directory),
             one_machine=launch.local_world_size == launch.world_size,

@@ -34,8 +34,8 @@ def upload_ahead(
     *,
     with_images: bool,
     router_loss_scale: Tensor | None = None,
-) -> Iterator[tuple[int, ModelInputs]]:
-    """Each microbatch on the device with its number, from 1; while one is used the next is on its way, and no more.
+) -> Iterator[ModelInputs]:
+    """Each microbatch on the device; while one is used the next is on its way, and no more.
 
     Args:
         microbatches: In the order of the schedule.
@@ -45,13 +45,13 @@ def upload_ahead(
     """
     # Nothing here may keep hold of a microbatch that was handed out: its pixels would stay on the device.
     coming = None
-    for number, microbatch in enumerate(microbatches):
+    for microbatch in microbatches:
         following = platform.upload(build_model_inputs(microbatch, with_images, router_loss_scale))
         if coming is not None:
-            yield number, coming()
+            yield coming()
         coming = following
     if coming is not None:
-        yield len(microbatches), coming()
+        yield coming()
 
 
 def build_model_inputs(

@@ -16,6 +16,7 @@ from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.transformer_layer import NaViLTransformerLayer
+from navil_megatron.training.state import TrainingState, is_due
 
 _SUMS = 4
 """Over tokens: 1, mean square, mean absolute value, and the square of that."""
@@ -29,13 +30,18 @@ class FeatureScale:
         chunks: This rank's model chunks.
         groups: Process groups.
         device: Where the hidden states are.
+        state: How far the run has come; says whether the step that is made is one to measure.
     """
 
     def __init__(
-        self, config: NaViLConfig, chunks: Sequence[nn.Module], groups: ProcessGroupCollection, device: torch.device
+        self,
+        config: NaViLConfig,
+        chunks: Sequence[nn.Module],
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        state: TrainingState,
     ):
-        self.is_on = False
-        """Whether forward passes are measured now."""
+        self._config, self._state = config, state
         is_wanted = config.logging.feature_scale_every_steps is not None
         num_layers = config.model.language.num_layers if is_wanted else 0
         self._sums = torch.zeros(num_layers + 1, len(MODALITIES), _SUMS, dtype=torch.float64, device=device)
@@ -55,15 +61,16 @@ class FeatureScale:
         return sums
 
     def _entering(self, layer: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
-        self._add(0, named["hidden_states"], named["packed_seq_params"])
+        self._add(layer, 0, named["hidden_states"], named["packed_seq_params"])
 
     def _leaving(self, place: int, layer: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
-        self._add(place, output[0], named["packed_seq_params"])
+        self._add(layer, place, output[0], named["packed_seq_params"])
 
     @torch.no_grad()
-    def _add(self, place: int, hidden_states: Tensor, plan: NaViLPackedSeqParams) -> None:
+    def _add(self, layer: nn.Module, place: int, hidden_states: Tensor, plan: NaViLPackedSeqParams) -> None:
         """Rows of this rank, [t/tp, 1, h] or [t, 1, h], padding not counted."""
-        if not self.is_on:
+        every, last = self._config.logging.feature_scale_every_steps, self._config.training.train_steps
+        if not (layer.training and is_due(self._state.step + 1, every, last)):
             return
         rows = hidden_states.detach().flatten(0, 1)
         rank, num_shares = self._share

@@ -118,8 +118,8 @@ def _next_tokens(
     return tokens.tolist()
 
 
-def forward_logits(inputs: Iterator[tuple[int, ModelInputs]], chunk: nn.Module) -> tuple[Tensor, object]:
+def forward_logits(inputs: Iterator[ModelInputs], chunk: nn.Module) -> tuple[Tensor, object]:
     """What the schedule calls: logits instead of a loss, and the labels of their positions."""
-    _, microbatch = next(inputs)
+    microbatch = next(inputs)
     logits = chunk(dataclasses.replace(microbatch, labels=None))
     return logits, lambda logits, non_loss_data: (logits, microbatch.labels)

@@ -23,7 +23,7 @@ from navil_megatron.training.metrics import MetricsLog, StepMeter
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
-from navil_megatron.training.state import TrainingState
+from navil_megatron.training.state import TrainingState, is_due
 from navil_megatron.training.step import train_step
 from navil_megatron.training.wandb_run import check_wandb
 
@@ -44,31 +44,29 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     if start is not None:
         session.together(lambda: manager.load_weights(Path(start), model))
     chunks = wrap_ddp(config, session, model)
-    session.watchdog.know(chunks)
+    session.watchdog.position.follow(chunks)
     session.together(manager.require_space)
     optimizer = build_optimizer(config, chunks, session)
     if start is not None and config.checkpoint.initial_optimizer == "kept":
         session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))
     state = session.together(lambda: _restore(manager, loader, model, optimizer))
-    log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer)
+    log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
+    steps = session.watchdog.position.steps(loader, state.step)
     total = config.training.train_steps
 
     with TrainingProgress(config, session, state.step) as progress:
         while state.step < total:
-            session.watchdog.enter("data", state.step + 1)
-            data = next(loader)
+            data = next(steps)
             microbatches, num_failed = settle_failures(session, data.microbatches)
             log.write_failures(state.step + 1, microbatches)
             loader.count_failed(num_failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
-            meter.feature_scale.is_on = _due(state.step + 1, config.logging.feature_scale_every_steps, total)
             result = train_step(config, session, chunks, optimizer, microbatches, lr)
-            meter.feature_scale.is_on = False
             state.step += 1
             meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
-            stopping, saving = False, _due(state.step, config.checkpoint.save_every_steps, total)
+            stopping, saving = False, is_due(state.step, config.checkpoint.save_every_steps, total)
             # A checkpoint counts what all its steps consumed, so a save makes a record too.
-            if saving or _due(state.step, config.training.log_every_steps, total):
+            if saving or is_due(state.step, config.training.log_every_steps, total):
                 record, scales = meter.record(lr)
                 state.consumed_samples += int(record["samples"])
                 state.consumed_tokens += int(record["tokens"])
@@ -77,13 +75,11 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
-            if held_out and _due(state.step, config.evaluation.every_steps, total):
-                session.watchdog.enter("evaluation")
+            if held_out and is_due(state.step, config.evaluation.every_steps, total):
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
                 meter.restart()
             if stopping or saving:
-                session.watchdog.enter("save")
                 state.loader = loader.state()
                 gather_parameters(chunks)
                 manager.save(state.step, model, optimizer, state.to_dict())
@@ -94,11 +90,6 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     loader.close()
     log.close()
     return state
-
-
-def _due(step: int, every: int | None, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this step."""
-    return step == last or (every is not None and step % every == 0)
 
 
 def _restore(

@@ -24,6 +24,7 @@ from navil_megatron.training.encoder_load import EncoderLoad
 from navil_megatron.training.expert_load import ExpertLoad, balance
 from navil_megatron.training.feature_scale import FeatureScale, scales
 from navil_megatron.training.grad_norms import GradNorms
+from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import StepResult
 from navil_megatron.training.wandb_run import WandbRun
 
@@ -81,13 +82,20 @@ class MetricsLog:
 class StepMeter:
     """Adds up steps between two records. Nothing is read from the device until ``record``."""
 
-    def __init__(self, config: NaViLConfig, session: Session, chunks: Sequence[nn.Module], optimizer: ChainedOptimizer):
+    def __init__(
+        self,
+        config: NaViLConfig,
+        session: Session,
+        chunks: Sequence[nn.Module],
+        optimizer: ChainedOptimizer,
+        state: TrainingState,
+    ):
         self.config, self.session = config, session
         language = config.model.language
         self._expert_load = ExpertLoad(chunks, language.num_layers, language.num_experts)
         self._encoder_load = EncoderLoad(session.device)
         self._grad_norms = GradNorms(chunks, optimizer, config.model)
-        self.feature_scale = FeatureScale(config, chunks, session.groups, session.device)
+        self.feature_scale = FeatureScale(config, chunks, session.groups, session.device, state)
         self._last_step = 0.0
         self._reset()
 

@@ -25,3 +25,8 @@ class TrainingState:
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """From what ``to_dict`` gave."""
         return cls(**{field.name: stored[field.name] for field in fields(cls)})
+
+
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this step."""
+    return step == last or (every is not None and step % every == 0)

@@ -24,7 +24,6 @@ from navil_megatron.data.loss_groups import num_loss_groups
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session
-from navil_megatron.runtime.watchdog import Watchdog
 from navil_megatron.training.batch import upload_ahead
 from navil_megatron.training.optimizer import set_learning_rate
 
@@ -66,20 +65,18 @@ def train_step(
         microbatches: This rank's share of the global batch.
         lr: Learning rate of this step.
     """
-    session.watchdog.enter("step")
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     set_learning_rate(optimizer, lr)
     loss_weight, tokens = _global_sums(microbatches, session)
     get_model_config(chunks[0]).finalize_model_grads_func = partial(
-        finalize_gradients, session.watchdog, tp_group=session.groups.tp, loss_weight=loss_weight
+        finalize_gradients, tp_group=session.groups.tp, loss_weight=loss_weight
     )
     router_loss_scale = loss_weight / tokens.clamp(min=1)
     loss_sum, group_loss_sums = run_schedule(
         config, session, chunks, microbatches, forward_only=False, router_loss_scale=router_loss_scale
     )
-    session.watchdog.enter("update")
     updated, grad_norm, _ = optimizer.step()
     return StepResult(loss_sum, group_loss_sums, loss_weight, grad_norm, skipped=not updated)
 
@@ -109,7 +106,7 @@ def run_schedule(
     times this, divided with all gradients by the weight, is their mean, at any layout and any number of microbatches.
     """
     num_groups = num_loss_groups(config)
-    forward = partial(forward_step, watchdog=session.watchdog, num_groups=num_groups)
+    forward = partial(forward_step, num_groups=num_groups)
     losses = schedule_over(
         config, session, chunks, microbatches, forward, router_loss_scale=router_loss_scale, forward_only=forward_only
     )
@@ -154,15 +151,10 @@ def schedule_over(
     )
 
 
-def forward_step(
-    inputs: Iterator[tuple[int, ModelInputs]], chunk: nn.Module, *, watchdog: Watchdog, num_groups: int
-) -> tuple[Tensor, LossFunction]:
+def forward_step(inputs: Iterator[ModelInputs], chunk: nn.Module, *, num_groups: int) -> tuple[Tensor, LossFunction]:
     """What the schedule calls for one microbatch and one chunk."""
-    number, microbatch = next(inputs)
-    watchdog.forward(number)
-    output = chunk(microbatch)
-    watchdog.expect_backward(number, output)
-    return output, partial(weighted_loss, microbatch, num_groups)
+    microbatch = next(inputs)
+    return chunk(microbatch), partial(weighted_loss, microbatch, num_groups)
 
 
 def weighted_loss(inputs: ModelInputs, num_groups: int, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -179,7 +171,6 @@ def weighted_loss(inputs: ModelInputs, num_groups: int, losses: Tensor) -> tuple
 
 
 def finalize_gradients(
-    watchdog: Watchdog,
     chunks: Chunks,
     num_tokens: Tensor | None = None,
     pg_collection: ProcessGroupCollection | None = None,
@@ -194,7 +185,6 @@ def finalize_gradients(
     and connector, whose ranks encode different images, and the division: core counts predictions as integers, while
     weights may be fractions.
     """
-    watchdog.enter("gradients")
     finalize_model_grads(chunks, None, pg_collection, force_all_reduce)
     if tp_group.size() > 1:
         works = [

@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import MappingProxyType
 
 from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.run import NaViLConfig
@@ -42,6 +43,7 @@ def run_until_it_ends(
     outer: Callable[[int, NaViLConfig], None] | None = None,
     inner: Callable[[Path], None] | None = None,
     guilty: int = GUILTY,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Ending:
     """Trains on one rank for each config.
 
@@ -51,12 +53,15 @@ def run_until_it_ends(
         outer: Fault that this process causes, given the process id and config of the guilty rank.
         inner: Fault that the guilty rank brings along.
         guilty: The rank at fault.
+        environment: Variables of all ranks.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     ranks = [
         context.Process(
-            target=_rank, args=(rank, len(configs), config, folder, inner if rank == guilty else None), daemon=False
+            target=_rank,
+            args=(rank, len(configs), config, folder, inner if rank == guilty else None, dict(environment)),
+            daemon=False,
         )
         for rank, config in enumerate(configs)
     ]
@@ -99,14 +104,21 @@ def _told(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if " INFO " not in line]
 
 
-def _rank(rank: int, world_size: int, config: NaViLConfig, folder: Path, inner: Callable[[Path], None] | None) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    config: NaViLConfig,
+    folder: Path,
+    inner: Callable[[Path], None] | None,
+    environment: dict[str, str],
+) -> None:
     """One rank's life, as in ``pretrain.py``."""
     import torch
 
     from navil_megatron.training.loop import train
 
     os.dup2(os.open(folder / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-    os.environ[RENDEZVOUS] = str(folder / "rendezvous")
+    os.environ |= {RENDEZVOUS: str(folder / "rendezvous"), **environment}
     torch.set_num_threads(1)
     if inner is not None:
         inner(folder)
@@ -153,6 +165,12 @@ def stick_in_backward(folder: Path) -> None:
 def dawdle(folder: Path) -> None:
     """The guilty rank is slow in one layer, but not too slow."""
     _in_layer_of_step(lambda output: time.sleep(0.6 * TIMEOUT_SECONDS))
+
+
+def save_slowly(_folder: Path) -> None:
+    """The disk of the guilty rank takes its time, once."""
+    sync, seconds = os.fsync, iter([1.5 * TIMEOUT_SECONDS])
+    os.fsync = lambda file: (time.sleep(next(seconds, 0)), sync(file))[1]
 
 
 def _in_layer_of_step(act: Callable) -> None:

@@ -6,6 +6,7 @@ import torch
 from navil_megatron.models.build import build_model
 from navil_megatron.training.feature_scale import FeatureScale
 from navil_megatron.training.optimizer import wrap_ddp
+from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import run_schedule
 from tests.distributed.test_layouts import MODELS
 from tests.host_reads import watching_host_reads
@@ -51,7 +52,7 @@ def reads_of_step(rank: int, world_size: int, choices: list[dict]) -> list[str]:
         config = oracle_config(**merge_sections(sections, {"logging": {"feature_scale_every_steps": 1}}))
         with start_session(rank, world_size, config) as session:
             chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
-            FeatureScale(config, chunks, session.groups, session.device).is_on = True
+            FeatureScale(config, chunks, session.groups, session.device, TrainingState())
             batch = global_batch(config, (*BATCH, MIXED), session)
             with watching_host_reads() as reads:
                 run_schedule(config, session, chunks, batch, forward_only=False)

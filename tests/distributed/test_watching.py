@@ -18,6 +18,7 @@ from navil_megatron.models.build import build_model
 from navil_megatron.training.grad_norms import PARTS, part_of
 from navil_megatron.training.metrics import StepMeter
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import evaluate_step, train_step
 from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, TINY_IMAGE, global_batch, merge_sections, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -58,15 +59,16 @@ def watched(rank: int, world_size: int, sections: dict) -> tuple[dict, dict]:
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model)
         optimizer = build_optimizer(config, chunks, session)
-        meter = StepMeter(config, session, model, optimizer)
+        state = TrainingState()
+        meter = StepMeter(config, session, model, optimizer, state)
         rows = rows_of_two_sources(config, session)
         share = len(rows) // session.dp_size
         mine = rows[session.dp_rank * share : (session.dp_rank + 1) * share]
-        for step in (1, 2):
-            meter.feature_scale.is_on = step == 2
+        for state.step in (0, 1):
             result = train_step(config, session, chunks, optimizer, mine, lr=0.0)
             meter.add(result, mine, StepData(tuple(mine), 1.0, 0), 0, 0.0)
-        meter.feature_scale.is_on = False
+        for chunk in chunks:
+            chunk.eval()
         evaluate_step(config, session, chunks, mine)
         record, scales = meter.record(0.0)
         assert not meter.feature_scale.take().any()
