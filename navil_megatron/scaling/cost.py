@@ -14,7 +14,7 @@ BACKWARD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class CostAssumptions:
     """What a sample holds and what a GPU does; every field is an assumption that the plan prints."""
 
     tflops: float = 989.0
@@ -31,15 +31,15 @@ class Machine:
         return flops / (self.tflops * 1e12 * self.mfu * 3600)
 
 
-def sample_flops(llm: float, encoder: float, machine: Machine) -> float:
+def sample_flops(llm: float, encoder: float, assumed: CostAssumptions) -> float:
     """Training FLOPs of one sample, everything trained: 3 (2 N tokens + 2 V patches + 4 d w patches^2)."""
     shape, _ = choose_shape(encoder)
-    patches = PATCHES_PER_TOKEN * machine.visual_tokens
-    decoder = 2 * llm * (machine.visual_tokens + machine.text_tokens)
+    patches = PATCHES_PER_TOKEN * assumed.visual_tokens
+    decoder = 2 * llm * (assumed.visual_tokens + assumed.text_tokens)
     attention = 4 * shape.depth * shape.width * patches**2
     return (1 + BACKWARD) * (decoder + 2 * encoder * patches + attention)
 
 
-def run_hours(llm: float, encoder: float, samples: float, machine: Machine) -> float:
+def run_hours(llm: float, encoder: float, samples: float, assumed: CostAssumptions) -> float:
     """GPU-hours of a run."""
-    return machine.gpu_hours(samples * sample_flops(llm, encoder, machine))
+    return assumed.gpu_hours(samples * sample_flops(llm, encoder, assumed))

@@ -187,7 +187,7 @@ def sweep_json(name: str, sweep: Sweep, wanted: Wanted) -> Report:
         "factor_after": sweep.plan.factor,
         "cheaper": [_plan_json(plan) for plan in sweep.cheaper],
         "on_other_data": [_plan_json(plan) for plan in sweep.on_other_data],
-        "assumptions": asdict(wanted.machine),
+        "assumptions": asdict(wanted.assumed),
         "runs": [{**asdict(run), "gpu_hours": round(run.gpu_hours, 2)} for run in sweep.plan.runs],
     }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.scaling.cost import Machine, run_hours
+from navil_megatron.scaling.cost import CostAssumptions, run_hours
 from navil_megatron.scaling.line import Line, grid_factor
 from navil_megatron.scaling.sizes import format_size
 
@@ -37,7 +37,7 @@ class Wanted:
     samples: tuple[float, ...]
     """Amounts of data, any of them."""
     seeds: int = 1
-    machine: Machine = field(default_factory=Machine)
+    assumed: CostAssumptions = field(default_factory=CostAssumptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def _choices(
         # Two digits: no shape hits a size more exactly.
         encoders = [float(f"{centre * 2**step:.2g}") for step in steps]
         return tuple(
-            PlannedRun(round(llm), round(size), round(samples), seed, run_hours(llm, size, samples, wanted.machine))
+            PlannedRun(round(llm), round(size), round(samples), seed, run_hours(llm, size, samples, wanted.assumed))
             for size in encoders
             for seed in range(wanted.seeds)
         )

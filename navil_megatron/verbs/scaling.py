@@ -119,7 +119,7 @@ def recommend(options: Namespace) -> Outcome:
 )
 def plan_sweep(options: Namespace) -> Outcome:
     """Chooses the runs, and writes them if asked."""
-    from navil_megatron.scaling.cost import Machine
+    from navil_megatron.scaling.cost import CostAssumptions
     from navil_megatron.scaling.recommend import find_optima
     from navil_megatron.scaling.report import sweep_json, sweep_text
     from navil_megatron.scaling.sweep import MOST_LLMS, Wanted, plan_sweep
@@ -137,7 +137,7 @@ def plan_sweep(options: Namespace) -> Outcome:
         llms=llms,
         samples=tuple(options.samples),
         seeds=options.seeds,
-        machine=Machine(**chosen(options, "tflops", "mfu", "visual_tokens", "text_tokens")),
+        assumed=CostAssumptions(**chosen(options, "tflops", "mfu", "visual_tokens", "text_tokens")),
     )
     sweep = plan_sweep(optima.line, wanted, is_measured=file is not None)
     name = f"the results of {file}" if file else "nothing yet; optima expected where the paper has them"

@@ -10,7 +10,7 @@ from navil_megatron.blueprint.flops import forward_terms
 from navil_megatron.blueprint.workload import Workload
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.scaling.cost import BACKWARD, Machine, run_hours, sample_flops
+from navil_megatron.scaling.cost import BACKWARD, CostAssumptions, run_hours, sample_flops
 from navil_megatron.scaling.line import Line, grid_factor
 from navil_megatron.scaling.sweep import Sweep, Wanted, plan_sweep
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
@@ -72,7 +72,7 @@ def test_cost_agrees_with_the_planner(model: ModelConfig) -> None:
     """Within a tenth: the sweep's formula counts the embedding table as if it multiplied, but neither the LLM's own
     attention nor the connector.
     """
-    machine = Machine(visual_tokens=256, text_tokens=64)
+    assumed = CostAssumptions(visual_tokens=256, text_tokens=64)
     work = Workload(
         text_tokens=64,
         visual_tokens=256,
@@ -83,10 +83,10 @@ def test_cost_agrees_with_the_planner(model: ModelConfig) -> None:
     exact = sum(flops for _, flops in forward_terms(model, work)) * (1 + BACKWARD)
     encoder = 12.0 * model.vision.num_layers * model.vision.hidden_size**2
     llm = 1_889_110_016 if model is NAVIL_2B else 8_190_735_360
-    assert sample_flops(llm, encoder, machine) == pytest.approx(exact, rel=0.1)
+    assert sample_flops(llm, encoder, assumed) == pytest.approx(exact, rel=0.1)
 
 
 def test_hours_follow_from_flops() -> None:
-    machine = Machine(tflops=1000, mfu=0.5)
-    expected = 1e6 * sample_flops(1e9, 3e8, machine) / (500e12 * 3600)
-    assert run_hours(1e9, 3e8, 1e6, machine) == pytest.approx(expected)
+    assumed = CostAssumptions(tflops=1000, mfu=0.5)
+    expected = 1e6 * sample_flops(1e9, 3e8, assumed) / (500e12 * 3600)
+    assert run_hours(1e9, 3e8, 1e6, assumed) == pytest.approx(expected)
