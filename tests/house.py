@@ -37,7 +37,7 @@ IMPORT_TABLE = {
     "blueprint": Row((), ("numpy",)),
     "files": Row((), ("xxhash", "PIL", "jinja2")),
     "runtime": Row((), _ENGINE),
-    "kernels": Row(("layers",), (*_ENGINE, "transformer_engine", "apex", "amp_C")),
+    "kernels": Row(("layers",), (*_ENGINE, "transformer_engine", "fused_weight_gradient_mlp_cuda")),
     "layers": Row(("blueprint",), _ENGINE),
     "models": Row(("blueprint", "runtime", "kernels", "layers"), _ENGINE),
     "data": Row(

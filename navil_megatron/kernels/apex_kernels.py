@@ -1,15 +1,34 @@
-"""NVIDIA Apex: the one piece that megatron-core takes from nowhere else, and whether it is really there."""
+"""NVIDIA Apex: weight gradients added to their FP32 sum inside the product, and whether it is really there."""
 
 import ctypes
+from dataclasses import replace
 from importlib.util import find_spec
 
+from torch import Tensor
+
 from navil_megatron.config.errors import UserError
+from navil_megatron.layers.kernels import Kernels
 
 FUSION_MODULE = "fused_weight_gradient_mlp_cuda"
 """The extension with ``wgrad_gemm_accum_fp32``, which adds a weight gradient to its FP32 sum inside the product."""
 CORE_MODULE = "amp_C"
 """The extension that every CUDA build of Apex has; it tells NVIDIA Apex from the web toolkit of that name."""
 INSTALL = "pip install --no-build-isolation git+https://github.com/NVIDIA/apex with APEX_CUDA_EXT=1 (docs/hopper.md)"
+
+
+def with_apex(kernels: Kernels) -> Kernels:
+    """The kernels with what Apex does better.
+
+    Raises:
+        UserError: says what of Apex is absent or why it does not load.
+    """
+    require_apex()
+    import fused_weight_gradient_mlp_cuda  # a CUDA extension
+
+    def add_weight_gradient(total: Tensor, grad_output: Tensor, rows: Tensor) -> None:
+        fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(rows.contiguous(), grad_output.contiguous(), total)
+
+    return replace(kernels, add_weight_gradient=add_weight_gradient)
 
 
 def require_apex() -> None:

@@ -17,7 +17,6 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Recipe
@@ -41,10 +40,11 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         encoder_precision = partial(_fp8, ENCODER_RECIPES[precision.fp8]())  # type: ignore[assignment]
         encoder_rows = FP8_ROWS[precision.fp8]
     return Kernels(
-        rms_norm=decoder_norm,
+        norms={"rmsnorm": partial(build_norm, RMSNorm), "layernorm": partial(build_norm, LayerNorm)},
         segment_attention=segment_attention,
         linear=partial(build_linear, fuse_wgrad_accumulation=fused_sums),
-        encoder_norms={"rmsnorm": partial(build_norm, RMSNorm), "layernorm": partial(build_norm, LayerNorm)},
+        grouped_product=torch_kernels.grouped_product,
+        add_weight_gradient=torch_kernels.add_weight_gradient,
         modality_product=modality_product,
         adam=Adam,
         encoder_precision=encoder_precision,
@@ -92,15 +92,8 @@ def build_linear(
 
 
 def build_norm(kind: type[nn.Module], size: int, eps: float, dtype: torch.dtype) -> nn.Module:
-    """One of the encoder's norms."""
+    """A norm."""
     return kind(size, eps=eps, dtype=dtype, device=torch.get_default_device())
-
-
-def decoder_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:
-    """A norm of the decoder; core sums its gradient over the tensor-parallel ranks under sequence parallelism."""
-    norm = build_norm(RMSNorm, hidden_size, eps, config.params_dtype)
-    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
-    return norm
 
 
 def modality_product(

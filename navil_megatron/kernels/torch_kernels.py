@@ -4,30 +4,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from navil_megatron.kernels.adamw import AdamW
 from navil_megatron.kernels.modality_product import modality_product
 from navil_megatron.layers.kernels import Kernels
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension that allows sequence parallelism, which core's torch norm refuses.
-
-    Under sequence parallelism each rank sees its own rows, so the weight's gradient is summed over the tensor-parallel
-    ranks: core does so for parameters marked ``sequence_parallel``.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
-        return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -58,12 +39,28 @@ def segment_attention(
     return torch.cat(outputs).to(dtype)
 
 
+def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """See ``layers.kernels``."""
+    if len(weight) == 1 or not len(rows):
+        return nn.functional.linear(rows, weight[0])
+    return nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+
+def add_weight_gradient(total: Tensor, grad_output: Tensor, rows: Tensor) -> None:
+    """See ``layers.kernels``: one kernel where the types are the same."""
+    if total.dtype == grad_output.dtype:
+        total.addmm_(grad_output.t(), rows)
+    else:
+        total += grad_output.t() @ rows
+
+
 TORCH_KERNELS = Kernels(
-    rms_norm=RMSNorm,
+    norms={"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm},
     segment_attention=segment_attention,
     linear=Linear,
     modality_product=modality_product,
-    encoder_norms={"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm},
+    grouped_product=grouped_product,
+    add_weight_gradient=add_weight_gradient,
     encoder_precision=nullcontext,
     encoder_rows=1,
     adam=AdamW,

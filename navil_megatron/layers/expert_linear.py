@@ -17,7 +17,7 @@ from navil_megatron.layers.kernels import Kernels
 
 class ExpertLinear(MegatronModule):
     """The experts of this rank by modality, named as ``ModalityLinear`` names its own: one matrix of the kernel
-    library, or several as a stack [experts, out, in], which torch's grouped product multiplies.
+    library, or several as a stack [experts, out, in], which its grouped product multiplies.
 
     Rows come gathered from the experts' tensor-parallel ranks and outputs are summed over them elsewhere, so nothing
     is sent here. An expert without rows leaves a zero gradient: the product with no rows is in the graph too.
@@ -46,6 +46,7 @@ class ExpertLinear(MegatronModule):
     ):
         super().__init__(config=config)
         assert config.num_moe_experts is not None
+        self.grouped_product = kernels.grouped_product
         self.is_stack = config.num_moe_experts > len(MODALITIES)
         shape = [output_size, input_size]
         shape[partition_dim] = divide(shape[partition_dim], pg_collection.expt_tp.size())
@@ -72,7 +73,4 @@ class ExpertLinear(MegatronModule):
         if not self.is_stack:
             output: Tensor = self.get_submodule(modality)(rows)
             return output
-        weight = self.get_parameter(f"{modality}.weight")
-        if len(weight) == 1 or not len(rows):
-            return nn.functional.linear(rows, weight[0])
-        return nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        return self.grouped_product(rows, self.get_parameter(f"{modality}.weight"), ends)

@@ -78,14 +78,16 @@ class ModalityProduct(Protocol):
 class Kernels:
     """One kernel library, set up for a run."""
 
-    rms_norm: Callable[..., nn.Module]
-    """A norm of the decoder, built with (config, hidden_size, eps); honours sequence parallelism."""
+    norms: Mapping[str, Callable[..., nn.Module]]
+    """``rmsnorm`` and ``layernorm`` over the last dimension, built with (size, eps=, dtype=): ``weight`` [size]."""
     segment_attention: SegmentAttention
     linear: Callable[..., nn.Module]
     """Built with (input size, output size, bias=, dtype=): ``weight`` [out, in] and, if asked for, ``bias`` [out]."""
     modality_product: ModalityProduct
-    encoder_norms: Mapping[str, Callable[..., nn.Module]]
-    """The encoder's norms by their name in the config, built with (size, eps=, dtype=)."""
+    grouped_product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Rows [r, in] sorted by expert, weights [e, out, in] and [e] int32, one past the last row of each: -> [r, out]."""
+    add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None]
+    """Adds grad_output [r, out]^T rows [r, in] to a sum [out, in] in float32, whatever the type of the two."""
     encoder_precision: Callable[[], AbstractContextManager[Any]]
     """Entered around each layer of the encoder. The decoder's layers are entered by megatron-core."""
     encoder_rows: int

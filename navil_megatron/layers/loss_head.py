@@ -6,6 +6,7 @@ makes each chunk's logits again. That is one more GEMM of the head, at predicted
 forward pass would have to know each position's weight there, and would hold the weight's gradient until the backward.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +14,18 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, Work
 
+from navil_megatron.layers.kernels import Kernels
+
 
 class LossHead(ColumnParallelLinear):
     """megatron-core's vocabulary-parallel LM head, which also gives the cross entropy of its logits.
 
     A module that is called, not a weight that is read: core waits for gathered parameters when a module is called.
     """
+
+    def __init__(self, input_size: int, output_size: int, kernels: Kernels, **options: Any):
+        super().__init__(input_size, output_size, **options)
+        self.kernels = kernels
 
     def forward(self, hidden_states: Tensor, weight: Tensor | None, labels: Tensor | None, chunk_tokens: int) -> Tensor:
         """Cross entropies of the labels, or logits where there are none.
@@ -35,7 +42,9 @@ class LossHead(ColumnParallelLinear):
         if labels is None:
             return super().forward(hidden_states, weight)[0]
         head = self.weight if weight is None else weight
-        return _LinearCrossEntropy.apply(hidden_states, head, labels, chunk_tokens, self.tp_group)
+        return _LinearCrossEntropy.apply(
+            hidden_states, head, labels, chunk_tokens, self.tp_group, self.kernels.add_weight_gradient
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,7 +52,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, group: ProcessGroup
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        group: ProcessGroup,
+        add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None],
     ) -> Tensor:
         """hidden_states [k, h], weight [v/tp, h], labels [k] -> [k] float32. Two all-reduces, however many chunks."""
         local = labels - group.rank() * weight.shape[0]
@@ -63,7 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sums, picked = totals
         log_sum = largest + sums.log()
         ctx.save_for_backward(hidden_states, weight, local, log_sum)
-        ctx.chunk_tokens, ctx.group = chunk_tokens, group
+        ctx.chunk_tokens, ctx.group, ctx.add_weight_gradient = chunk_tokens, group, add_weight_gradient
         return log_sum - picked
 
     @staticmethod
@@ -88,11 +103,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if ctx.group.size() > 1:
                     works.append(torch.distributed.all_reduce(grad_hidden[rows], group=ctx.group, async_op=True))
             if grad_weight is not None:
-                _add_product(grad_weight, grad.t(), hidden_states[rows])
+                ctx.add_weight_gradient(grad_weight, grad, hidden_states[rows])
             del grad
         for work in works:
             work.wait()
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
 
 
 def _chunks(num_rows: int, size: int) -> list[slice]:
@@ -112,11 +127,3 @@ def _is_here(local: Tensor, weight: Tensor) -> Tensor:
 def _column(local: Tensor, weight: Tensor) -> Tensor:
     """The labels' columns here, [rows, 1]; any column for a label that lies elsewhere."""
     return local.clamp(0, weight.shape[0] - 1).unsqueeze(1)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; in one kernel where the types are the same."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

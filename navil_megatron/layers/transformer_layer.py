@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class NaViLTransformerLayer(TransformerLayer):
@@ -35,6 +36,19 @@ class NaViLTransformerLayer(TransformerLayer):
         with self.get_inner_quantization_context():
             output: Tensor = self.mlp(normed, packed_seq_params)
         return output
+
+
+def decoder_norm(
+    build: Callable[..., nn.Module], config: TransformerConfig, hidden_size: int, eps: float = 1e-6
+) -> nn.Module:
+    """RMSNorm of the decoder, by a builder of ``kernels.norms``, which allows sequence parallelism.
+
+    Each rank sees its own tokens there, so the weight's gradient is summed over the tensor-parallel ranks: core does so
+    for parameters marked ``sequence_parallel``.
+    """
+    norm = build(hidden_size, eps=eps, dtype=config.params_dtype)
+    norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
+    return norm
 
 
 def residual_add(training: bool, fused: bool) -> Callable[[tuple[Tensor, None], Tensor, float], Tensor]:

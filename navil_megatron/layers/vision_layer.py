@@ -22,7 +22,7 @@ class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig, kernels: Kernels, dtype: torch.dtype):
         super().__init__()
         width = config.hidden_size
-        norm, linear = kernels.encoder_norms[config.norm], kernels.linear
+        norm, linear = kernels.norms[config.norm], kernels.linear
         self.num_heads = config.num_attention_heads
         self.attention, self.precision = kernels.segment_attention, kernels.encoder_precision
         self.norm1 = norm(width, eps=config.norm_epsilon, dtype=dtype)

@@ -12,7 +12,7 @@ from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.modality_attention import ModalityAttentionSubmodules, ModalitySelfAttention
 from navil_megatron.layers.modality_experts import ModalityExperts
 from navil_megatron.layers.modality_mlp import ModalityMLP
-from navil_megatron.layers.transformer_layer import NaViLTransformerLayer, residual_add
+from navil_megatron.layers.transformer_layer import NaViLTransformerLayer, decoder_norm, residual_add
 
 
 def decoder_block_spec(
@@ -24,19 +24,20 @@ def decoder_block_spec(
         if config.num_moe_experts is None
         else partial(ModalityExperts, kernels=kernels)
     )
+    norm = partial(decoder_norm, kernels.norms["rmsnorm"])
     layer = ModuleSpec(
         module=NaViLTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=kernels.rms_norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=ModalitySelfAttention,
                 submodules=ModalityAttentionSubmodules(kernels, language),
             ),
             self_attn_bda=residual_add,
-            pre_mlp_layernorm=kernels.rms_norm,
+            pre_mlp_layernorm=norm,
             mlp=experts,
             mlp_bda=residual_add,
         ),
     )
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=kernels.rms_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

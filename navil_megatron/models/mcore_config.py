@@ -49,7 +49,7 @@ def build_transformer_config(config: NaViLConfig) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=config.runtime.gradient_accumulation_fusion == "apex",
+        gradient_accumulation_fusion=False,
         **_experts(config),
         **_interleaving(parallel),
         **_recompute(config.training),

@@ -98,7 +98,7 @@ class NaViLModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = self._build_output_layer()
+            self.output_layer = self._build_output_layer(kernels)
         self.setup_embeddings_and_output_layer()
 
     def _build_embedding(self) -> LanguageModelEmbedding:
@@ -111,13 +111,14 @@ class NaViLModel(LanguageModule):
             tp_group=self.tp_group,
         )
 
-    def _build_output_layer(self) -> LossHead:
+    def _build_output_layer(self, kernels: Kernels) -> LossHead:
         # The head reads rows that were already gathered and picked, so it must not gather the sequence again.
         config = copy.copy(self.config)
         config.sequence_parallel = False
         return LossHead(
             self.model.language.hidden_size,
             self.model.language.vocab_size,
+            kernels,
             config=config,
             init_method=config.init_method,
             bias=False,

@@ -1,10 +1,14 @@
 """The chunked loss head equals megatron-core's head and cross entropy of all positions, and never holds all logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
+from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.loss_head import LossHead
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import BF16_CHUNKS, ONE_CHUNK, RANKS
@@ -14,7 +18,9 @@ VOCABULARY, WIDTH, ROWS = 48, 16, 17
 CHUNKS = (1, 5, 17, 64)
 
 
-def build_head(session, vocabulary: int, width: int, dtype: torch.dtype, frozen: bool) -> LossHead:
+def build_head(
+    session, vocabulary: int, width: int, dtype: torch.dtype, frozen: bool, kernels: Kernels = TORCH_KERNELS
+) -> LossHead:
     """The same whole matrix at every layout."""
     config = TransformerConfig(
         num_layers=1,
@@ -26,7 +32,13 @@ def build_head(session, vocabulary: int, width: int, dtype: torch.dtype, frozen:
         gradient_accumulation_fusion=False,
     )
     head = LossHead(
-        width, vocabulary, config=config, init_method=config.init_method, bias=False, tp_group=session.groups.tp
+        width,
+        vocabulary,
+        kernels,
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        tp_group=session.groups.tp,
     )
     whole = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(3))
     head.weight.data.copy_(whole.chunk(session.tp_size)[session.tp_rank])
@@ -76,6 +88,29 @@ def test_a_frozen_head_has_no_gradient_and_passes_the_right_one(world_size: int)
 
 def test_no_predicted_position_leaves_a_zero_gradient() -> None:
     run_ranks(2, differences, torch.float32, False, 0)
+
+
+def sums_by_library(rank: int, world_size: int) -> tuple[list[tuple[int, ...]], bool]:
+    """Shapes that a kernel library is given to add up, and whether its sum is the gradient."""
+    seen = []
+
+    def add_weight_gradient(total: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor) -> None:
+        seen.append((*total.shape, *grad_output.shape, *rows.shape))
+        TORCH_KERNELS.add_weight_gradient(total, 2 * grad_output, rows)
+
+    with start_session(rank, world_size) as session:
+        found = []
+        for kernels in (TORCH_KERNELS, replace(TORCH_KERNELS, add_weight_gradient=add_weight_gradient)):
+            head = build_head(session, VOCABULARY, WIDTH, torch.float32, False, kernels)
+            hidden = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(4)).requires_grad_()
+            found.append(gradients(head(hidden, None, torch.arange(ROWS), 10), hidden, head))
+        return seen, torch.equal(found[1][0], found[0][0]) and torch.equal(found[1][1], 2 * found[0][1])
+
+
+def test_the_weights_gradient_is_summed_by_the_kernel_library() -> None:
+    ((seen, equal),) = run_ranks(1, sums_by_library)
+    assert seen == [(VOCABULARY, WIDTH, rows, VOCABULARY, rows, WIDTH) for rows in (10, 7)]
+    assert equal
 
 
 def peak_of(head: LossHead, rows: int, chunk_tokens: int) -> int:

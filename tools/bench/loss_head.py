@@ -27,6 +27,7 @@ from torch.nn import functional
 from turns import assert_near, peak_bytes, ratio, show, take_turns
 
 from navil_megatron.config.run import NaViLConfig
+from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
 from navil_megatron.layers.loss_head import LossHead
 from navil_megatron.runtime.session import Session
 
@@ -91,6 +92,7 @@ def build_head(config: NaViLConfig, session: Session, dtype: torch.dtype) -> Los
         head = LossHead(
             language.hidden_size,
             language.vocab_size,
+            TORCH_KERNELS,
             config=core,
             init_method=core.init_method,
             bias=False,
