@@ -70,7 +70,8 @@ class Watchdog:
             # Beats are added up, not read off a clock: a process that was paused as a whole has not hung.
             self._stalled = self._stalled + min(now - then, 2 * beat) if state == before else 0.0
             then, before = now, state
-            if self._wake.is_set() or (self._stalled >= self._timeout and self._is_hang()):
+            # It may be close() that woke this thread, just now.
+            if not self._closed and (self._wake.is_set() or (self._stalled >= self._timeout and self._is_hang())):
                 try:
                     self._end_run()
                 except Exception:  # told, for the run must end all the same

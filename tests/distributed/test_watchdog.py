@@ -13,6 +13,7 @@ import pytest
 
 from navil_megatron.config.errors import HANG_EXIT_CODE
 from navil_megatron.runtime.hang_report import hang_line, missing_ranks
+from navil_megatron.runtime.watchdog import Watchdog
 from navil_megatron.runtime.whereabouts import Whereabouts
 from tests.conftest import REPOSITORY
 from tests.distributed.hangs import (
@@ -31,6 +32,7 @@ from tests.distributed.hangs import (
     stop_process,
 )
 from tests.e2e.runs import World, build_world, make_run, records, write_toml
+from tests.ranks import run_ranks, start_session
 
 LAYOUTS = {"pipeline 2": {"pp": 2}, "tensor 2": {"tp": 2}, "data 2": {}}
 SLACK_SECONDS = 8
@@ -305,3 +307,20 @@ def test_many_missing_ranks_are_not_all_listed() -> None:
     gone = {rank: f"rank {rank} (pipeline stage 0, its process is gone or stopped)" for rank in range(1, 41)}
     line = hang_line({0: answer(0, {}), **gone}, 0, "logs/stacks-rank*.txt")
     assert line.count("its process is gone") == 16 and " and 24 more" in line
+
+
+def close_often(rank: int, world_size: int, logs: str) -> int:
+    with start_session(rank, world_size) as session:
+        for _ in range(50):
+            watchdog = Watchdog(0, 0.02, Path(logs), one_machine=True)
+            time.sleep(0.001)
+            busy_until = time.perf_counter() + 0.002
+            while time.perf_counter() < busy_until:  # the other thread's wait ends while this one keeps the interpreter
+                pass
+            watchdog.close()
+        return session.rank
+
+
+def test_a_watch_that_ends_ends_no_run(tmp_path: Path) -> None:
+    """Also where it ends while the thread that looks, here every millisecond, is about to."""
+    assert run_ranks(1, close_often, str(tmp_path)) == [0]
