@@ -259,7 +259,7 @@ def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:
 def _run(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> list[Activations]:
     if source.kind == "checkpoint":
         return run_training_model(source.path, model, prompts)
-    tensors = ((key, tensor) for key in source.signatures() for tensor in source.read(key).values())
+    tensors = ((key, tensor) for key in source.signatures for tensor in source.read(key).values())
     return run_plain_model(tensors, model, prompts)
 
 

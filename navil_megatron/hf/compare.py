@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.worker_pool import Meter, OnProgress
 from navil_megatron.hf.convert import ahead
 from navil_megatron.hf.model_source import ModelSource, open_source
-from navil_megatron.hf.verify import Signature, same_bits, type_name
+from navil_megatron.hf.verify import same_bits, size_of, type_name
 
 SHOWN = 10
 """Differences that are listed one by one."""
@@ -51,10 +52,10 @@ def compare(one: Path, other: Path, on_progress: OnProgress | None = None) -> di
         UserError: One of them is incomplete or damaged.
     """
     sources = (open_source(one), open_source(other))
-    first, second = (source.signatures() for source in sources)
+    first, second = (source.signatures for source in sources)
     settings = _config_differences(sources[0].model, sources[1].model)
     shared = [key for key in first if key in second]
-    meter = Meter(sum(_size(headers[key]) for headers in (first, second) for key in shared), on_progress)
+    meter = Meter(sum(size_of(headers[key])[1] for headers in (first, second) for key in shared), on_progress)
     found = _Found()
     for (key, mine), theirs in zip(_tensors(sources[0], shared), _tensors(sources[1], shared), strict=True):
         _compare_tensor(key, mine, theirs[1], found)
@@ -97,19 +98,13 @@ def describe_comparison(report: Mapping[str, Any]) -> str:
 
 
 def _tensors(source: ModelSource, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in the order of the keys; of what one source gives at once, none is read twice in a row."""
-    signatures = source.signatures()
-    groups: list[list[str]] = []
-    for key in keys:
-        together = source.steps.get(key)
-        if groups and together is not None and together is source.steps.get(groups[-1][0]):
-            groups[-1].append(key)
-        else:
-            groups.append([key])
-    for group, tensors in ahead(groups, lambda group: source.read(group[0])):
+    """The tensors in the order of the keys; what is made of the same source is read once."""
+    together = (list(group) for _, group in groupby(keys, lambda key: id(source.jobs[key]) if source.jobs else key))
+    for group, tensors in ahead(together, lambda group: source.read(group[0])):
         for key in group:
-            if tensors[key].shape != signatures[key][0]:
-                raise RuntimeError(f"{key} is {list(tensors[key].shape)}, its header says {list(signatures[key][0])}")
+            shape, _ = source.signatures[key]
+            if tensors[key].shape != shape:
+                raise RuntimeError(f"{key} is {list(tensors[key].shape)}, its header says {list(shape)}")
             yield key, tensors[key]
 
 
@@ -153,11 +148,6 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}.{name}")
         else:
             yield f"{prefix}.{name}", value
-
-
-def _size(signature: Signature) -> int:
-    shape, dtype = signature
-    return torch.Size(shape).numel() * dtype.itemsize if isinstance(dtype, torch.dtype) else 0
 
 
 def _named(source: ModelSource) -> dict[str, str]:

@@ -43,7 +43,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What each direction converts from: a checkpoint, and a folder of several parts."""
     folder = tmp_path_factory.mktemp("sources")
     write_checkpoint(folder / "checkpoint", tiny_model(num_layers=12))
-    convert_to_hf(folder / "checkpoint", folder / "hf", max_part_bytes=200_000)
+    convert_to_hf(folder / "checkpoint", folder / "hf", max_file_bytes=200_000)
     (folder / "hf" / CHECKSUMS_FILE).unlink()
     return {"to-hf": folder / "checkpoint", "from-hf": folder / "hf"}
 
@@ -147,7 +147,7 @@ def test_workers_end_with_a_killed_conversion(tmp_path: Path) -> None:
         "from navil_megatron.hf import ingest\n"
         "from navil_megatron.hf.checkpoint import writer\n"
         "writer.CheckpointWriter.__init__.__defaults__ = (5_000_000,)\n"
-        "if __name__ == '__main__': ingest.convert_from_hf(Path('hf'), Path('target'), jobs=2)\n"
+        "if __name__ == '__main__': ingest.convert_from_hf(Path('hf'), Path('target'), num_processes=2)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)

@@ -172,7 +172,7 @@ def _same(found: dict[str, str], expected: dict[str, str], kind: str) -> bool:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     write_checkpoint(folder / "checkpoint", tiny_model())
-    convert_to_hf(folder / "checkpoint", folder / "hf", max_part_bytes=300_000)
+    convert_to_hf(folder / "checkpoint", folder / "hf", max_file_bytes=300_000)
     return folder
 
 

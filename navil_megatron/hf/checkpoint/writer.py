@@ -11,7 +11,7 @@ import itertools
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +22,13 @@ from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.files.checkpoint_folder import FORMAT_FILE, METADATA_FILE
 from navil_megatron.files.checkpoint_metadata import Chunk, Place
 from navil_megatron.files.file_bytes import write_behind
-from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
+from navil_megatron.hf.hf_parameters import Slot
 from navil_megatron.hf.tensor_bytes import raw_bytes
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
 """Where core keeps what is not a tensor: a list with one object per process that saved."""
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """What core calls the format in ``metadata.json``."""
-_FILE_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +36,17 @@ class Written:
     """A chunk that was written, and of which tensor."""
 
     key: str
-    shape: Shape
-    """Of the whole tensor."""
+    shape: Shape  # of the whole tensor
     dtype: torch.dtype
     chunk: Chunk
 
 
 class CheckpointWriter:
-    """Writes the tensors of a checkpoint folder."""
+    """Writes the tensors of a checkpoint folder. Pickles, so that processes can share it."""
 
-    def __init__(
-        self, folder: Path, targets: Sequence[tuple[Slot, torch.dtype]], file_bytes: int = _FILE_BYTES
-    ) -> None:
-        """Knows every tensor with its type beforehand; ``file_bytes`` is about the size of a file."""
-        self.folder = folder
-        self._targets = {slot.name: (slot, dtype) for slot, dtype in targets}
-        self._file_bytes = file_bytes
-
-    def shares(self, steps: Sequence[Step]) -> list[list[Step]]:
-        """The steps in pieces that different processes may do at the same time: one file each."""
-        sizes = {n: sum(num_bytes(*self._targets[slot.name]) for slot in step.targets) for n, step in enumerate(steps)}
-        return [[steps[index] for index in piece] for piece in cut(sizes, self._file_bytes)]
-
-    def prepare(self) -> None:
-        """Nothing has to be there beforehand."""
+    def __init__(self, folder: Path, share_bytes: int = 1_000_000_000) -> None:
+        """Each share of the jobs becomes a file, of about ``share_bytes``."""
+        self.folder, self.share_bytes = folder, share_bytes
 
     def write(self, share: int, tensors: Iterable[tuple[Slot, torch.Tensor]]) -> list[Written]:
         """Writes tensors, in order, as one file; says where each went."""
@@ -68,7 +54,7 @@ class CheckpointWriter:
         written = []
         with (self.folder / name).open("wb") as stream, write_behind() as wrote:
             for slot, tensor in tensors:
-                for first_row, piece in _pieces(tensor, self._file_bytes):
+                for first_row, piece in _pieces(tensor, self.share_bytes):
                     offsets = (first_row, *(0 for _ in slot.shape[1:])) if slot.shape else ()
                     if slot.layer is None:
                         written.append(save_chunk(stream, slot.key, slot.shape, offsets, piece))

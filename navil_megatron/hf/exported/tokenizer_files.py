@@ -52,14 +52,24 @@ _EDITING = ("add_bos_token", "add_eos_token")
 """Keys that make transformers replace what tokenizer.json says about the ends of a text."""
 
 
+def require_tokenizer(folder: Path) -> Path:
+    """The folder, if it holds a fast tokenizer.
+
+    Raises:
+        UserError: It does not.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(f"{folder} has no {TOKENIZER_FILE}: expected a folder with a fast tokenizer")
+    return folder
+
+
 def read_token_ids(tokenizer: Path, model: ModelConfig) -> Mapping[str, int | None]:
     """``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of a tokenizer that fits the model.
 
     Raises:
         UserError: There is no fast tokenizer, or its special tokens have other ids than the model's.
     """
-    if not (tokenizer / TOKENIZER_FILE).is_file():
-        raise UserError(f"{tokenizer} has no {TOKENIZER_FILE}: expected a folder with a fast tokenizer")
+    require_tokenizer(tokenizer)
     from transformers import AutoTokenizer  # a second, which a checkpoint without a tokenizer need not wait for
 
     loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
