@@ -56,7 +56,7 @@ def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: 
 
 
 def generate_captions(
-    captioner: Captioner | Path,
+    captioner: Captioner,
     images: Sequence[Picture],
     prompt: str = "<image>",
     max_new_tokens: int = 64,
@@ -65,7 +65,7 @@ def generate_captions(
     """One text for each picture, by greedy decoding.
 
     Args:
-        captioner: What ``load_for_generation`` gave, or the folder to load.
+        captioner: What ``load_for_generation`` gave.
         images: Pictures, or paths of picture files.
         prompt: What precedes the text; ``<image>`` stands for the picture, which comes first where it is not named.
         max_new_tokens: Longest text, in tokens.
@@ -74,7 +74,6 @@ def generate_captions(
     Raises:
         UserError: A picture cannot be read.
     """
-    captioner = load_for_generation(captioner) if isinstance(captioner, Path) else captioner
     texts: list[str] = []
     for start in range(0, len(images), batch_size):
         pictures = [[open_picture(image)] for image in images[start : start + batch_size]]
@@ -97,8 +96,7 @@ def generate_texts(
     inputs = processor(images=[list(pictures) for pictures in images], text=list(prompts)).to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    texts: list[str] = processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return texts
+    return list(processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True))
 
 
 def open_picture(image: Picture) -> Image.Image:

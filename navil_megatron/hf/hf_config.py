@@ -4,7 +4,7 @@ Every size, bias and norm kind is read, none assumed. A value that would change 
 does not have is refused by name; values that only steer the authors' training or demo are left alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from navil_megatron.config.errors import UserError
@@ -14,10 +14,61 @@ from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.validate import model_problems
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
-from navil_megatron.hf.llm.language_config import language_from_hf, language_problems, language_to_hf
+from navil_megatron.hf.llm.language_config import (
+    Ours,
+    found,
+    language_from_hf,
+    language_problems,
+    language_to_hf,
+    written,
+)
 
 MODEL_TYPE = "navil_chat"
 _NORMS = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
+_VISION = {
+    "architectures": None,
+    "model_type": "navil_vit",
+    "num_hidden_layers": Ours("num_layers"),
+    "hidden_size": Ours("hidden_size"),
+    "intermediate_size": Ours("ffn_hidden_size"),
+    "num_attention_heads": Ours("num_attention_heads"),
+    "num_channels": 3,
+    "patch_size": Ours("patch_size"),
+    "image_size": None,
+    "downsample_ratio": None,
+    "hidden_act": "gelu",
+    "norm_type": None,
+    "layer_norm_eps": Ours("norm_epsilon"),
+    "qkv_bias": Ours("qkv_bias"),
+    "qk_normalization": False,
+    "initializer_factor": Ours("layer_scale_init"),
+    "initializer_range": Ours("init_std"),
+    "rope_theta": Ours("rope_theta"),
+    "token_order": Ours("token_order"),
+    "window_size": Ours("window_size"),
+    "fullatt_block_indexes": Ours("full_attention_layers"),
+    "attention_dropout": 0.0,
+    "drop_path_rate": 0.0,
+    "dropout": 0.0,
+}
+"""``vision_config`` as we write it: our setting under each key, or one value for all models."""
+_VISION_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "layer_norm_eps"),
+)
+"""Keys without which the encoder is not known."""
+_SUPPORTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "vision_config": {
+        "hidden_act": ("gelu",),
+        "norm_type": tuple(_NORMS.values()),
+        "qk_normalization": (False,),
+        "num_channels": (3,),
+        "token_order": ("window", "raster"),
+    },
+    # The eager class of the authors windows the mask as soon as a window is named, used or not.
+    "llm_config": {"sliding_window": (None,)},
+    "": {"downsample_ratio": (0.5,), "use_llm_lora": (0,), "use_backbone_lora": (0,)},
+}
+"""Section, key -> the values that the model has; a config that lacks the key means the first."""
 AUTO_MAP = {
     "AutoConfig": "configuration_navil_chat.NaViLChatConfig",
     "AutoModel": "modeling_navil_chat.NaViL",
@@ -48,7 +99,7 @@ def model_config_from_hf(
             f"model_type {config_json.get('model_type')!r}, expected a NaViL folder ({MODEL_TYPE!r})"
         )
     family = _family(llm)
-    _refuse([*language_problems(llm, family, "llm_config."), *_vision_problems(vision), *_whole_problems(config_json)])
+    _refuse([*language_problems(llm, family, "llm_config."), *_problems(config_json)])
     composed = FAMILIES[family].may_compose_visual_output  # as the authors' code does where their files do not say
     model = ModelConfig(
         language=language_from_hf(llm, family, composed=composed, default_theta=1e6, source="config.json: llm_config"),
@@ -99,53 +150,16 @@ def hf_config_from_model(
 
 
 def _vision_from_hf(vision: Mapping[str, Any], merge_size: int) -> VisionConfig:
-    values = {
-        "num_layers": vision["num_hidden_layers"],
-        "hidden_size": vision["hidden_size"],
-        "ffn_hidden_size": vision["intermediate_size"],
-        "num_attention_heads": vision["num_attention_heads"],
-        "patch_size": vision["patch_size"],
-        "merge_size": merge_size,
-        "norm": "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm",
-        "norm_epsilon": vision["layer_norm_eps"],
-        "qkv_bias": vision.get("qkv_bias", False),
-        "layer_scale_init": vision.get("initializer_factor", 0.1),
-        "rope_theta": vision.get("rope_theta", 1e4),
-        "token_order": vision.get("token_order", "window"),
-        "window_size": vision.get("window_size", 8),
-        "full_attention_layers": vision.get("fullatt_block_indexes"),
-        "init_std": vision.get("initializer_range", 0.02),
-    }
+    norm = "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm"
+    values = {"token_order": "window", **found(_VISION, vision), "merge_size": merge_size, "norm": norm}
     return section_from_dict(VisionConfig, values, "config.json: vision_config")
 
 
 def _vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
-    full_attention = vision.full_attention_layers
-    return {
-        "architectures": None,
-        "model_type": "navil_vit",
-        "num_hidden_layers": vision.num_layers,
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_attention_heads": vision.num_attention_heads,
-        "num_channels": 3,
-        "patch_size": vision.patch_size,
+    return written(_VISION, vision) | {
         "image_size": vision.patch_size * vision.merge_size,
         "downsample_ratio": 1 / vision.merge_size,
-        "hidden_act": "gelu",
         "norm_type": _NORMS[vision.norm],
-        "layer_norm_eps": vision.norm_epsilon,
-        "qkv_bias": vision.qkv_bias,
-        "qk_normalization": False,
-        "initializer_factor": vision.layer_scale_init,
-        "initializer_range": vision.init_std,
-        "rope_theta": vision.rope_theta,
-        "token_order": vision.token_order,
-        "window_size": vision.window_size,
-        "fullatt_block_indexes": None if full_attention is None else list(full_attention),
-        "attention_dropout": 0.0,
-        "drop_path_rate": 0.0,
-        "dropout": 0.0,
     }
 
 
@@ -161,41 +175,17 @@ def _family(llm: Mapping[str, Any]) -> str:
     )
 
 
-def _vision_problems(vision: Mapping[str, Any]) -> Iterator[str]:
-    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    for key in (*sizes, "patch_size", "layer_norm_eps"):
-        if vision.get(key) is None:
-            yield f"vision_config.{key} is missing"
-    order = vision.get("token_order", "window")
-    rules: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-        ("hidden_act", vision.get("hidden_act", "gelu"), ("gelu",)),
-        ("norm_type", vision.get("norm_type", "rms_norm"), tuple(_NORMS.values())),
-        ("qk_normalization", vision.get("qk_normalization", False), (False,)),
-        ("num_channels", vision.get("num_channels", 3), (3,)),
-        ("token_order", order, ("window", "raster")),
-    )
-    yield from _outside((f"vision_config.{name}", value, allowed) for name, value, allowed in rules)
-    if order == "raster" and vision.get("fullatt_block_indexes") is not None:
+def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """One line for every size of the encoder that is missing, and every value that asks for what the model lacks."""
+    vision = config["vision_config"]
+    yield from (f"vision_config.{key} is missing" for key in _VISION_SIZES if vision.get(key) is None)
+    for section, rules in _SUPPORTED.items():
+        for key, allowed in rules.items():
+            value = (config[section] if section else config).get(key, allowed[0])
+            if value not in allowed:
+                yield f"{section}{'.' * bool(section)}{key} is {value!r}, supported: {', '.join(map(repr, allowed))}"
+    if vision.get("token_order") == "raster" and vision.get("fullatt_block_indexes") is not None:
         yield "vision_config.fullatt_block_indexes needs vision_config.token_order 'window'"
-
-
-def _whole_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    # The eager class of the authors windows the mask as soon as a window is named, used or not.
-    yield from _outside(
-        (
-            ("llm_config.sliding_window", config["llm_config"].get("sliding_window"), (None,)),
-            ("downsample_ratio", config.get("downsample_ratio", 0.5), (0.5,)),
-            ("use_llm_lora", config.get("use_llm_lora", 0), (0,)),
-            ("use_backbone_lora", config.get("use_backbone_lora", 0), (0,)),
-        )
-    )
-
-
-def _outside(rules: Iterable[tuple[str, Any, tuple[Any, ...]]]) -> Iterator[str]:
-    """One line for every value that asks for a computation which the model does not have."""
-    for name, value, allowed in rules:
-        if value not in allowed:
-            yield f"{name} is {value!r}, supported: {', '.join(map(repr, allowed))}"
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -18,7 +18,8 @@ from navil_megatron.files.json_file import read_json, values_of
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
-from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, require_tokenizer
+from navil_megatron.hf.exported.portable_tokenizer import TOKENIZER_FILE
+from navil_megatron.hf.exported.tokenizer_files import require_tokenizer
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.hf_parameters import hf_shapes
 from navil_megatron.hf.jobs import ingest_jobs, summary, total_bytes, with_types

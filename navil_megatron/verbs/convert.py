@@ -101,19 +101,19 @@ def upcycle(options: Namespace) -> Outcome:
 )
 def verify(options: Namespace) -> Outcome:
     """Compares two models."""
-    from navil_megatron.hf.compare import compare, describe_comparison
+    from navil_megatron.hf.compare import compare_weights, describe_weights
     from navil_megatron.hf.memory import keep_freed_memory
 
     keep_freed_memory()
-    report = compare(options.first, options.second, options.on_progress)
-    equal, text = report["equal"], describe_comparison(report)
+    report = compare_weights(options.first, options.second, options.on_progress)
+    equal, text = report["equal"], describe_weights(report)
     if options.logits:
         from navil_megatron.runtime.logs import quiet_known_warnings
 
         quiet_known_warnings()  # comes before the first import of megatron-core
-        from navil_megatron.compare_outputs import compare_models, describe_outputs
+        from navil_megatron.compare_outputs import compare_outputs, describe_outputs
 
-        outputs = compare_models(options.first, options.second, options.prompt, options.image, options.tokenizer)
+        outputs = compare_outputs(options.first, options.second, options.prompt, options.image, options.tokenizer)
         report["outputs"] = outputs
         equal, text = equal and outputs["equal"], f"{text}\n{describe_outputs(outputs)}"
     return Outcome(report, text, 0 if equal else 1)

@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.hf.hf_parameters import Slot
 from navil_megatron.hf.jobs import Job
 
@@ -122,6 +123,11 @@ def as_internlm2(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         ):
             renamed[f"{mine}.{new}.weight"] = weights[f"{theirs}.{old}.weight"]
     return {key: tensor.clone().contiguous() for key, tensor in renamed.items()}
+
+
+def sources_of(jobs: list[Job]) -> dict[str, Shape]:
+    """Key and shape of every tensor that the jobs read."""
+    return {slot.key: slot.shape for job in jobs for slot in job.sources}
 
 
 def run_in_memory(jobs: list[Job], stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

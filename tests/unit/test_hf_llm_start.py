@@ -25,7 +25,7 @@ from navil_megatron.hf.llm.start import (
     model_config_for_llm,
 )
 from tests.unit.hf_examples import FAMILIES
-from tests.unit.llm_examples import LLAMA3_ROPE, VISION, run_in_memory, save_random_llm
+from tests.unit.llm_examples import LLAMA3_ROPE, VISION, run_in_memory, save_random_llm, sources_of
 
 IDS = tuple(range(200, 212))
 
@@ -42,8 +42,7 @@ class Folder:
         return model_config_for_llm(self.config, {"vision": VISION, "language": language}, IDS)
 
     def sources(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-        jobs = llm_start_jobs(self.config, model, seed=0, dtype=torch.float32, stored=self.tensors)
-        return {slot.key: slot.shape for job in jobs for slot in job.sources}
+        return sources_of(llm_start_jobs(self.config, model, seed=0, dtype=torch.float32, stored=self.tensors))
 
     def start(self, model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
         jobs = llm_start_jobs(self.config, model, seed=seed, dtype=dtype, stored=self.tensors)

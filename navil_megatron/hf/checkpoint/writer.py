@@ -82,16 +82,8 @@ def save_chunk(stream: BinaryIO, key: str, shape: Shape, offsets: Shape, chunk: 
 def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str) -> list[str]:
     """Writes the common state into a file of that name, and the metadata; gives the names of all files."""
     # These take a second and a half to import, which an export need not wait for.
+    from torch.distributed.checkpoint import metadata as table
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
 
     common = io.BytesIO()
     # Core reads a list with one object per process that saved; weights alone have no common state.
@@ -103,15 +95,16 @@ def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str)
         # A pickle stores an object once, so names that went through another process must become one again.
         key, chunk, place = sys.intern(written.key), written.chunk, written.chunk.place
         if key not in entries:
-            properties = TensorProperties(dtype=written.dtype)
-            entries[key] = TensorStorageMetadata(properties, torch.Size(written.shape), [])
-        entries[key].chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-        storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(sys.intern(place.file), place.start, place.length)
+            properties = table.TensorProperties(dtype=written.dtype)
+            entries[key] = table.TensorStorageMetadata(properties, torch.Size(written.shape), [])
+        entries[key].chunks.append(table.ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+        index = table.MetadataIndex(key, chunk.offsets)
+        storage[index] = _StorageInfo(sys.intern(place.file), place.start, place.length)
     files = sorted({info.relative_path for info in storage.values()})
-    entries[COMMON_STATE_KEY] = BytesStorageMetadata()
-    storage[MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
-    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    entries[COMMON_STATE_KEY] = table.BytesStorageMetadata()
+    storage[table.MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
+    whole = table.Metadata(entries, storage_data=storage, storage_meta=table.StorageMeta())
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(whole))
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT) + "\n")
     return [*files, common_file, METADATA_FILE, FORMAT_FILE]
 

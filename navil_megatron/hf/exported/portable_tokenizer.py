@@ -5,6 +5,7 @@ both. Ids are not touched: ``tokenizer.json`` stays as it is.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from tokenizers import Tokenizer
 from navil_megatron.blueprint.chat_template import PLACEHOLDER, chat_template
 from navil_megatron.files.json_file import read_json, write_json
 
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+NAMES_FILE = "special_tokens_map.json"
+TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
+"""The second is read by processors alone, the first by tokenizers, too."""
 PORTABLE_CLASS = "PreTrainedTokenizerFast"
 """Loads ``tokenizer.json`` as it is, in every version."""
-_CONFIG = "tokenizer_config.json"
-_RAW_TEMPLATE = "chat_template.jinja"
-_PROCESSOR_TEMPLATE = "chat_template.json"
-"""Read by processors alone; ``chat_template.jinja`` is read by tokenizers, too."""
 
 
 def settle_tokenizer(folder: Path, system_message: str = "") -> bool:
@@ -35,41 +36,36 @@ def settle_tokenizer(folder: Path, system_message: str = "") -> bool:
     Returns:
         Whether the processor has a chat template.
     """
-    config = _portable(_read(folder / _CONFIG))
+    config = with_known_names(read_settings(folder / SETTINGS_FILE))
+    # Code of a tokenizer is not copied, and version 5's generic class has another name in version 4.
+    has_code = config.pop("auto_map", None) is not None
+    if has_code or config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        config["tokenizer_class"] = PORTABLE_CLASS
     own = _own_template(folder, config)
-    for name in (_RAW_TEMPLATE, _PROCESSOR_TEMPLATE):
+    for name in (TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE):
         (folder / name).unlink(missing_ok=True)
     config.pop("chat_template", None)
     template = chat_template(vocabulary(folder), system_message)
     if own is not None:
         config["chat_template"] = own
         if template:
-            write_json(folder / _PROCESSOR_TEMPLATE, {"chat_template": template})
+            write_json(folder / PROCESSOR_TEMPLATE_FILE, {"chat_template": template})
     elif template:
-        (folder / _RAW_TEMPLATE).write_text(template, encoding="utf-8")
-    write_json(folder / _CONFIG, config)
-    if (folder / "special_tokens_map.json").is_file():
-        write_json(folder / "special_tokens_map.json", _renamed(_read(folder / "special_tokens_map.json")))
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    write_json(folder / SETTINGS_FILE, config)
+    if (folder / NAMES_FILE).is_file():
+        write_json(folder / NAMES_FILE, with_known_names(read_settings(folder / NAMES_FILE)))
     return template is not None
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
     """Name and id of every token of the tokenizer in a folder."""
-    return dict(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab())
+    return dict(Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab())
 
 
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    config = _renamed(config)
-    # Code of a tokenizer is not copied, and version 5's generic class has another name in version 4.
-    has_code = config.pop("auto_map", None) is not None
-    if has_code or config.get("tokenizer_class") in (None, "TokenizersBackend"):
-        config["tokenizer_class"] = PORTABLE_CLASS
-    return config
-
-
-def _renamed(config: dict[str, Any]) -> dict[str, Any]:
-    """With the list of further special tokens under the name that both lines read."""
-    config = dict(config)
+def with_known_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the list of further special tokens under the name that both versions read."""
+    config = dict(settings)
     if isinstance(config.get("extra_special_tokens"), list):
         extra = config.pop("extra_special_tokens")
         known = config.get("additional_special_tokens") or []
@@ -80,11 +76,11 @@ def _renamed(config: dict[str, Any]) -> dict[str, Any]:
 def _own_template(folder: Path, config: dict[str, Any]) -> Any:
     """The tokenizer's template for text; ``None`` if there is none or if it is a processor's, which places images."""
     own = config.get("chat_template")
-    if (folder / _RAW_TEMPLATE).is_file():
-        own = (folder / _RAW_TEMPLATE).read_text(encoding="utf-8")
+    if (folder / TEMPLATE_FILE).is_file():
+        own = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     return None if own is None or PLACEHOLDER in json.dumps(own) else own
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The file's content; nothing where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, "save the tokenizer anew") if path.is_file() else {}

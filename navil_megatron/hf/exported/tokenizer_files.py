@@ -12,44 +12,32 @@ from tokenizers import AddedToken, Tokenizer
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
-from navil_megatron.files.json_file import read_json, write_json
-from navil_megatron.hf.exported.portable_tokenizer import PORTABLE_CLASS
-
-TOKENIZER_FILE = "tokenizer.json"
-_FILES = (
+from navil_megatron.files.json_file import write_json
+from navil_megatron.hf.exported.portable_tokenizer import (
+    NAMES_FILE,
+    PORTABLE_CLASS,
+    PROCESSOR_TEMPLATE_FILE,
+    SETTINGS_FILE,
+    TEMPLATE_FILE,
     TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    read_settings,
+    with_known_names,
 )
 
-ADDED_ORDER = (
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-    "<IMG_LINE_BREAK>",
-    "<IMG_FRAME_BREAK>",
-    "<img_uncond>",
+_FILES = (
+    *(TOKENIZER_FILE, SETTINGS_FILE, NAMES_FILE, TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+)
+_ADDED_ORDER = (
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+    *("<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "<img_uncond>"),
 )
 """The order in which missing tokens get the next free ids (reference: InternVL2's tokenizers); the model takes any."""
-
-_CONFIG = "tokenizer_config.json"
-_TEMPLATE = "chat_template.jinja"
 _FOLDERS_OWN = ("auto_map", "tokenizer_file", "name_or_path", "backend", "is_local", "local_files_only")
 """Keys that name code or files of the old folder."""
 _EDITING = ("add_bos_token", "add_eos_token")
 """Keys that make transformers replace what tokenizer.json says about the ends of a text."""
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def require_tokenizer(folder: Path) -> Path:
@@ -98,7 +86,7 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
 
     The new folder holds ``tokenizer.json``, its settings and the chat template; files of a slow tokenizer would not
     know the new tokens. Tokens that exist keep their ids, and become special if they were not. Missing ones follow the
-    tokenizer's last id in ``ADDED_ORDER``. Without a padding token the end token pads.
+    tokenizer's last id in ``_ADDED_ORDER``. Without a padding token the end token pads.
 
     Returns:
         Name -> id of the 12 special tokens, in the order of ``SPECIAL_TOKENS``.
@@ -107,17 +95,17 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
         UserError: The folder has no fast tokenizer, or it cannot be read.
     """
     tokenizer = _load(source / TOKENIZER_FILE)
-    config = read_json(source / _CONFIG, "save the tokenizer anew") if (source / _CONFIG).is_file() else {}
+    config = read_settings(source / SETTINGS_FILE)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ADDED_ORDER])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _ADDED_ORDER])
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     target.mkdir(parents=True)
     tokenizer.save(str(target / TOKENIZER_FILE))
-    write_json(target / _CONFIG, _extended(config, tokenizer))
-    if (source / _TEMPLATE).is_file():
-        shutil.copyfile(source / _TEMPLATE, target / _TEMPLATE)
+    write_json(target / SETTINGS_FILE, _extended(config, tokenizer))
+    if (source / TEMPLATE_FILE).is_file():
+        shutil.copyfile(source / TEMPLATE_FILE, target / TEMPLATE_FILE)
     return ids
 
 
@@ -138,27 +126,21 @@ def _load(path: Path) -> Tokenizer:
 
 def _extended(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer's settings for a class that every transformers from 4.51 on has."""
-    kept = {key: value for key, value in config.items() if key not in (*_FOLDERS_OWN, *_EDITING)}
-    listed = list(kept.pop("additional_special_tokens", None) or [])
-    if isinstance(kept.get("extra_special_tokens"), list):
-        # What transformers 5 calls the same list; version 4 expects a table under that name.
-        listed += kept.pop("extra_special_tokens")
-    names = list(dict.fromkeys([*map(_name, listed), *ADDED_ORDER]))
+    kept = with_known_names({key: value for key, value in config.items() if key not in (*_FOLDERS_OWN, *_EDITING)})
+    listed = kept.pop("additional_special_tokens", None) or []
+    names = list(dict.fromkeys([*map(_name, listed), *_ADDED_ORDER]))
     if kept.get("pad_token") is None and kept.get("eos_token") is not None:
         kept["pad_token"] = _name(kept["eos_token"])
-    added = sorted(tokenizer.get_added_tokens_decoder().items())
     return kept | {
         "tokenizer_class": PORTABLE_CLASS,
         "additional_special_tokens": names,
-        "added_tokens_decoder": {str(token_id): _as_table(token) for token_id, token in added},
+        "added_tokens_decoder": {
+            str(token_id): {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
+            for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        },
     }
 
 
 def _name(token: Any) -> str:
     """A special token is written as its text or as a table."""
     return token["content"] if isinstance(token, dict) else str(token)
-
-
-def _as_table(token: AddedToken) -> dict[str, Any]:
-    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
-    return {"content": token.content} | {flag: getattr(token, flag) for flag in flags}
