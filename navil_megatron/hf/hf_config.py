@@ -11,7 +11,6 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.language import FAMILIES, family_rules
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
-from navil_megatron.config.validate import model_problems
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import (
@@ -71,9 +70,7 @@ _SUPPORTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 """Section, key -> the values that the model has; a config that lacks the key means the first."""
 AUTO_MAP = {
     "AutoConfig": "configuration_navil_chat.NaViLChatConfig",
-    "AutoModel": "modeling_navil_chat.NaViL",
-    "AutoModelForCausalLM": "modeling_navil_chat.NaViL",
-    "AutoModelForImageTextToText": "modeling_navil_chat.NaViL",
+    **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_navil_chat.NaViL"),
     "AutoProcessor": "processing_navil_chat.NaViLProcessor",
     "AutoImageProcessor": "processing_navil_chat.NaViLImageProcessor",
 }
@@ -83,7 +80,7 @@ AUTO_MAP = {
 def model_config_from_hf(
     config_json: Mapping[str, Any], special_token_ids: Sequence[int] | Mapping[str, int] | None = None
 ) -> ModelConfig:
-    """The model section for a parsed ``config.json``.
+    """The model section for a parsed ``config.json``; whether such a model works is not asked.
 
     Args:
         config_json: The file's content; the authors' layout or ours, which adds keys to it.
@@ -99,9 +96,10 @@ def model_config_from_hf(
             f"model_type {config_json.get('model_type')!r}, expected a NaViL folder ({MODEL_TYPE!r})"
         )
     family = _family(llm)
-    _refuse([*language_problems(llm, family, "llm_config."), *_problems(config_json)])
+    if problems := [*language_problems(llm, family, "llm_config."), *_problems(config_json)]:
+        raise UserError("config.json cannot be converted: " + "; ".join(problems))
     composed = FAMILIES[family].may_compose_visual_output  # as the authors' code does where their files do not say
-    model = ModelConfig(
+    return ModelConfig(
         language=language_from_hf(llm, family, composed=composed, default_theta=1e6, source="config.json: llm_config"),
         vision=_vision_from_hf(vision, round(1 / config_json.get("downsample_ratio", 0.5))),
         special_token_ids=ordered_ids(
@@ -109,8 +107,6 @@ def model_config_from_hf(
         ),
         connector_norm_epsilon=config_json.get("connector_norm_eps", 1e-5),
     )
-    _refuse(model_problems(model))
-    return model
 
 
 def hf_config_from_model(
@@ -127,7 +123,8 @@ def hf_config_from_model(
     Raises:
         UserError: The family's HF layout has no place for a setting of the model.
     """
-    _refuse_unnamed(model)
+    if problems := list(_without_place(model)):
+        raise UserError("the model has no Hugging Face layout: " + "; ".join(problems))
     ids = {name: token_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
         "architectures": ["NaViL"],
@@ -188,20 +185,14 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield "vision_config.fullatt_block_indexes needs vision_config.token_order 'window'"
 
 
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise UserError("config.json cannot be converted: " + "; ".join(problems))
-
-
-def _refuse_unnamed(model: ModelConfig) -> None:
+def _without_place(model: ModelConfig) -> Iterator[str]:
+    """One line for every setting that no Hugging Face folder can hold."""
     language = model.language
-    problems = [*family_rules(language)]
+    yield from family_rules(language)
     if language.family == "internlm2" and language.head_dim * language.num_attention_heads != language.hidden_size:
-        problems.append("model.language.head_dim * num_attention_heads must be hidden_size in the internlm2 layout")
+        yield "model.language.head_dim * num_attention_heads must be hidden_size in the internlm2 layout"
     if model.vision.merge_size != 2:
-        problems.append(f"model.vision.merge_size is {model.vision.merge_size}, Hugging Face export supports 2")
-    if problems:
-        raise UserError("the model has no Hugging Face layout: " + "; ".join(problems))
+        yield f"model.vision.merge_size is {model.vision.merge_size}, Hugging Face export supports 2"
 
 
 def ordered_ids(ids: Sequence[int] | Mapping[str, int] | None) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 A folder is read as data: its Python files are never imported, and only JSON and safetensors files are opened.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -32,7 +32,6 @@ def convert_from_hf(
     checkpoint: Path,
     *,
     tokenizer: Path | None = None,
-    special_token_ids: Sequence[int] | Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
     **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
@@ -42,7 +41,6 @@ def convert_from_hf(
         folder: A Hugging Face folder of ours or of the authors.
         checkpoint: The checkpoint folder to make.
         tokenizer: Tokenizer folder to name in the checkpoint; default: ``folder``, if it holds one.
-        special_token_ids: Ids of the special tokens where the folder does not tell them.
         dtype: Type of the weights; ``None``: as they are.
         **run: How to run.
 
@@ -53,7 +51,7 @@ def convert_from_hf(
         UserError: The folder is incomplete or is not a model that we have; nothing is written then.
     """
     config = read_json(folder / "config.json")
-    model = model_of_folder(folder, config, tokenizer, special_token_ids)
+    model = model_of_folder(folder, config, tokenizer)
     with values_of(folder / "config.json"):
         data = image_settings_from_hf(folder, config, model)
     data["tokenizer"], notes = _find_tokenizer(folder, tokenizer)
@@ -76,12 +74,7 @@ def convert_from_hf(
     }
 
 
-def model_of_folder(
-    folder: Path,
-    config: Mapping[str, Any],
-    tokenizer: Path | None = None,
-    special_token_ids: Sequence[int] | Mapping[str, int] | None = None,
-) -> ModelConfig:
+def model_of_folder(folder: Path, config: Mapping[str, Any], tokenizer: Path | None = None) -> ModelConfig:
     """The model section that the ``config.json`` of a NaViL folder describes.
 
     Raises:
@@ -89,20 +82,15 @@ def model_of_folder(
     """
     path = folder / "config.json"
     with values_of(path):
-        if special_token_ids is None:
-            special_token_ids = _special_token_ids(folder, tokenizer, config)
-        model = model_config_from_hf(config, special_token_ids)
+        model = model_config_from_hf(config, _special_token_ids(folder, tokenizer, config))
         require_valid_model(model, str(path))
     return model
 
 
-def _special_token_ids(
-    folder: Path, tokenizer: Path | None, config: Mapping[str, Any]
-) -> Mapping[str, int] | Sequence[int] | None:
+def _special_token_ids(folder: Path, tokenizer: Path | None, config: Mapping[str, Any]) -> Mapping[str, int] | None:
     """The special tokens' ids by the files of a folder, first of those that tell: tokenizer, config, lists of names."""
     if config.get("special_token_ids") is not None and not tokenizer:
-        ids: Sequence[int] = config["special_token_ids"]
-        return ids
+        return None  # the config's own are taken
     for place in [tokenizer, folder] if tokenizer else [folder]:
         for name in ("special_tokens.json", "added_tokens.json", TOKENIZER_FILE):
             if (place / name).is_file():

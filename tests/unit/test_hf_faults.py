@@ -304,21 +304,21 @@ def _config(folder: Path, **changes: Any) -> None:
 
 
 BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated part": (
+    "truncated file": (
         lambda f: _rewrite(_weights(f), lambda c: c.__delitem__(slice(-1000, None))),
         "cannot be read as",
     ),
-    "empty part": (lambda f: _weights(f).write_bytes(b""), "cannot be read as safetensors"),
+    "empty file": (lambda f: _weights(f).write_bytes(b""), "cannot be read as safetensors"),
     "bit flip in a header": (lambda f: _rewrite(_weights(f), lambda c: _flip(c, 3)), "cannot be read as safetensors"),
     "unknown type": (
         lambda f: _header(_weights(f), lambda h: h[next(iter(h.keys() - {"__metadata__"}))].update(dtype="F7")),
         "cannot be read as safetensors",
     ),
-    "missing part": (lambda f: _weights(f).unlink(), "which its index names"),
-    "part outside": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "../x"})), "inside the folder"),
-    "absolute part": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "/etc/passwd"})), "inside the folder"),
-    "part that is dot-dot": (lambda f: _index(f, lambda m: m.update({next(iter(m)): ".."})), "inside the folder"),
-    "part that is no text": (lambda f: _index(f, lambda m: m.update({next(iter(m)): 7})), "not a safetensors index"),
+    "missing file": (lambda f: _weights(f).unlink(), "which its index names"),
+    "file outside": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "../x"})), "inside the folder"),
+    "absolute file": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "/etc/passwd"})), "inside the folder"),
+    "file that is dot-dot": (lambda f: _index(f, lambda m: m.update({next(iter(m)): ".."})), "inside the folder"),
+    "file that is no text": (lambda f: _index(f, lambda m: m.update({next(iter(m)): 7})), "not a safetensors index"),
     "key in another file": (
         lambda f: _index(f, lambda m: m.update({next(iter(m)): sorted(m.values())[-1]})),
         "does not fit its files in 1 of",

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
+from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
@@ -253,8 +254,8 @@ def test_run_config_that_disagrees_with_the_llm_is_refused_by_name(tmp_path: Pat
         model_config_for_llm(folder.config, {"vision": VISION, "special_token_ids": list(range(12))}, IDS)
 
 
-def test_loaded_model_section_is_taken_too(folder: Folder) -> None:
-    assert model_config_for_llm(folder.config, folder.model(), IDS) == folder.model()
+def test_a_whole_model_section_that_agrees_is_taken(folder: Folder) -> None:
+    assert model_config_for_llm(folder.config, config_to_dict(folder.model()), IDS) == folder.model()
 
 
 def test_bare_llm_is_told_from_a_navil_folder(folder: Folder) -> None:

@@ -20,7 +20,7 @@ from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
 from navil_megatron.hf.jobs import summary, total_bytes, with_types
 from navil_megatron.hf.llm.start import ignored_llm_tensors, llm_start_jobs, model_config_for_llm
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.verify import WEIGHT_TYPES, require_tensors, require_valid_model, type_name
+from navil_megatron.hf.verify import WEIGHT_TYPES, require_tensors, type_name
 
 TOKENIZER_FOLDER = "tokenizer"
 """The LLM's tokenizer with the special tokens, inside the checkpoint."""
@@ -71,7 +71,6 @@ def convert_llm(
         ids = extend_tokenizer(tokenizer or folder, partial / TOKENIZER_FOLDER)
         with values_of(folder / "config.json"):
             model = model_config_for_llm(llm, wanted, ids)
-            require_valid_model(model, "the LLM with the run's [model]")
         ignored = ignored_llm_tensors(found)
         types = {kind for key, (_, kind) in found.items() if key not in ignored}
         kind = dtype or next((kind for kind in WEIGHT_TYPES if types == {kind}), None)

@@ -24,13 +24,13 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.config.validate import model_problems
 from navil_megatron.hf.hf_config import MODEL_TYPE, ordered_ids
 from navil_megatron.hf.hf_parameters import HFParameter, Slot, hf_parameters
 from navil_megatron.hf.jobs import Job
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import language_from_hf, language_problems
 from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
+from navil_megatron.hf.verify import require_valid_model
 
 _PREFIX = "language_model."
 """Stands before the LLM's own names in a NaViL's files."""
@@ -48,14 +48,14 @@ def is_bare_llm(config_json: Mapping[str, Any]) -> bool:
 
 def model_config_for_llm(
     config_json: Mapping[str, Any],
-    wanted: Mapping[str, Any] | ModelConfig,
+    wanted: Mapping[str, Any],
     special_token_ids: Mapping[str, int] | tuple[int, ...],
 ) -> ModelConfig:
     """The model that starts from a pretrained LLM.
 
     Args:
         config_json: The LLM's parsed ``config.json``.
-        wanted: The ``[model]`` table of the run's config, as written or as loaded. It holds the encoder's settings.
+        wanted: The ``[model]`` table of the run's config. It holds the encoder's settings.
             What it says about the language model must agree with the LLM, and it may say nothing. A ``vocab_size``
             larger than needed is taken: more rows, so that tensor-parallel ranks can split them.
         special_token_ids: Ids of the 12 special tokens, by name or in the order of ``SPECIAL_TOKENS``.
@@ -70,7 +70,7 @@ def model_config_for_llm(
     )
     ids = ordered_ids(special_token_ids)
     num_needed = max(language.vocab_size, max(ids) + 1)
-    tables = config_to_dict(wanted) if isinstance(wanted, ModelConfig) else dict(wanted)
+    tables = dict(wanted)
     stated = tables.pop("language", {})
     if not isinstance(stated, Mapping):
         raise UserError(f"model.language is {stated!r}, expected a table [model.language]")
@@ -83,7 +83,7 @@ def model_config_for_llm(
     model = section_from_dict(
         ModelConfig, {**tables, "language": values, "special_token_ids": list(ids)}, "the run's [model]"
     )
-    _refuse("the model that would start from this LLM is not valid", model_problems(model))
+    require_valid_model(model, "the LLM with the run's [model]")
     return model
 
 
