@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -22,10 +23,9 @@ from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.hf_parameters import Slot
 from navil_megatron.hf.jobs import Job, cut, targets, total_bytes
-from navil_megatron.hf.memory import keep_freed_memory
+from navil_megatron.hf.memory import keep_freed_memory, raw_bytes
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
-from navil_megatron.hf.tensor_bytes import raw_bytes
 
 _CHECK_BYTES = 256_000_000
 _AHEAD = 2
@@ -78,18 +78,16 @@ def run_jobs(jobs: Sequence[Job], reader: Reader, writer: Writer, **run: Unpack[
 
 def ahead[T, R](items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """Every item with what was read of it; the next ones are read meanwhile."""
-    waiting: deque[tuple[T, Future[R]]] = deque()
+    left, waiting = iter(items), deque[tuple[T, Future[R]]]()
     with ThreadPoolExecutor(_AHEAD) as threads:
-        for item in items:
-            waiting.append((item, threads.submit(read, item)))
-            if len(waiting) > _AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-                del future  # and with it what was read
-        while waiting:
+        while True:
+            coming = islice(left, _AHEAD + 1 - len(waiting))
+            waiting.extend((item, threads.submit(read, item)) for item in coming)
+            if not waiting:
+                return
             first, future = waiting.popleft()
             yield first, future.result()
-            del future
+            del future  # and with it what was read
 
 
 def _prepare() -> None:

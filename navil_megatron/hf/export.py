@@ -19,8 +19,12 @@ from navil_megatron.hf.checkpoint.reader import open_checkpoint
 from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_to_hf, preprocessor_config
 from navil_megatron.hf.exported.model_card import model_card
-from navil_megatron.hf.exported.portable_tokenizer import TOKENIZER_FILE, settle_tokenizer
-from navil_megatron.hf.exported.tokenizer_files import copy_tokenizer, read_token_ids
+from navil_megatron.hf.exported.tokenizer_files import (
+    TOKENIZER_FILE,
+    copy_tokenizer,
+    read_token_ids,
+    settle_tokenizer,
+)
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.jobs import export_jobs, summary, targets, total_bytes, with_types
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
@@ -38,7 +42,7 @@ def convert_to_hf(
     max_file_bytes: int = 5_000_000_000,
     **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a folder that transformers loads offline.
+    """Writes a folder that transformers loads offline; gives what was done, ready for JSON.
 
     Args:
         checkpoint: A checkpoint folder, or a run's folder of checkpoints (the newest is taken).
@@ -48,9 +52,6 @@ def convert_to_hf(
         dtype: Type of the weights; ``None``: as stored.
         max_file_bytes: Largest safetensors file.
         **run: How to run.
-
-    Returns:
-        What was done, ready for JSON.
 
     Raises:
         UserError: The checkpoint is incomplete or of another model; nothing is written then.

@@ -31,12 +31,7 @@ class Captioner(NamedTuple):
 
 
 def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Captioner:
-    """Loads an exported folder, offline.
-
-    Args:
-        folder: The exported folder.
-        dtype: Type of weights and activations; ``None``: as stored.
-        device: Where the model runs.
+    """Loads an exported folder, offline; ``dtype`` of weights and activations ``None``: as stored.
 
     Raises:
         UserError: It is not a complete folder with a tokenizer.

@@ -18,8 +18,7 @@ from navil_megatron.files.json_file import read_json, values_of
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
-from navil_megatron.hf.exported.portable_tokenizer import TOKENIZER_FILE
-from navil_megatron.hf.exported.tokenizer_files import require_tokenizer
+from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, require_tokenizer
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.hf_parameters import hf_shapes
 from navil_megatron.hf.jobs import ingest_jobs, summary, total_bytes, with_types
@@ -35,7 +34,7 @@ def convert_from_hf(
     dtype: torch.dtype | None = None,
     **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a checkpoint that training starts from (``checkpoint.initial_weights``).
+    """Writes a checkpoint that a run starts from (``checkpoint.initial_weights``); gives what was done, ready for JSON.
 
     Args:
         folder: A Hugging Face folder of ours or of the authors.
@@ -43,9 +42,6 @@ def convert_from_hf(
         tokenizer: Tokenizer folder to name in the checkpoint; default: ``folder``, if it holds one.
         dtype: Type of the weights; ``None``: as they are.
         **run: How to run.
-
-    Returns:
-        What was done, ready for JSON.
 
     Raises:
         UserError: The folder is incomplete or is not a model that we have; nothing is written then.

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.blueprint.parameters import Part, parameters
+from navil_megatron.blueprint.parameters import Part
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, step_of
 from navil_megatron.files.json_file import read_json
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
-from navil_megatron.hf.exported.portable_tokenizer import TOKENIZER_FILE
+from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.hf_parameters import hf_parameters
 from navil_megatron.hf.ingest import model_of_folder
 from navil_megatron.hf.model_source import kind_of
@@ -78,10 +78,9 @@ def describe_contents(report: Mapping[str, Any]) -> str:
 
 def _of_checkpoint(folder: Path) -> dict[str, Any]:
     model, reader = read_model_config(folder), CheckpointReader(folder)
-    parts = {row.key: _GROUPS[row.part] for row in parameters(model)}
     chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
     return {
-        **_counts(reader, {key: parts.get(key, "unknown") for key in reader.tensors}),
+        **_counts(reader, _parts(model)),
         "path": str(folder),
         "kind": "checkpoint",
         "family": model.language.family,
@@ -102,10 +101,7 @@ def _of_folder(folder: Path, kind: str) -> dict[str, Any]:
         parts = {key: _llm_part(key) for key in reader}
     else:
         model = model_of_folder(folder, config)
-        family, sizes = model.language.family, _sizes(model)
-        found = ((found.parameter.part, theirs) for found in hf_parameters(model) for _, theirs in found.slots(model))
-        known = {slot.key: _GROUPS[part] for part, theirs in found for slot in theirs}
-        parts = {key: known.get(key, "unknown") for key in reader}
+        family, sizes, parts = model.language.family, _sizes(model), _parts(model)
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     return {
         **_counts(reader, parts),
@@ -118,6 +114,12 @@ def _of_folder(folder: Path, kind: str) -> dict[str, Any]:
     }
 
 
+def _parts(model: ModelConfig) -> dict[str, str]:
+    """What each key counts to, in a checkpoint and in a folder."""
+    parameters = ((found, slots) for found in hf_parameters(model) for slots in found.slots(model))
+    return {slot.key: _GROUPS[found.parameter.part] for found, (ours, theirs) in parameters for slot in (ours, *theirs)}
+
+
 def _llm_part(key: str) -> str:
     if "embed" in key:
         return "embeddings"
@@ -128,19 +130,15 @@ def _llm_part(key: str) -> str:
 
 def _counts(reader: CheckpointReader | TensorFolder, part_of: Mapping[str, str]) -> dict[str, Any]:
     """Tensors, parameters and bytes, of all parts and of each."""
-    found = reader.signatures()
-    sizes = {key: size_of(signature) for key, signature in found.items()}
-    parts = {
-        part: {
-            "num_parameters": sum(sizes[key][0] for key in found if part_of[key] == part),
-            "num_bytes": sum(sizes[key][1] for key in found if part_of[key] == part),
-        }
-        for part in PARTS
-    }
+    found, parts = reader.signatures(), {part: {"num_parameters": 0, "num_bytes": 0} for part in PARTS}
+    for key, signature in found.items():
+        counts = parts[part_of.get(key, "unknown")]
+        for name, size in zip(counts, size_of(signature), strict=True):
+            counts[name] += size
     return {
         "num_tensors": len(found),
-        "num_parameters": sum(numel for numel, _ in sizes.values()),
-        "num_bytes": sum(num_bytes for _, num_bytes in sizes.values()),
+        "num_parameters": sum(counts["num_parameters"] for counts in parts.values()),
+        "num_bytes": sum(counts["num_bytes"] for counts in parts.values()),
         "parts": {part: counts for part, counts in parts.items() if counts["num_parameters"]},
         "types": dict(Counter(type_name(dtype) for _, dtype in found.values())),
         "has_checksums": reader.checksums is not None,

@@ -18,7 +18,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.files.file_bytes import read_into
 from navil_megatron.hf.hf_parameters import Slot
-from navil_megatron.hf.tensor_bytes import raw_bytes
+from navil_megatron.hf.memory import raw_bytes
 from navil_megatron.hf.verify import Signature
 
 INDEX_FILE = "model.safetensors.index.json"

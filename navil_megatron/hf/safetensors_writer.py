@@ -15,8 +15,8 @@ import torch
 from navil_megatron.files.file_bytes import write_at, write_behind
 from navil_megatron.hf.hf_parameters import Slot
 from navil_megatron.hf.jobs import cut
+from navil_megatron.hf.memory import raw_bytes
 from navil_megatron.hf.safetensors_io import INDEX_FILE, SINGLE_FILE, TYPES
-from navil_megatron.hf.tensor_bytes import raw_bytes
 
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
 _SHARE_BYTES = 256_000_000

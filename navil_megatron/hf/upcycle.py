@@ -59,7 +59,7 @@ def convert_upcycle(
     seed: int = 1234,
     **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a checkpoint with several experts per modality.
+    """Writes a checkpoint with several experts per modality; gives what was done, ready for JSON.
 
     Args:
         checkpoint: A checkpoint folder, or a run's folder of checkpoints (the newest is taken).
@@ -68,9 +68,6 @@ def convert_upcycle(
         experts_per_token: Experts that a token's router chooses.
         seed: Decides the routers' first weights.
         **run: How to run.
-
-    Returns:
-        What was done, ready for JSON.
 
     Raises:
         UserError: The checkpoint is incomplete or has several experts already; nothing is written then.

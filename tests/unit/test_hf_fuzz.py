@@ -24,9 +24,9 @@ from navil_megatron.files.hashes import digest
 from navil_megatron.hf.checkpoint.archive import find_numbers
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.inspect import describe_contents, inspect
+from navil_megatron.hf.memory import raw_bytes
 from navil_megatron.hf.model_source import open_source
 from navil_megatron.hf.safetensors_io import INDEX_FILE
-from navil_megatron.hf.tensor_bytes import raw_bytes
 from tests.unit.hf_examples import tiny_model, write_checkpoint
 
 TRIED, MANY_TRIED = 120, 3000

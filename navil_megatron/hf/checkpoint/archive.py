@@ -16,7 +16,7 @@ import torch
 from navil_megatron.files.checkpoint_metadata import Chunk
 from navil_megatron.files.closed_pickle import StandIn, read_pickle
 from navil_megatron.files.file_bytes import FileWindow, read_into
-from navil_megatron.hf.tensor_bytes import raw_bytes
+from navil_megatron.hf.memory import raw_bytes
 
 _REBUILD = "torch._utils._rebuild_tensor_v2"
 _NAMES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")

@@ -16,7 +16,7 @@ from navil_megatron.files.checkpoint_metadata import Chunk, read_metadata
 from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.hf.checkpoint.archive import find_numbers
 from navil_megatron.hf.hf_parameters import Slot
-from navil_megatron.hf.tensor_bytes import raw_bytes
+from navil_megatron.hf.memory import raw_bytes
 from navil_megatron.hf.verify import Signature, read_model_config, require_tensors
 
 

@@ -23,7 +23,7 @@ from navil_megatron.files.checkpoint_folder import FORMAT_FILE, METADATA_FILE
 from navil_megatron.files.checkpoint_metadata import Chunk, Place
 from navil_megatron.files.file_bytes import write_behind
 from navil_megatron.hf.hf_parameters import Slot
-from navil_megatron.hf.tensor_bytes import raw_bytes
+from navil_megatron.hf.memory import raw_bytes
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
 """Where core keeps what is not a tensor: a list with one object per process that saved."""

@@ -11,7 +11,7 @@ from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.exported.portable_tokenizer import vocabulary
+from navil_megatron.hf.exported.tokenizer_files import vocabulary
 from navil_megatron.hf.hf_config import AUTO_MAP
 
 _IMAGE_SETTINGS = {

@@ -39,7 +39,7 @@ def convert_llm(
     dtype: torch.dtype | None = None,
     **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a checkpoint whose text experts are the LLM's (``checkpoint.initial_weights``).
+    """Writes a checkpoint whose text experts are the LLM's; gives what was done, ready for JSON.
 
     Args:
         folder: The LLM's Hugging Face folder.
@@ -50,9 +50,6 @@ def convert_llm(
         tokenizer: The LLM's tokenizer, if it is not in ``folder``.
         dtype: Type of all weights; ``None``: the LLM's.
         **run: How to run.
-
-    Returns:
-        What was done, ready for JSON.
 
     Raises:
         UserError: The folder is incomplete or does not fit the config; nothing is written then.

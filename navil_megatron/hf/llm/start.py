@@ -1,14 +1,9 @@
 """A pretrained language model as the start of a NaViL: its weights for the text experts, the rest copied or drawn.
 
-- Text experts, norms, embedding and head equal the LLM bit for bit, up to the order of rows. For text alone the model
-  therefore computes what the LLM does.
-- Visual experts are copies of the text ones, or random (``model.language.visual_expert_init``). Under the released 2B's
-  composed output projection W_visual(W_text x) the copy that does as the text expert does is the identity; a start
-  composes nothing unless the run's config says so.
-- Encoder, connector and special tokens are drawn as the table of parameters says. Each layer of each parameter has a
-  generator of its own, seeded by (seed, key, layer), so any order of jobs and any number of processes draw the same.
-- The vocabulary grows by as many rows as the special tokens' ids need, none where they fit, as in Qwen's padded tables.
-  A new row of the embedding table and of the head is the mean of the old ones.
+docs/convert.md says what each part starts as. Under the released 2B's composed output projection W_visual(W_text x) the
+visual copy that does as the text expert does is the identity; a start composes nothing unless the run's config says so.
+What is drawn has a generator for each layer of each parameter, so any order of jobs and any number of processes draw
+the same.
 """
 
 import re
