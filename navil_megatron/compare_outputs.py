@@ -149,20 +149,16 @@ def _prompt_settings(
     sources: Sequence[ModelSource], model: ModelConfig, given: Path | None
 ) -> tuple[Path, Mapping[str, Any]]:
     """The tokenizer's folder and the image settings, by the first of the two that names a tokenizer."""
-    for data in (_data_section(source, model) for source in sources):
-        if given is not None:
-            return given, data
-        if data.get("tokenizer") and (Path(data["tokenizer"]) / TOKENIZER_FILE).is_file():
-            return Path(data["tokenizer"]), data
+    for source in sources:
+        if source.kind == "checkpoint":
+            data = read_config(source.path).get("data") or {}
+        else:
+            data = image_settings_from_hf(source.path, read_json(source.path / "config.json"), model)
+            data["tokenizer"] = str(source.path)
+        folder = given or (Path(data["tokenizer"]) if data.get("tokenizer") else None)
+        if folder is not None and (given or (folder / TOKENIZER_FILE).is_file()):
+            return folder, data
     raise UserError(f"neither {sources[0].path} nor {sources[1].path} has a tokenizer; give one with --tokenizer")
-
-
-def _data_section(source: ModelSource, model: ModelConfig) -> Mapping[str, Any]:
-    """What a model's folder says of tokenizer and images."""
-    if source.kind == "checkpoint":
-        return read_config(source.path).get("data") or {}
-    config = read_json(source.path / "config.json")
-    return {"tokenizer": str(source.path), **image_settings_from_hf(source.path, config, model)}
 
 
 def _encode(

@@ -15,11 +15,11 @@ from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import (
     Ours,
-    found,
     language_from_hf,
     language_problems,
     language_to_hf,
-    written,
+    settings_from_hf,
+    settings_to_hf,
 )
 
 MODEL_TYPE = "navil_chat"
@@ -148,12 +148,12 @@ def hf_config_from_model(
 
 def _vision_from_hf(vision: Mapping[str, Any], merge_size: int) -> VisionConfig:
     norm = "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm"
-    values = {"token_order": "window", **found(_VISION, vision), "merge_size": merge_size, "norm": norm}
+    values = {"token_order": "window", **settings_from_hf(_VISION, vision), "merge_size": merge_size, "norm": norm}
     return section_from_dict(VisionConfig, values, "config.json: vision_config")
 
 
 def _vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
-    return written(_VISION, vision) | {
+    return settings_to_hf(_VISION, vision) | {
         "image_size": vision.patch_size * vision.merge_size,
         "downsample_ratio": 1 / vision.merge_size,
         "norm_type": _NORMS[vision.norm],

@@ -83,7 +83,7 @@ def hf_parameters(model: ModelConfig) -> tuple[HFParameter, ...]:
     family = HF_FAMILIES[model.language.family]
     modules = _MODULES | {
         "embedding.word_embeddings": f"language_model.{family.embedding}",
-        "decoder.final_layernorm": f"language_model.{family.final_norm}",
+        "decoder.final_layernorm": "language_model.model.norm",
         "output_layer": f"language_model.{family.head}",
     }
     order, of_layer = list(modules), family.names(model.language.num_experts)

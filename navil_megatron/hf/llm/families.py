@@ -39,8 +39,6 @@ class Family:
     """The embedding table."""
     head: str = "lm_head"
     """The LM head, where it is no view of the embedding table."""
-    final_norm: str = "model.norm"
-    """The norm after the last layer."""
 
     @property
     def llm_architecture(self) -> str:

@@ -48,12 +48,12 @@ _LLAMA3 = {
 _ROPE_KEYS = {*_LLAMA3, "rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
-def found(table: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+def settings_from_hf(table: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
     """Those of our settings that a section of a Hugging Face config holds."""
     return {ours: section[key] for key, ours in table.items() if isinstance(ours, Ours) and key in section}
 
 
-def written(table: Mapping[str, Any], settings: LanguageConfig | VisionConfig) -> dict[str, Any]:
+def settings_to_hf(table: Mapping[str, Any], settings: LanguageConfig | VisionConfig) -> dict[str, Any]:
     """The section of a Hugging Face config that holds our settings."""
     values = config_to_dict(settings)
     return {key: values[value] if isinstance(value, Ours) else value for key, value in table.items()}
@@ -76,7 +76,7 @@ def language_from_hf(
     """
     heads = llm["num_attention_heads"]
     rope = _rope(llm)
-    values = found(_LANGUAGE, llm) | {
+    values = settings_from_hf(_LANGUAGE, llm) | {
         "family": family,
         "num_query_groups": llm.get("num_key_value_heads") or heads,
         "head_dim": llm.get("head_dim") or llm["hidden_size"] // heads,
@@ -106,7 +106,7 @@ def language_to_hf(language: LanguageConfig) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": language.family,
-        **written(_LANGUAGE, language),
+        **settings_to_hf(_LANGUAGE, language),
         "rope_scaling": _rope_scaling(language),
         **family.settings,
         **extra,
