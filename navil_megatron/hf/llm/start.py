@@ -50,15 +50,17 @@ def model_config_for_llm(
 
     Args:
         config_json: The LLM's parsed ``config.json``.
-        wanted: The ``[model]`` table of the run's config. It holds the encoder's settings.
-            What it says about the language model must agree with the LLM, and it may say nothing. A ``vocab_size``
-            larger than needed is taken: more rows, so that tensor-parallel ranks can split them.
+        wanted: The ``[model]`` table of the run's config. It holds the encoder's settings. What it says about the
+            language model must agree with the LLM, and it may say nothing. A ``vocab_size`` larger than needed is
+            taken, so that tensor-parallel ranks can split the table.
         special_token_ids: Ids of the 12 special tokens, by name or in the order of ``SPECIAL_TOKENS``.
 
     Raises:
         UserError: The LLM asks for something that the model does not have, or the two disagree; all problems at once.
     """
-    family = _family(config_json)
+    family = config_json.get("model_type")
+    if family not in HF_FAMILIES:
+        raise UserError(f"the LLM's config.json has model_type {family!r}, supported: {', '.join(sorted(HF_FAMILIES))}")
     _refuse("the LLM's config.json cannot be used", [*_llm_problems(config_json, family)])
     language = language_from_hf(
         config_json, family, composed=False, default_theta=10_000.0, source="the LLM's config.json"
@@ -69,15 +71,15 @@ def model_config_for_llm(
     stated = tables.pop("language", {})
     if not isinstance(stated, Mapping):
         raise UserError(f"model.language is {stated!r}, expected a table [model.language]")
-    _refuse(
-        "the run's config does not fit the LLM",
-        [*_disagreements(stated, language, num_needed), *_other_ids(tables.pop("special_token_ids", ids), ids)],
-    )
+    problems, stated_ids = [*_disagreements(stated, language, num_needed)], tables.pop("special_token_ids", ids)
+    if not isinstance(stated_ids, list | tuple) or tuple(stated_ids) != ids:
+        found = f"model.special_token_ids is {stated_ids!r}, but the tokenizer has {list(ids)}"
+        problems.append(f"{found}; remove it or set it so")
+    _refuse("the run's config does not fit the LLM", problems)
     values = config_to_dict(language) | {name: stated[name] for name in _FREE if name in stated}
     values["vocab_size"] = stated.get("vocab_size", num_needed)
-    model = section_from_dict(
-        ModelConfig, {**tables, "language": values, "special_token_ids": list(ids)}, "the run's [model]"
-    )
+    tables |= {"language": values, "special_token_ids": list(ids)}
+    model = section_from_dict(ModelConfig, tables, "the run's [model]")
     require_valid_model(model, "the LLM with the run's [model]")
     return model
 
@@ -134,13 +136,6 @@ def ignored_llm_tensors(stored: Collection[str]) -> set[str]:
     return {key for key in stored if _ROTARY_BUFFER.fullmatch(key)}
 
 
-def _family(config_json: Mapping[str, Any]) -> str:
-    kind = config_json.get("model_type")
-    if kind not in HF_FAMILIES:
-        raise UserError(f"the LLM's config.json has model_type {kind!r}, supported: {', '.join(sorted(HF_FAMILIES))}")
-    return str(kind)
-
-
 def _llm_problems(config_json: Mapping[str, Any], family: str) -> Iterator[str]:
     names = HF_FAMILIES[family]
     architecture = (config_json.get("architectures") or [names.llm_architecture])[0]
@@ -168,11 +163,6 @@ def _disagreements(stated: Mapping[str, Any], language: LanguageConfig, num_need
                 yield f"model.language.vocab_size is {value!r}, but {num_needed} rows are needed; remove it or raise it"
         elif value != of_the_llm[name] and (value, of_the_llm[name]) != ("none", None):
             yield f"model.language.{name} is {value!r}, but the LLM has {of_the_llm[name]!r}; remove it or set it so"
-
-
-def _other_ids(stated: Any, ids: tuple[int, ...]) -> Iterator[str]:
-    if not isinstance(stated, list | tuple) or tuple(stated) != ids:
-        yield f"model.special_token_ids is {stated!r}, but the tokenizer has {list(ids)}; remove it or set it so"
 
 
 def _refuse(what: str, problems: list[str]) -> None:
