@@ -62,7 +62,7 @@ TOKENS = (
 )
 
 PLACES = {
-    "part": ("hf", "model-00002-of-00003.safetensors"),
+    "weights": ("hf", "model-00002-of-00003.safetensors"),
     "index": ("hf", INDEX_FILE),
     "config": ("hf", "config.json"),
     "checksums": ("hf", CHECKSUMS_FILE),
@@ -104,7 +104,7 @@ def mutate(content: bytes, stretches: list[tuple[int, int]], draw: random.Random
 def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
     """Where a file holds anything but the numbers of tensors."""
     content = path.read_bytes()
-    if kind == "part":
+    if kind == "weights":
         return [(0, 8), (8, 8 + int.from_bytes(content[:8], "little"))]
     if kind != "entries":
         return [(0, len(content))]
@@ -121,7 +121,7 @@ def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
 def read_all(folder: Path) -> dict[str, str]:
     """A hash of every tensor, read as a conversion reads it, with everything that it checks before."""
     source = open_source(folder)
-    found = {key: digest(raw_bytes(tensor)) for key in source.signatures() for tensor in [source.read(key)[key]]}
+    found = {key: digest(raw_bytes(tensor)) for key in source.signatures for tensor in [source.read(key)[key]]}
     assert describe_contents(inspect(folder))
     return found
 
