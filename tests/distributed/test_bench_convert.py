@@ -56,8 +56,8 @@ def test_chunks_are_those_of_a_real_save(layout: str, tmp_path: Path) -> None:
         for chunk in tensor.chunks
     }
     made = {
-        (rank, row.parameter.key, offsets, sizes)
-        for rank, row, offsets, sizes in bench.chunks(read_model_config(checkpoint), *LAYOUTS[layout])
+        (rank, parameter.key, offsets, sizes)
+        for rank, parameter, offsets, sizes in bench.chunks(read_model_config(checkpoint), *LAYOUTS[layout])
     }
     assert made == real
 

@@ -72,7 +72,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every direction, one after the other; each leaves only what the next one needs."""
     say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
     model = scaled(NAVIL_2B, options.scale)
-    num_bytes = sum(row.numel for row in parameters(model)) * 2
+    num_bytes = sum(parameter.numel for parameter in parameters(model)) * 2
     say(f"{num_bytes / 1e9:.2f} GB bf16, {options.jobs} process(es), files of {options.part_size}")
     result: dict[str, Any] = {"gb": round(num_bytes / 1e9, 3), "jobs": options.jobs, "scale": options.scale}
     source, exported, again = folder / "checkpoint", folder / "exported", folder / "again"
@@ -110,8 +110,10 @@ def write_checkpoint(folder: Path, model: ModelConfig, tp: int, pp: int, ep: int
     folder.mkdir()
     ranks = [(folder / f"__{rank}_0.distcp").open("wb") for rank in range(tp * pp * ep)]
     written: list[Written] = []
-    for rank, row, offsets, sizes in chunks(model, tp, pp, ep):
-        written.append(save_chunk(ranks[rank], row.key, row.whole_shape, offsets, _random(sizes, len(written))))
+    for rank, parameter, offsets, sizes in chunks(model, tp, pp, ep):
+        written.append(
+            save_chunk(ranks[rank], parameter.key, parameter.whole_shape, offsets, _random(sizes, len(written)))
+        )
     for stream in ranks:
         stream.close()
     finish_checkpoint(folder, written, "__0_1.distcp")
@@ -121,21 +123,21 @@ def write_checkpoint(folder: Path, model: ModelConfig, tp: int, pp: int, ep: int
 
 def chunks(model: ModelConfig, tp: int, pp: int, ep: int) -> Iterator[tuple[int, Parameter, Shape, Shape]]:
     """Rank, parameter, offsets and sizes of every chunk; ranks count tensor first, then expert, then pipeline."""
-    for row in (found.parameter for found in hf_parameters(model)):
-        in_decoder = row.key.startswith("decoder.layers.")
-        is_last = row.key.startswith(("decoder.final", "output_layer."))
-        expert = ep - 1 if ".mlp." in row.key and ".visual." in row.key else 0
-        for layer in range(row.num_layers or 1):
-            stage = layer * pp // (row.num_layers or 1) if in_decoder else (pp - 1) * is_last
-            for tensor_rank, offsets, sizes in _slices(row, tp):
-                if row.num_layers is not None:
+    for parameter in (found.parameter for found in hf_parameters(model)):
+        in_decoder = parameter.key.startswith("decoder.layers.")
+        is_last = parameter.key.startswith(("decoder.final", "output_layer."))
+        expert = ep - 1 if ".mlp." in parameter.key and ".visual." in parameter.key else 0
+        for layer in range(parameter.num_layers or 1):
+            stage = layer * pp // (parameter.num_layers or 1) if in_decoder else (pp - 1) * is_last
+            for tensor_rank, offsets, sizes in _slices(parameter, tp):
+                if parameter.num_layers is not None:
                     offsets, sizes = (layer, *offsets), (1, *sizes)
-                yield (stage * ep + expert) * tp + tensor_rank, row, offsets, sizes
+                yield (stage * ep + expert) * tp + tensor_rank, parameter, offsets, sizes
 
 
-def _slices(row: Parameter, tp: int) -> Iterator[tuple[int, Shape, Shape]]:
+def _slices(parameter: Parameter, tp: int) -> Iterator[tuple[int, Shape, Shape]]:
     """Tensor-parallel rank, offsets and sizes of the chunks of one layer."""
-    key, shape = row.key, row.shape
+    key, shape = parameter.key, parameter.shape
     rows_are_cut = key.startswith(("embedding.", "output_layer."))
     if key.startswith("decoder.layers."):
         rows_are_cut = "linear_qkv" in key or "linear_fc1" in key
