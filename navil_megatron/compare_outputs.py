@@ -5,17 +5,18 @@ every export carries (ours, never the code inside the folder). Both in float32 i
 so only one model is in memory. "Equal weights, different outputs" has nowhere to hide between the two.
 """
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from navil_megatron.blueprint.image_plan import visual_tokens
 from navil_megatron.checkpoint.sharded import load_model
@@ -34,6 +35,7 @@ from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import ALONE, IGNORED_LABEL, Microbatch, PackedRows, SampleId
 from navil_megatron.files.checkpoint_folder import read_config
 from navil_megatron.files.json_file import read_json
+from navil_megatron.hf.compare import of_one_start
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf, preprocessor_config
 from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.generate import open_picture
@@ -43,7 +45,6 @@ from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConf
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
 from navil_megatron.models.build import build_model
-from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs
 
@@ -55,6 +56,8 @@ LOGIT_TOLERANCE = 1e-3
 
 type Activations = dict[str, Tensor]
 """Place in the model -> what came out there, [tokens, width] in causal order; from the embeddings to the logits."""
+type Run = Callable[[Prompt], Activations]
+"""A model that stands ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,17 @@ class Prompt:
     input_ids: Tensor
     """[s]."""
     pixel_values: Tensor
-    """[p, 3, patch, patch]; no rows without an image."""
+    """[p, 3, patch, patch]; empty without an image."""
     image_grid_thw: Tensor
     """[num_scales, 3]."""
 
+    @property
+    def num_logits(self) -> int:
+        """Tokens at its end of which logits are compared."""
+        return min(MAX_LOGIT_POSITIONS, len(self.input_ids))
 
-def compare_models(
+
+def compare_outputs(
     one: Path, other: Path, text: str, images: Sequence[Path], tokenizer: Path | None = None
 ) -> dict[str, Any]:
     """Runs a text alone, and after each image, through two models.
@@ -82,28 +90,46 @@ def compare_models(
         tokenizer: Tokenizer folder; default: the one that either of the two names.
 
     Returns:
-        What ``compare`` gives, and ``equal``: whether no logit differs by more than float32 sums explain.
+        ``places``: for each place, from the embeddings to the logits, the largest difference over all prompts and the
+        largest magnitude; ``max_logit_difference``; ``same_next_token``: whether every compared position has the same
+        likeliest next token; ``equal``: whether no logit differs by more than float32 sums explain.
 
     Raises:
-        UserError: One of them is no whole NaViL, they are of different models, or nothing names a tokenizer.
+        UserError: One of them is no whole NaViL, they are of different models, a picture cannot be read, or nothing
+            names a tokenizer.
     """
     sources = [open_source(path) for path in (one, other)]
-    models = [source.model for source in sources]
+    models = []
     for source in sources:
         if source.model is None:
             raise UserError(f"{source.path} is a language model alone; --logits compares two NaViL models")
-    first, second = (_function_of(model) for model in models if model)
-    if first != second:
+        model = of_one_start(source.model)
+        models.append(replace(model, language=replace(model.language, max_position_embeddings=1 << 20)))
+    if models[0] != models[1]:
         raise UserError(f"{one} and {other} are of different models; their outputs cannot be compared layer by layer")
-    folder, settings = _prompt_settings(sources, tokenizer)
-    prompts = [encode_prompt(text, [], first, settings, folder)]
-    prompts += [encode_prompt(f"<image>\n{text}", [image], first, settings, folder) for image in images]
-    report = compare(*(_run(source, model, prompts) for source, model in zip(sources, (first, second), strict=True)))
-    largest = report["places"][-1]["largest"]
-    return report | {
+    folder, data = _prompt_settings(sources, models[0], tokenizer)
+    encode = partial(_encode, model=models[0], data=data, tokenizer=folder)
+    prompts = [encode(text, []), *(encode(f"<image>\n{text}", [image]) for image in images)]
+    first, second = (_run(source, models[0], prompts) for source in sources)
+    places: list[dict[str, Any]] = []
+    for name in max(first, key=len):  # a prompt with an image has all places
+        pairs = [(a[name], b[name]) for a, b in zip(first, second, strict=True) if name in a]
+        places.append(
+            {
+                "place": name,
+                "max_difference": max(float((a - b).abs().max()) for a, b in pairs),
+                "largest": max(float(a.abs().max()) for a, _ in pairs),
+            }
+        )
+    tokens = [[found["logits"].argmax(-1) for found in outputs] for outputs in (first, second)]
+    difference = places[-1]["max_difference"]
+    return {
+        "places": places,
+        "max_logit_difference": difference,
+        "same_next_token": all(map(torch.equal, *tokens)),
         "num_prompts": len(prompts),
         "num_images": len(images),
-        "equal": report["max_logit_difference"] <= LOGIT_TOLERANCE * largest,
+        "equal": difference <= LOGIT_TOLERANCE * places[-1]["largest"],
     }
 
 
@@ -119,128 +145,118 @@ def describe_outputs(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def encode_prompt(
-    text: str, images: Sequence[Path], model: ModelConfig, data: Mapping[str, Any], tokenizer: Path
+def _prompt_settings(
+    sources: Sequence[ModelSource], model: ModelConfig, given: Path | None
+) -> tuple[Path, Mapping[str, Any]]:
+    """The tokenizer's folder and the image settings, by the first of the two that names a tokenizer."""
+    for source in sources:
+        if source.kind == "checkpoint":
+            data = read_config(source.path).get("data") or {}
+        else:
+            data = image_settings_from_hf(source.path, read_json(source.path / "config.json"), model)
+            data["tokenizer"] = str(source.path)
+        folder = given or (Path(data["tokenizer"]) if data.get("tokenizer") else None)
+        if folder is not None and (given or (folder / TOKENIZER_FILE).is_file()):
+            return folder, data
+    raise UserError(f"neither {sources[0].path} nor {sources[1].path} has a tokenizer; give one with --tokenizer")
+
+
+def _encode(
+    text: str, images: Sequence[Path], *, model: ModelConfig, data: Mapping[str, Any], tokenizer: Path
 ) -> Prompt:
-    """A text, in which ``<image>`` stands for the next image, as training and export see it.
-
-    Args:
-        text: The prompt; without placeholders the images come first.
-        images: Picture files.
-        model: Sizes of patches.
-        data: The image settings of a data section, or what is known of them.
-        tokenizer: Tokenizer folder.
-
-    Raises:
-        UserError: A picture cannot be read, or their number does not fit the text.
-    """
+    """A text, in which ``<image>`` stands for the next image, as training and export see it."""
     image_processor = NaViLImageProcessor(**preprocessor_config(data, model))
     processor = NaViLProcessor(image_processor, load_tokenizer(tokenizer, model.special_token_ids).hugging_face)
     try:
         inputs = processor(images=[open_picture(path) for path in images] or None, text=text)
     except ValueError as error:
         raise UserError(f"the prompt cannot be built ({error}): correct the text or the images") from None
-    no_patches = torch.empty(0, 3, model.vision.patch_size, model.vision.patch_size)
+    side = model.vision.patch_size
     return Prompt(
         inputs["input_ids"][0],
-        inputs.get("pixel_values", no_patches),
+        inputs.get("pixel_values", torch.empty(0, 3, side, side)),
         inputs.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long)),
     )
 
 
-def compare(one: Sequence[Activations], other: Sequence[Activations]) -> dict[str, Any]:
-    """How far apart two models are on the same prompts.
-
-    Returns:
-        ``places``: for each place, from the embeddings to the logits, the largest difference over all prompts and the
-        largest magnitude; ``max_logit_difference``; ``same_next_token``: whether every compared position has the same
-        likeliest next token.
-    """
-    places = []
-    for name in max(one, key=len):  # a prompt with an image has all places
-        pairs = [(a[name], b[name]) for a, b in zip(one, other, strict=True) if name in a]
-        places.append(
-            {
-                "place": name,
-                "max_difference": max(float((a - b).abs().max()) for a, b in pairs),
-                "largest": max(float(a.abs().max()) for a, _ in pairs),
-            }
-        )
-    same = all(torch.equal(a["logits"].argmax(-1), b["logits"].argmax(-1)) for a, b in zip(one, other, strict=True))
-    return {"places": places, "max_logit_difference": places[-1]["max_difference"], "same_next_token": same}
-
-
 @torch.no_grad()
-def run_plain_model(
-    tensors: Iterable[tuple[str, Tensor]], model: ModelConfig, prompts: Sequence[Prompt]
-) -> list[Activations]:
-    """What the plain torch model of an export computes.
+def _run(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> list[Activations]:
+    """What the model computes from each prompt."""
+    found = []
+    with _training_model(source, model) if source.kind == "checkpoint" else _exported_model(source, model) as run:
+        for prompt in prompts:
+            seen = run(prompt)
+            # The decoder's input apart: what encoder and connector gave, and what the tables gave.
+            is_image = prompt.input_ids == model.special_token_id("<IMG_CONTEXT>")
+            embeddings = seen.pop("embeddings")
+            images = {"image features": embeddings[is_image]} if is_image.any() else {}
+            found.append(images | {"token embeddings": embeddings[~is_image]} | seen)
+    return found
 
-    Args:
-        tensors: Hugging Face key and tensor of every weight, of any floating type.
-        model: What the weights are.
-        prompts: What to run.
-    """
+
+@contextmanager
+def _exported_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
+    """The plain torch model of an export."""
     config = NaViLChatConfig(**hf_config_from_model(model, dtype="float32", token_ids={}, image_settings={}))
     with torch.device("meta"):
         plain = NaViL(config).eval()
     plain.to_empty(device="cpu")
     parameters = dict(plain.named_parameters())
-    for key, tensor in tensors:
-        parameters[key].copy_(tensor)
-    language = plain.language_model.model
-    outputs = []
-    for prompt in prompts:
-        with _recorder() as (record, seen):
-            record(plain.language_model, "embeddings", of_input=True)
-            for number, layer in enumerate(language["layers"]):
-                record(layer, f"decoder layer {number}")
-            record(language["norm"], "final norm")
-            images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    for key in source.signatures:
+        for name, tensor in source.read(key).items():
+            parameters[name].copy_(tensor)
+    language = plain.language_model
+
+    def run(prompt: Prompt) -> Activations:
+        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+        with _recorded(language, language.model["layers"], language.model["norm"]) as seen:
             result = plain(
                 input_ids=prompt.input_ids[None],
-                logits_to_keep=_num_logits(prompt),
+                logits_to_keep=prompt.num_logits,
                 use_cache=False,
                 **(images if len(prompt.image_grid_thw) else {}),
             )
-        outputs.append({name: value[0] for name, value in seen.items()} | {"logits": result.logits[0].float()})
-    return [_split_embeddings(found, prompt, model) for found, prompt in zip(outputs, prompts, strict=True)]
+        return {name: value[0] for name, value in seen.items()} | {"logits": result.logits[0].float()}
+
+    yield run
 
 
-@torch.no_grad()
-def run_training_model(checkpoint: Path, model: ModelConfig, prompts: Sequence[Prompt]) -> list[Activations]:
-    """What the megatron-core model computes from a checkpoint, on one CPU rank."""
-    outputs = []
+@contextmanager
+def _training_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
+    """The megatron-core model, on one CPU rank that never trains."""
     with tempfile.TemporaryDirectory(prefix="navil-compare-") as logs:
-        config = _one_rank(model, logs)
+        config = NaViLConfig(
+            model=model,
+            data=DataConfig(train_sources=(), tokenizer=""),
+            training=TrainingConfig(train_steps=1, global_batch_size=1),
+            precision=PrecisionConfig(type="fp32"),
+            optimizer=OptimizerConfig(lr=0.0),
+            checkpoint=CheckpointConfig(directory=logs),
+            runtime=RuntimeConfig(device="cpu"),
+            logging=LoggingConfig(directory=logs, tensorboard=False, progress=False),
+        )
         with Session.start(config) as session:
             (chunk,) = build_model(config, session.groups, session.device)
-            load_model(checkpoint, [chunk])
+            load_model(source.path, [chunk])
             chunk.eval()
-            for prompt in prompts:
-                outputs.append(_split_embeddings(_run_chunk(chunk, prompt, model), prompt, model))
-    return outputs
 
+            def run(prompt: Prompt) -> Activations:
+                microbatch = _microbatch(prompt, model)
+                decoder, inputs = chunk.decoder, build_model_inputs(microbatch)
+                with _recorded(decoder.layers[0], decoder.layers, decoder.final_layernorm) as seen:
+                    logits = chunk(replace(inputs, labels=None))
+                # Back to causal order, from text tokens before visual ones.
+                rows = torch.argsort(torch.from_numpy(np.argsort(microbatch.visual_token_mask, kind="stable")))
+                return {name: value[rows, 0] for name, value in seen.items()} | {"logits": logits.float()}
 
-def _run_chunk(chunk: NaViLModel, prompt: Prompt, model: ModelConfig) -> Activations:
-    """One prompt through the training model, in causal order."""
-    microbatch = _microbatch(prompt, model)
-    inputs = build_model_inputs(microbatch)
-    with _recorder() as (record, seen):
-        record(chunk.decoder.layers[0], "embeddings", of_input=True)
-        for number, layer in enumerate(chunk.decoder.layers):
-            record(layer, f"decoder layer {number}")
-        record(chunk.decoder.final_layernorm, "final norm")
-        logits = chunk(dataclasses.replace(inputs, labels=None))
-    rows = torch.argsort(torch.from_numpy(np.argsort(microbatch.visual_token_mask, kind="stable")))
-    return {name: value[rows, 0] for name, value in seen.items()} | {"logits": logits.float()}
+            yield run
 
 
 def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:
     """The prompt as the only sample of a row; labels mark where logits are wanted."""
     ids = prompt.input_ids.numpy()
     labels = np.full(ids.size, IGNORED_LABEL, dtype=np.int64)
-    labels[-_num_logits(prompt) :] = 0
+    labels[-prompt.num_logits :] = 0
     rows = PackedRows(
         input_ids=ids,
         position_ids=np.arange(ids.size, dtype=np.int64),
@@ -256,84 +272,22 @@ def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:
     return plan_microbatch(rows, model, ALONE, prompt.pixel_values.flatten(1))
 
 
-def _run(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> list[Activations]:
-    if source.kind == "checkpoint":
-        return run_training_model(source.path, model, prompts)
-    tensors = ((key, tensor) for key in source.signatures() for tensor in source.read(key).values())
-    return run_plain_model(tensors, model, prompts)
-
-
-def _function_of(model: ModelConfig) -> ModelConfig:
-    """The settings that decide what is computed; those that say how weights start are set to one value."""
-    language = dataclasses.replace(
-        model.language, init_std=0.0, visual_expert_init="copy", max_position_embeddings=1 << 20
-    )
-    vision = dataclasses.replace(model.vision, init_std=0.0, layer_scale_init=0.0)
-    return dataclasses.replace(model, language=language, vision=vision)
-
-
-def _prompt_settings(sources: Sequence[ModelSource], given: Path | None) -> tuple[Path, Mapping[str, Any]]:
-    """The tokenizer's folder and the image settings, by the first of the two that names a tokenizer."""
-    settings = [_data_section(source) for source in sources]
-    for data in settings:
-        if given is not None:
-            return given, data
-        if data.get("tokenizer") and (Path(data["tokenizer"]) / TOKENIZER_FILE).is_file():
-            return Path(data["tokenizer"]), data
-    raise UserError(f"neither {sources[0].path} nor {sources[1].path} has a tokenizer; give one with --tokenizer")
-
-
-def _data_section(source: ModelSource) -> Mapping[str, Any]:
-    """What a model's folder says of tokenizer and images."""
-    if source.kind == "checkpoint":
-        return read_config(source.path).get("data") or {}
-    if source.model is None:
-        return {}
-    config = read_json(source.path / "config.json")
-    return {"tokenizer": str(source.path), **image_settings_from_hf(source.path, config, source.model)}
-
-
-def _num_logits(prompt: Prompt) -> int:
-    return min(MAX_LOGIT_POSITIONS, len(prompt.input_ids))
-
-
-def _split_embeddings(found: Activations, prompt: Prompt, model: ModelConfig) -> Activations:
-    """The decoder's input apart: what the encoder and connector gave, and what the tables gave."""
-    is_image = prompt.input_ids == model.special_token_id("<IMG_CONTEXT>")
-    embeddings = found.pop("embeddings")
-    images = {"image features": embeddings[is_image]} if is_image.any() else {}
-    return images | {"token embeddings": embeddings[~is_image]} | found
-
-
 @contextmanager
-def _recorder() -> Iterator[tuple[Callable[..., None], Activations]]:
-    """A function that notes what a module gives (or is given first), and the notes; unhooked at the end."""
+def _recorded(first: nn.Module, layers: Iterable[nn.Module], norm: nn.Module) -> Iterator[Activations]:
+    """What ``first`` is given and what layers and norm give, noted while the block runs."""
     seen: Activations = {}
-    handles = []
 
-    def record(module: nn.Module, name: str, of_input: bool = False) -> None:
+    def record(module: nn.Module, name: str, of_input: bool = False) -> RemovableHandle:
         def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             value = (args[0] if args else kwargs["hidden_states"]) if of_input else output
             seen[name] = (value[0] if isinstance(value, tuple) else value).detach().float().clone()
 
-        handles.append(module.register_forward_hook(note, with_kwargs=True, prepend=of_input))
+        return module.register_forward_hook(note, with_kwargs=True, prepend=of_input)
 
+    handles = [record(first, "embeddings", of_input=True), record(norm, "final norm")]
+    handles += [record(layer, f"decoder layer {number}") for number, layer in enumerate(layers)]
     try:
-        yield record, seen
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _one_rank(model: ModelConfig, logs: str) -> NaViLConfig:
-    """A run on one CPU rank that never trains."""
-    return NaViLConfig(
-        model=model,
-        data=DataConfig(train_sources=(), tokenizer=""),
-        training=TrainingConfig(train_steps=1, global_batch_size=1),
-        precision=PrecisionConfig(type="fp32"),
-        optimizer=OptimizerConfig(lr=0.0),
-        checkpoint=CheckpointConfig(directory=logs),
-        runtime=RuntimeConfig(device="cpu"),
-        logging=LoggingConfig(directory=logs, tensorboard=False, progress=False),
-    )

@@ -12,7 +12,7 @@ from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.types import ALONE, IGNORED_LABEL, DataPlace, Microbatch, PackedRows, SampleId
 from navil_megatron.hf.hf_config import model_config_from_hf
-from navil_megatron.hf.param_map import table
+from navil_megatron.hf.jobs import ingest_jobs
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.training.batch import build_model_inputs
 from tests.whole_checkpoint import hf_to_mcore
@@ -95,16 +95,7 @@ class GoldenCase:
         """Whole gradients under checkpoint keys, for every parameter all of whose pieces the case stores."""
         stored = {key.removeprefix("grad."): value for key, value in self.expected.items() if key.startswith("grad.")}
         gradients = {}
-        for row in table(self.model):
-            layers = [
-                row.function.to_mcore(tuple(stored[key] for key in keys), self.model)
-                if all(key in stored for key in keys)
-                else None
-                for keys in row.hf_keys_of_layers()
-            ]
-            for number, layer in enumerate(layers):
-                if layer is not None:
-                    gradients[
-                        row.parameter.key if row.parameter.num_layers is None else f"{row.parameter.key}[{number}]"
-                    ] = layer
+        for job in ingest_jobs(self.model):
+            if all(slot.key in stored for slot in job.sources):
+                (gradients[job.targets[0].name],) = job.function(tuple(stored[slot.key] for slot in job.sources))
         return gradients

@@ -1,4 +1,4 @@
-"""Checkpoints whole in memory, by the readers, writers and steps that conversions stream through."""
+"""Checkpoints whole in memory, by the readers, writers and jobs that conversions stream through."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import find_checkpoint, write_config
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
-from navil_megatron.hf.plan import Slot, plan_export, plan_ingest
+from navil_megatron.hf.hf_parameters import Slot
+from navil_megatron.hf.jobs import export_jobs, ingest_jobs
 from navil_megatron.hf.verify import read_model_config
 
 
@@ -32,7 +33,7 @@ def write_tensors(
 ) -> None:
     """Writes whole tensors, stacks of layers in one chunk, without checksums."""
     slots = {Slot(key, tuple(tensor.shape)): tensor for key, tensor in tensors.items()}
-    writer = CheckpointWriter(folder, [(slot, tensor.dtype) for slot, tensor in slots.items()])
+    writer = CheckpointWriter(folder)
     writer.finish([writer.write(0, ((slot, tensor.contiguous()) for slot, tensor in slots.items()))])
     write_config(folder, {"model": config_to_dict(model), "data": data})
 
@@ -41,8 +42,8 @@ def hf_to_mcore(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict
     """Every parameter of the checkpoint, from the tensors of the HF files."""
     layers: dict[str, list[torch.Tensor]] = {}
     stacked = set()
-    for step in plan_ingest(model):
-        ((slot,), (made,)) = step.targets, step.function(tuple(tensors[source.key] for source in step.sources))
+    for job in ingest_jobs(model):
+        ((slot,), (made,)) = job.targets, job.function(tuple(tensors[source.key] for source in job.sources))
         layers.setdefault(slot.key, []).append(made)
         if slot.layer is not None:
             stacked.add(slot.key)
@@ -51,8 +52,8 @@ def hf_to_mcore(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> dict
 
 def mcore_to_hf(tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Every HF key and its tensor, from the tensors of a checkpoint."""
-    for step in plan_export(model):
-        (slot,) = step.sources
+    for job in export_jobs(model):
+        (slot,) = job.sources
         whole = tensors[slot.key]
-        made = step.function((whole if slot.layer is None else whole[slot.layer],))
-        yield from zip((target.key for target in step.targets), made, strict=True)
+        made = job.function((whole if slot.layer is None else whole[slot.layer],))
+        yield from zip((target.key for target in job.targets), made, strict=True)

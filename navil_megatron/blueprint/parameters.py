@@ -4,6 +4,7 @@ Checkpoints, conversion, planning, freezing, initial values and reports read it;
 model, entry by entry.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -150,6 +151,12 @@ def parameter_of(model: ModelConfig, name: str) -> Parameter:
 def checkpoint_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Every key that a checkpoint holds of the model, with the shape of the whole tensor."""
     return {parameter.key: parameter.whole_shape for parameter in parameters(model)}
+
+
+def initial_seed(seed: int, name: str) -> int:
+    """Seed of the generator that a tensor of its own name starts from, whatever is drawn before it; below 2^63."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def is_trainable(part: Part, phase: str) -> bool:

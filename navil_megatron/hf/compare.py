@@ -1,7 +1,8 @@
-"""Whether two models are the same: what their configs compute, and every bit of every tensor."""
+"""Whether two models are the same: the settings that decide what they compute, and every bit of every tensor."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,13 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.worker_pool import Meter, OnProgress
 from navil_megatron.hf.convert import ahead
 from navil_megatron.hf.model_source import ModelSource, open_source
-from navil_megatron.hf.verify import Signature, same_bits, type_name
+from navil_megatron.hf.verify import same_bits, size_of, type_name
 
 SHOWN = 10
 """Differences that are listed one by one."""
-_ONLY_AT_THE_START = ("init_std", "layer_scale_init", "visual_expert_init")
-"""Settings that say how weights start, not what the model computes."""
 
 
-@dataclass
-class _Found:
-    """What a comparison has found so far."""
-
-    num_equal: int = 0
-    num_equal_after_cast: int = 0
-    num_different: int = 0
-    casts: set[str] = field(default_factory=set)
-    first: list[dict[str, Any]] = field(default_factory=list)
-
-    def differ(self, key: str, what: str, distance: float | None = None) -> None:
-        self.num_different += 1
-        if len(self.first) < SHOWN:
-            self.first.append({"key": key, "what": what, "max_abs_difference": distance})
-
-
-def compare(one: Path, other: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Compares two models, each a checkpoint or a folder, tensor by tensor.
 
     Args:
@@ -51,31 +34,34 @@ def compare(one: Path, other: Path, on_progress: OnProgress | None = None) -> di
         UserError: One of them is incomplete or damaged.
     """
     sources = (open_source(one), open_source(other))
-    first, second = (source.signatures() for source in sources)
-    settings = _config_differences(sources[0].model, sources[1].model)
+    first, second = (source.signatures for source in sources)
     shared = [key for key in first if key in second]
-    meter = Meter(sum(_size(headers[key]) for headers in (first, second) for key in shared), on_progress)
-    found = _Found()
-    for (key, mine), theirs in zip(_tensors(sources[0], shared), _tensors(sources[1], shared), strict=True):
-        _compare_tensor(key, mine, theirs[1], found)
-        meter.add(mine.nbytes + theirs[1].nbytes)
+    meter = Meter(sum(size_of(headers[key])[1] for headers in (first, second) for key in shared), on_progress)
+    verdicts: list[dict[str, Any] | torch.dtype | None] = []
+    for (key, mine), (_, theirs) in zip(_tensors(sources[0], shared), _tensors(sources[1], shared), strict=True):
+        verdicts.append(_verdict(key, mine, theirs))
+        meter.add(mine.nbytes + theirs.nbytes)
+    casts = [type_name(verdict) for verdict in verdicts if isinstance(verdict, torch.dtype)]
+    differences = [verdict for verdict in verdicts if isinstance(verdict, dict)]
+    settings = _config_differences(sources[0].model, sources[1].model)
     missing = [sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())]
+    named = [{"kind": source.kind, "path": str(source.path)} for source in sources]
     return {
-        "first": _named(sources[0]),
-        "second": _named(sources[1]),
-        "equal": not (settings or missing[0] or missing[1] or found.num_different or found.num_equal_after_cast),
+        "first": named[0],
+        "second": named[1],
+        "equal": not (settings or casts or differences or any(missing)),
         "config_differences": settings,
-        "num_equal": found.num_equal,
-        "num_equal_after_cast": found.num_equal_after_cast,
-        "equal_after_casting_to": sorted(found.casts),
-        "num_different": found.num_different,
+        "num_equal": verdicts.count(None),
+        "num_equal_after_cast": len(casts),
+        "equal_after_casting_to": sorted(set(casts)),
+        "num_different": len(differences),
         "only_in_first": missing[0],
         "only_in_second": missing[1],
-        "differences": found.first,
+        "differences": differences[:SHOWN],
     }
 
 
-def describe_comparison(report: Mapping[str, Any]) -> str:
+def describe_weights(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     lines = [f"{report[side]['path']} ({report[side]['kind']})" for side in ("first", "second")]
     only = {side: report[f"only_in_{side}"] for side in ("first", "second")}
@@ -96,38 +82,32 @@ def describe_comparison(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_one_start(model: ModelConfig) -> ModelConfig:
+    """The model with one value for each setting that says how weights start, not what is computed from them."""
+    language = replace(model.language, init_std=0.0, visual_expert_init="copy")
+    return replace(model, language=language, vision=replace(model.vision, init_std=0.0, layer_scale_init=0.0))
+
+
 def _tensors(source: ModelSource, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in the order of the keys; of what one source gives at once, none is read twice in a row."""
-    signatures = source.signatures()
-    groups: list[list[str]] = []
-    for key in keys:
-        together = source.steps.get(key)
-        if groups and together is not None and together is source.steps.get(groups[-1][0]):
-            groups[-1].append(key)
-        else:
-            groups.append([key])
-    for group, tensors in ahead(groups, lambda group: source.read(group[0])):
+    """The tensors in the order of the keys; what is made of the same source is read once."""
+    together = (list(group) for _, group in groupby(keys, lambda key: id(source.jobs[key]) if source.jobs else key))
+    for group, tensors in ahead(together, lambda group: source.read(group[0])):
         for key in group:
-            if tensors[key].shape != signatures[key][0]:
-                raise RuntimeError(f"{key} is {list(tensors[key].shape)}, its header says {list(signatures[key][0])}")
+            shape, _ = source.signatures[key]
+            if tensors[key].shape != shape:
+                raise RuntimeError(f"{key} is {list(tensors[key].shape)}, its header says {list(shape)}")
             yield key, tensors[key]
 
 
-def _compare_tensor(key: str, mine: torch.Tensor, theirs: torch.Tensor, found: _Found) -> None:
+def _verdict(key: str, mine: torch.Tensor, theirs: torch.Tensor) -> dict[str, Any] | torch.dtype | None:
+    """What differs, or the type after a cast to which nothing does; ``None``: every bit is equal."""
     if mine.shape != theirs.shape:
-        found.differ(key, f"{list(mine.shape)} and {list(theirs.shape)}")
-    elif same_bits(mine, theirs):
-        found.num_equal += 1
-    elif mine.dtype == theirs.dtype:
-        found.differ(key, "differs", _distance(mine, theirs))
-    else:
-        narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-        types = f"{type_name(mine.dtype)} and {type_name(theirs.dtype)}"
-        if same_bits(mine.to(narrow), theirs.to(narrow)):
-            found.num_equal_after_cast += 1
-            found.casts.add(type_name(narrow))
-        else:
-            found.differ(key, f"{types}, and differs", _distance(mine, theirs))
+        return {"key": key, "what": f"{list(mine.shape)} and {list(theirs.shape)}", "max_abs_difference": None}
+    narrow = min(mine.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+    if same_bits(mine.to(narrow), theirs.to(narrow)):
+        return None if mine.dtype == theirs.dtype else narrow
+    types = "" if mine.dtype == theirs.dtype else f"{type_name(mine.dtype)} and {type_name(theirs.dtype)}, and "
+    return {"key": key, "what": f"{types}differs", "max_abs_difference": _distance(mine, theirs)}
 
 
 def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -139,12 +119,8 @@ def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 def _config_differences(one: ModelConfig | None, other: ModelConfig | None) -> list[str]:
     if one is None or other is None:
         return []
-    mine, theirs = dict(_flat(config_to_dict(one), "model")), dict(_flat(config_to_dict(other), "model"))
-    return [
-        f"{name} is {mine.get(name)!r} and {theirs.get(name)!r}"
-        for name in mine
-        if mine[name] != theirs.get(name) and name.rpartition(".")[2] not in _ONLY_AT_THE_START
-    ]
+    mine, theirs = (dict(_flat(config_to_dict(of_one_start(model)), "model")) for model in (one, other))
+    return [f"{name} is {mine[name]!r} and {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -153,12 +129,3 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}.{name}")
         else:
             yield f"{prefix}.{name}", value
-
-
-def _size(signature: Signature) -> int:
-    shape, dtype = signature
-    return torch.Size(shape).numel() * dtype.itemsize if isinstance(dtype, torch.dtype) else 0
-
-
-def _named(source: ModelSource) -> dict[str, str]:
-    return {"kind": source.kind, "path": str(source.path)}

@@ -5,31 +5,31 @@ with ``trust_remote_code=True`` and needs nothing of this package.
 """
 
 import shutil
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from navil_megatron.blueprint.chat_template import default_system_message
 from navil_megatron.config.errors import UserError
-from navil_megatron.files.atomic_folder import new_folder, require_new
-from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, read_config
+from navil_megatron.files.atomic_folder import new_folder
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config
 from navil_megatron.files.json_file import values_of, write_json
-from navil_megatron.files.worker_pool import OnProgress
-from navil_megatron.hf.checkpoint.reader import CheckpointReader
-from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
+from navil_megatron.hf.checkpoint.reader import open_checkpoint
+from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_to_hf, preprocessor_config
 from navil_megatron.hf.exported.model_card import model_card
-from navil_megatron.hf.exported.portable_tokenizer import settle_tokenizer
-from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids
+from navil_megatron.hf.exported.tokenizer_files import (
+    TOKENIZER_FILE,
+    copy_tokenizer,
+    read_token_ids,
+    settle_tokenizer,
+)
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.plan import plan_export
-from navil_megatron.hf.safetensors_io import TensorFolder
+from navil_megatron.hf.jobs import export_jobs, summary, targets, total_bytes, with_types
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
-from navil_megatron.hf.verify import read_model_config, require_mcore_tensors, require_weight_type, summary, type_name
+from navil_megatron.hf.verify import type_name
 
-MAX_PART_BYTES = 5_000_000_000
 REMOTE_CODE = Path(__file__).parent / "remote_code"
 
 
@@ -39,12 +39,10 @@ def convert_to_hf(
     *,
     tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
-    max_part_bytes: int = MAX_PART_BYTES,
-    verify: bool = True,
-    jobs: int = 1,
-    on_progress: OnProgress | None = None,
+    max_file_bytes: int = 5_000_000_000,
+    **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a folder that transformers loads offline.
+    """Writes a folder that transformers loads offline; gives what was done, ready for JSON.
 
     Args:
         checkpoint: A checkpoint folder, or a run's folder of checkpoints (the newest is taken).
@@ -52,27 +50,18 @@ def convert_to_hf(
         tokenizer: Tokenizer folder; default: the one that the checkpoint names. Without any, none is copied and the
             report says so.
         dtype: Type of the weights; ``None``: as stored.
-        max_part_bytes: Largest safetensors file.
-        verify: Read the weights back and compare every bit.
-        jobs: Processes that work at the same time.
-        on_progress: Is told the bytes that are done and the bytes in all.
-
-    Returns:
-        What was done, ready for JSON.
+        max_file_bytes: Largest safetensors file.
+        **run: How to run.
 
     Raises:
         UserError: The checkpoint is incomplete or of another model; nothing is written then.
     """
-    started = time.monotonic()
-    require_weight_type(dtype)
-    require_new(folder)
-    source = find_checkpoint(checkpoint)
-    model = read_model_config(source)
+    model, reader = open_checkpoint(checkpoint)
+    source, found = reader.folder, reader.signatures()
+    jobs = with_types(export_jobs(model), found, dtype)
+    counts = summary(jobs) | {"num_tensors": len(found)}
     written = read_config(source)
     data = written.get("data") or {}
-    reader = CheckpointReader(source)
-    found = reader.signatures()
-    require_mcore_tensors(found, model, f"checkpoint {source}")
     tokenizer, notes = _find_tokenizer(tokenizer, data.get("tokenizer"))
     token_ids = {} if tokenizer is None else read_token_ids(tokenizer, model)
     with values_of(source / CONFIG_FILE):
@@ -83,24 +72,22 @@ def convert_to_hf(
             image_settings=image_settings_to_hf(data, model),
         )
         processor = preprocessor_config(data, model)
-    steps = with_types(plan_export(model), found, dtype)
-    counts = summary(found, dtype)
-    with new_folder(folder, total_bytes(steps)) as partial:
-        writer = SafetensorsWriter(partial, targets(steps), max_part_bytes)
-        parts = run_steps(steps, reader, writer, TensorFolder, jobs=jobs, verify=verify, on_progress=on_progress)
+    with new_folder(folder, total_bytes(jobs)) as partial:
+        files = run_jobs(jobs, reader, SafetensorsWriter(partial, targets(jobs), max_file_bytes), **run)
         write_json(partial / "generation_config.json", generation_config(token_ids, tokenizer))
         write_json(partial / "preprocessor_config.json", processor)
-        _copy_code(partial)
+        for path in sorted(REMOTE_CODE.glob("*.py")):
+            if path.name != "__init__.py":
+                shutil.copyfile(path, partial / path.name)
         has_chat_template = False
         if tokenizer is not None:
             copy_tokenizer(tokenizer, partial)
-            has_chat_template = settle_tokenizer(
-                partial, default_system_message(model, trained_here="training" in written)
-            )
+            system_message = default_system_message(model, trained_here="training" in written)
+            has_chat_template = settle_tokenizer(partial, system_message)
         card = model_card(
             model,
             counts["num_parameters"],
-            tokenizer is not None,
+            has_tokenizer=tokenizer is not None,
             has_chat_template=has_chat_template,
             checkpoint=source,
         )
@@ -111,13 +98,11 @@ def convert_to_hf(
         "checkpoint": str(source),
         "folder": str(folder),
         "family": model.language.family,
-        "num_hf_tensors": len(targets(steps)),
+        "num_hf_tensors": len(targets(jobs)),
         **counts,
-        "parts": parts,
+        "files": files,
         "tokenizer": None if tokenizer is None else str(tokenizer),
-        "verified": verify,
         "notes": notes,
-        "seconds": round(time.monotonic() - started, 3),
     }
 
 
@@ -132,9 +117,3 @@ def _find_tokenizer(given: Path | None, named: str | None) -> tuple[Path | None,
             f"the checkpoint's tokenizer {named} has no {TOKENIZER_FILE} there; give the folder where it lies now"
         )
     return Path(named), []
-
-
-def _copy_code(folder: Path) -> None:
-    for path in sorted(REMOTE_CODE.glob("*.py")):
-        if path.name != "__init__.py":
-            shutil.copyfile(path, folder / path.name)

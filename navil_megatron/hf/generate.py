@@ -31,12 +31,7 @@ class Captioner(NamedTuple):
 
 
 def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Captioner:
-    """Loads an exported folder, offline.
-
-    Args:
-        folder: The exported folder.
-        dtype: Type of weights and activations; ``None``: as stored.
-        device: Where the model runs.
+    """Loads an exported folder, offline; ``dtype`` of weights and activations ``None``: as stored.
 
     Raises:
         UserError: It is not a complete folder with a tokenizer.
@@ -56,7 +51,7 @@ def load_for_generation(folder: Path, dtype: torch.dtype | None = None, device: 
 
 
 def generate_captions(
-    captioner: Captioner | Path,
+    captioner: Captioner,
     images: Sequence[Picture],
     prompt: str = "<image>",
     max_new_tokens: int = 64,
@@ -65,7 +60,7 @@ def generate_captions(
     """One text for each picture, by greedy decoding.
 
     Args:
-        captioner: What ``load_for_generation`` gave, or the folder to load.
+        captioner: What ``load_for_generation`` gave.
         images: Pictures, or paths of picture files.
         prompt: What precedes the text; ``<image>`` stands for the picture, which comes first where it is not named.
         max_new_tokens: Longest text, in tokens.
@@ -74,7 +69,6 @@ def generate_captions(
     Raises:
         UserError: A picture cannot be read.
     """
-    captioner = load_for_generation(captioner) if isinstance(captioner, Path) else captioner
     texts: list[str] = []
     for start in range(0, len(images), batch_size):
         pictures = [[open_picture(image)] for image in images[start : start + batch_size]]
@@ -97,8 +91,7 @@ def generate_texts(
     inputs = processor(images=[list(pictures) for pictures in images], text=list(prompts)).to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    texts: list[str] = processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return texts
+    return list(processor.tokenizer.batch_decode(new_tokens, skip_special_tokens=True))
 
 
 def open_picture(image: Picture) -> Image.Image:

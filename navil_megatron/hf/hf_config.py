@@ -4,25 +4,73 @@ Every size, bias and norm kind is read, none assumed. A value that would change 
 does not have is refused by name; values that only steer the authors' training or demo are left alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.language import FAMILIES, family_rules
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
-from navil_megatron.config.validate import model_problems
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
-from navil_megatron.hf.llm.language_config import language_from_hf, language_problems, language_to_hf
+from navil_megatron.hf.llm.language_config import (
+    Ours,
+    language_from_hf,
+    language_problems,
+    language_to_hf,
+    settings_from_hf,
+    settings_to_hf,
+)
 
 MODEL_TYPE = "navil_chat"
 _NORMS = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
+_VISION = {
+    "architectures": None,
+    "model_type": "navil_vit",
+    "num_hidden_layers": Ours("num_layers"),
+    "hidden_size": Ours("hidden_size"),
+    "intermediate_size": Ours("ffn_hidden_size"),
+    "num_attention_heads": Ours("num_attention_heads"),
+    "num_channels": 3,
+    "patch_size": Ours("patch_size"),
+    "image_size": None,
+    "downsample_ratio": None,
+    "hidden_act": "gelu",
+    "norm_type": None,
+    "layer_norm_eps": Ours("norm_epsilon"),
+    "qkv_bias": Ours("qkv_bias"),
+    "qk_normalization": False,
+    "initializer_factor": Ours("layer_scale_init"),
+    "initializer_range": Ours("init_std"),
+    "rope_theta": Ours("rope_theta"),
+    "token_order": Ours("token_order"),
+    "window_size": Ours("window_size"),
+    "fullatt_block_indexes": Ours("full_attention_layers"),
+    "attention_dropout": 0.0,
+    "drop_path_rate": 0.0,
+    "dropout": 0.0,
+}
+"""``vision_config`` as we write it: our setting under each key, or one value for all models."""
+_VISION_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "layer_norm_eps"),
+)
+"""Keys without which the encoder is not known."""
+_SUPPORTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "vision_config": {
+        "hidden_act": ("gelu",),
+        "norm_type": tuple(_NORMS.values()),
+        "qk_normalization": (False,),
+        "num_channels": (3,),
+        "token_order": ("window", "raster"),
+    },
+    # The eager class of the authors windows the mask as soon as a window is named, used or not.
+    "llm_config": {"sliding_window": (None,)},
+    "": {"downsample_ratio": (0.5,), "use_llm_lora": (0,), "use_backbone_lora": (0,)},
+}
+"""Section, key -> the values that the model has; a config that lacks the key means the first."""
 AUTO_MAP = {
     "AutoConfig": "configuration_navil_chat.NaViLChatConfig",
-    "AutoModel": "modeling_navil_chat.NaViL",
-    "AutoModelForCausalLM": "modeling_navil_chat.NaViL",
-    "AutoModelForImageTextToText": "modeling_navil_chat.NaViL",
+    **dict.fromkeys(("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_navil_chat.NaViL"),
     "AutoProcessor": "processing_navil_chat.NaViLProcessor",
     "AutoImageProcessor": "processing_navil_chat.NaViLImageProcessor",
 }
@@ -32,7 +80,7 @@ AUTO_MAP = {
 def model_config_from_hf(
     config_json: Mapping[str, Any], special_token_ids: Sequence[int] | Mapping[str, int] | None = None
 ) -> ModelConfig:
-    """The model section for a parsed ``config.json``.
+    """The model section for a parsed ``config.json``; whether such a model works is not asked.
 
     Args:
         config_json: The file's content; the authors' layout or ours, which adds keys to it.
@@ -48,9 +96,10 @@ def model_config_from_hf(
             f"model_type {config_json.get('model_type')!r}, expected a NaViL folder ({MODEL_TYPE!r})"
         )
     family = _family(llm)
-    _refuse([*language_problems(llm, family, "llm_config."), *_vision_problems(vision), *_whole_problems(config_json)])
+    if problems := [*language_problems(llm, family, "llm_config."), *_problems(config_json)]:
+        raise UserError("config.json cannot be converted: " + "; ".join(problems))
     composed = FAMILIES[family].may_compose_visual_output  # as the authors' code does where their files do not say
-    model = ModelConfig(
+    return ModelConfig(
         language=language_from_hf(llm, family, composed=composed, default_theta=1e6, source="config.json: llm_config"),
         vision=_vision_from_hf(vision, round(1 / config_json.get("downsample_ratio", 0.5))),
         special_token_ids=ordered_ids(
@@ -58,8 +107,6 @@ def model_config_from_hf(
         ),
         connector_norm_epsilon=config_json.get("connector_norm_eps", 1e-5),
     )
-    _refuse(model_problems(model))
-    return model
 
 
 def hf_config_from_model(
@@ -76,7 +123,8 @@ def hf_config_from_model(
     Raises:
         UserError: The family's HF layout has no place for a setting of the model.
     """
-    _refuse_unnamed(model)
+    if problems := list(_without_place(model)):
+        raise UserError("the model has no Hugging Face layout: " + "; ".join(problems))
     ids = {name: token_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {
         "architectures": ["NaViL"],
@@ -99,53 +147,16 @@ def hf_config_from_model(
 
 
 def _vision_from_hf(vision: Mapping[str, Any], merge_size: int) -> VisionConfig:
-    values = {
-        "num_layers": vision["num_hidden_layers"],
-        "hidden_size": vision["hidden_size"],
-        "ffn_hidden_size": vision["intermediate_size"],
-        "num_attention_heads": vision["num_attention_heads"],
-        "patch_size": vision["patch_size"],
-        "merge_size": merge_size,
-        "norm": "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm",
-        "norm_epsilon": vision["layer_norm_eps"],
-        "qkv_bias": vision.get("qkv_bias", False),
-        "layer_scale_init": vision.get("initializer_factor", 0.1),
-        "rope_theta": vision.get("rope_theta", 1e4),
-        "token_order": vision.get("token_order", "window"),
-        "window_size": vision.get("window_size", 8),
-        "full_attention_layers": vision.get("fullatt_block_indexes"),
-        "init_std": vision.get("initializer_range", 0.02),
-    }
+    norm = "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm"
+    values = {"token_order": "window", **settings_from_hf(_VISION, vision), "merge_size": merge_size, "norm": norm}
     return section_from_dict(VisionConfig, values, "config.json: vision_config")
 
 
 def _vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
-    full_attention = vision.full_attention_layers
-    return {
-        "architectures": None,
-        "model_type": "navil_vit",
-        "num_hidden_layers": vision.num_layers,
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_attention_heads": vision.num_attention_heads,
-        "num_channels": 3,
-        "patch_size": vision.patch_size,
+    return settings_to_hf(_VISION, vision) | {
         "image_size": vision.patch_size * vision.merge_size,
         "downsample_ratio": 1 / vision.merge_size,
-        "hidden_act": "gelu",
         "norm_type": _NORMS[vision.norm],
-        "layer_norm_eps": vision.norm_epsilon,
-        "qkv_bias": vision.qkv_bias,
-        "qk_normalization": False,
-        "initializer_factor": vision.layer_scale_init,
-        "initializer_range": vision.init_std,
-        "rope_theta": vision.rope_theta,
-        "token_order": vision.token_order,
-        "window_size": vision.window_size,
-        "fullatt_block_indexes": None if full_attention is None else list(full_attention),
-        "attention_dropout": 0.0,
-        "drop_path_rate": 0.0,
-        "dropout": 0.0,
     }
 
 
@@ -161,57 +172,27 @@ def _family(llm: Mapping[str, Any]) -> str:
     )
 
 
-def _vision_problems(vision: Mapping[str, Any]) -> Iterator[str]:
-    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    for key in (*sizes, "patch_size", "layer_norm_eps"):
-        if vision.get(key) is None:
-            yield f"vision_config.{key} is missing"
-    order = vision.get("token_order", "window")
-    rules: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
-        ("hidden_act", vision.get("hidden_act", "gelu"), ("gelu",)),
-        ("norm_type", vision.get("norm_type", "rms_norm"), tuple(_NORMS.values())),
-        ("qk_normalization", vision.get("qk_normalization", False), (False,)),
-        ("num_channels", vision.get("num_channels", 3), (3,)),
-        ("token_order", order, ("window", "raster")),
-    )
-    yield from _outside((f"vision_config.{name}", value, allowed) for name, value, allowed in rules)
-    if order == "raster" and vision.get("fullatt_block_indexes") is not None:
+def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """One line for every size of the encoder that is missing, and every value that asks for what the model lacks."""
+    vision = config["vision_config"]
+    yield from (f"vision_config.{key} is missing" for key in _VISION_SIZES if vision.get(key) is None)
+    for section, rules in _SUPPORTED.items():
+        for key, allowed in rules.items():
+            value = (config[section] if section else config).get(key, allowed[0])
+            if value not in allowed:
+                yield f"{section}{'.' * bool(section)}{key} is {value!r}, supported: {', '.join(map(repr, allowed))}"
+    if vision.get("token_order") == "raster" and vision.get("fullatt_block_indexes") is not None:
         yield "vision_config.fullatt_block_indexes needs vision_config.token_order 'window'"
 
 
-def _whole_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    # The eager class of the authors windows the mask as soon as a window is named, used or not.
-    yield from _outside(
-        (
-            ("llm_config.sliding_window", config["llm_config"].get("sliding_window"), (None,)),
-            ("downsample_ratio", config.get("downsample_ratio", 0.5), (0.5,)),
-            ("use_llm_lora", config.get("use_llm_lora", 0), (0,)),
-            ("use_backbone_lora", config.get("use_backbone_lora", 0), (0,)),
-        )
-    )
-
-
-def _outside(rules: Iterable[tuple[str, Any, tuple[Any, ...]]]) -> Iterator[str]:
-    """One line for every value that asks for a computation which the model does not have."""
-    for name, value, allowed in rules:
-        if value not in allowed:
-            yield f"{name} is {value!r}, supported: {', '.join(map(repr, allowed))}"
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise UserError("config.json cannot be converted: " + "; ".join(problems))
-
-
-def _refuse_unnamed(model: ModelConfig) -> None:
+def _without_place(model: ModelConfig) -> Iterator[str]:
+    """One line for every setting that no Hugging Face folder can hold."""
     language = model.language
-    problems = [*family_rules(language)]
+    yield from family_rules(language)
     if language.family == "internlm2" and language.head_dim * language.num_attention_heads != language.hidden_size:
-        problems.append("model.language.head_dim * num_attention_heads must be hidden_size in the internlm2 layout")
+        yield "model.language.head_dim * num_attention_heads must be hidden_size in the internlm2 layout"
     if model.vision.merge_size != 2:
-        problems.append(f"model.vision.merge_size is {model.vision.merge_size}, Hugging Face export supports 2")
-    if problems:
-        raise UserError("the model has no Hugging Face layout: " + "; ".join(problems))
+        yield f"model.vision.merge_size is {model.vision.merge_size}, Hugging Face export supports 2"
 
 
 def ordered_ids(ids: Sequence[int] | Mapping[str, int] | None) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
-"""Memory of a process that only converts."""
+"""Memory of a process that only converts, and the bytes of a tensor in it."""
 
 import ctypes
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
@@ -15,3 +17,8 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for name, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
             mallopt(name, value)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in row-major order, in place, as they lie in files and are hashed."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())

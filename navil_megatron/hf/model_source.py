@@ -1,6 +1,6 @@
 """A checkpoint or a Hugging Face folder as a set of tensors under Hugging Face names, whichever of the two it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -9,15 +9,15 @@ import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.files.checkpoint_folder import CONFIG_FILE, find_checkpoint, is_checkpoint
+from navil_megatron.files.checkpoint_folder import CONFIG_FILE, is_checkpoint
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.checkpoint.reader import CheckpointReader
-from navil_megatron.hf.convert import targets, with_types
+from navil_megatron.hf.checkpoint.reader import CheckpointReader, open_checkpoint
+from navil_megatron.hf.hf_parameters import Slot
 from navil_megatron.hf.ingest import model_of_folder
+from navil_megatron.hf.jobs import Job, export_jobs, targets, with_types
 from navil_megatron.hf.llm.start import is_bare_llm
-from navil_megatron.hf.plan import Slot, Step, plan_export
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.verify import Signature, read_model_config, require_mcore_tensors
+from navil_megatron.hf.verify import Signature
 
 Kind = Literal["checkpoint", "NaViL folder", "LLM folder"]
 
@@ -47,26 +47,23 @@ class ModelSource:
     model: ModelConfig | None
     """``None`` for a bare LLM."""
     reader: CheckpointReader | TensorFolder
-    steps: dict[str, Step]
+    jobs: dict[str, Job] = field(default_factory=dict)
     """Hugging Face key -> what makes its tensor; empty for a folder, which holds them as they are."""
 
     @cached_property
-    def _signatures(self) -> dict[str, Signature]:
-        return self.reader.signatures()
-
     def signatures(self) -> dict[str, Signature]:
         """Shape and type of every tensor, under Hugging Face names."""
-        if not self.steps:
-            return self._signatures
-        return {slot.key: (slot.shape, dtype) for slot, dtype in targets(self.steps.values())}
+        if not self.jobs:
+            return self.reader.signatures()
+        return {slot.key: (slot.shape, dtype) for slot, dtype in targets(self.jobs.values())}
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
         """The tensor of a key, with those that are made of the same source."""
-        step = self.steps.get(key)
-        if step is None:
-            return {key: self.reader.read(Slot(key, self._signatures[key][0]))}
-        made = step.function(tuple(map(self.reader.read, step.sources)))
-        return {slot.key: tensor.contiguous() for slot, tensor in zip(step.targets, made, strict=True)}
+        job = self.jobs.get(key)
+        if job is None:
+            return {key: self.reader.read(Slot(key, self.signatures[key][0]))}
+        made = job.function(tuple(map(self.reader.read, job.sources)))
+        return {slot.key: tensor.contiguous() for slot, tensor in zip(job.targets, made, strict=True)}
 
 
 def open_source(path: Path) -> ModelSource:
@@ -77,12 +74,8 @@ def open_source(path: Path) -> ModelSource:
     """
     kind = kind_of(path)
     if kind != "checkpoint":
-        config = read_json(path / "config.json")
-        described = None if kind == "LLM folder" else model_of_folder(path, config)
-        return ModelSource(kind, path, described, TensorFolder(path), {})
-    folder = find_checkpoint(path)
-    model, reader = read_model_config(folder), CheckpointReader(folder)
-    found = reader.signatures()
-    require_mcore_tensors(found, model, f"checkpoint {folder}")
-    steps = with_types(plan_export(model), found, None)
-    return ModelSource(kind, folder, model, reader, {slot.key: step for step in steps for slot in step.targets})
+        described = None if kind == "LLM folder" else model_of_folder(path, read_json(path / "config.json"))
+        return ModelSource(kind, path, described, TensorFolder(path))
+    model, reader = open_checkpoint(path)
+    jobs = with_types(export_jobs(model), reader.signatures(), None)
+    return ModelSource(kind, reader.folder, model, reader, {slot.key: job for job in jobs for slot in job.targets})

@@ -1,10 +1,10 @@
 """Pure tensor functions between one parameter as Hugging Face files hold it and as the checkpoint holds it.
 
-Each transform turns the HF tensors of one layer into one tensor and back without arithmetic, so a round trip is
-bit-exact. They work on meta tensors too, which is how the table derives the shapes of the HF side.
+They move numbers and compute nothing, so a round trip is bit-exact. They work on meta tensors too, from which the
+shapes of the Hugging Face side follow.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,89 +12,78 @@ import torch
 from navil_megatron.config.model import ModelConfig
 
 type Tensors = tuple[torch.Tensor, ...]
+type Rearrange = Callable[..., Tensors]
+"""``(tensors, model)`` -> tensors of the other side. Pickles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """A function from HF tensors to one checkpoint tensor, and its inverse."""
+    """The tensors of one layer under their Hugging Face keys, in order, <-> the one tensor of the checkpoint."""
 
-    to_mcore: Callable[[Tensors, ModelConfig], torch.Tensor]
-    """The tensors of the row's HF keys, in order -> the tensor of the checkpoint, without the layer axis."""
-    to_hf: Callable[[torch.Tensor, ModelConfig], Tensors]
-    """The inverse."""
+    to_mcore: Rearrange
+    to_hf: Rearrange
 
 
-def _single(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
-    (tensor,) = tensors
-    return tensor
+def _unchanged(tensors: Tensors, model: ModelConfig) -> Tensors:
+    return tensors
 
 
-def _unchanged(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
-    return (tensor,)
-
-
-def _flatten_patch(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+def _flatten_patch(tensors: Tensors, model: ModelConfig) -> Tensors:
     """[w, 3, patch, patch] -> [w, 3 * patch * patch]: a stride-sized convolution is one matrix."""
-    (weight,) = tensors
-    return weight.flatten(1)
+    return (tensors[0].flatten(1),)
 
 
-def _unflatten_patch(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
+def _unflatten_patch(tensors: Tensors, model: ModelConfig) -> Tensors:
     side = model.vision.patch_size
-    return (tensor.reshape(tensor.shape[0], 3, side, side),)
+    return (tensors[0].unflatten(1, (3, side, side)),)
 
 
-def _interleave_qkv(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
-    """[n*d, ...], [g*d, ...] twice -> [(n + 2g)*d, ...], rows of each KV group as q_0 .. q_{n/g-1}, k, v.
+def _interleave_qkv(tensors: Tensors, model: ModelConfig) -> Tensors:
+    """[n*d, ...], [g*d, ...] twice -> [(n + 2g)*d, ...], for each KV group q_0 .. q_{n/g-1}, k, v.
 
     The rest of the shape is [h] for a matrix and nothing for a bias.
     """
-    groups = model.language.num_query_groups
-    per_group = [tensor.unflatten(0, (groups, tensor.shape[0] // groups)) for tensor in tensors]
-    return torch.cat(per_group, dim=1).flatten(0, 1)
+    per_group = [tensor.unflatten(0, (model.language.num_query_groups, -1)) for tensor in tensors]
+    return (torch.cat(per_group, dim=1).flatten(0, 1),)
 
 
-def _split_qkv(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
-    language = model.language
-    groups, channels = language.num_query_groups, language.head_dim
-    rows = [language.num_attention_heads // groups * channels, channels, channels]
-    per_group = tensor.unflatten(0, (groups, sum(rows)))
-    return tuple(part.flatten(0, 1) for part in per_group.split(rows, dim=1))
+def _split_qkv(tensors: Tensors, model: ModelConfig) -> Tensors:
+    groups, channels = model.language.num_query_groups, model.language.head_dim
+    sizes = [model.language.num_attention_heads // groups * channels, channels, channels]
+    per_group = tensors[0].unflatten(0, (groups, sum(sizes)))
+    return tuple(tensor.flatten(0, 1) for tensor in per_group.split(sizes, dim=1))
 
 
-def _concatenate(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+def _concatenate(tensors: Tensors, model: ModelConfig) -> Tensors:
     """Gate [f, h], up [f, h] -> [2f, h]."""
-    return torch.cat(tensors)
+    return (torch.cat(tensors),)
 
 
-def _halve(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
-    return tuple(tensor.chunk(2))
+def _halve(tensors: Tensors, model: ModelConfig) -> Tensors:
+    return tensors[0].chunk(2)
 
 
-def _stack_experts(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+def _stack(tensors: Tensors, model: ModelConfig) -> Tensors:
     """k times [h, f] -> [k, h, f]."""
-    return torch.stack(tensors)
+    return (torch.stack(tensors),)
 
 
-def _unstack_experts(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
-    return tensor.unbind(0)
+def _unstack(tensors: Tensors, model: ModelConfig) -> Tensors:
+    return tensors[0].unbind(0)
 
 
-def _concatenate_experts(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+def _concatenate_and_stack(tensors: Tensors, model: ModelConfig) -> Tensors:
     """Gate [f, h], up [f, h] of the first expert, of the second, ... -> [k, 2f, h]."""
-    return torch.cat(tensors).unflatten(0, (len(tensors) // 2, -1))
+    return (torch.cat(tensors).unflatten(0, (len(tensors) // 2, -1)),)
 
 
-def _halve_experts(tensor: torch.Tensor, model: ModelConfig) -> Tensors:
-    return tuple(tensor.flatten(0, 1).chunk(2 * tensor.shape[0]))
+def _unstack_and_halve(tensors: Tensors, model: ModelConfig) -> Tensors:
+    return tensors[0].flatten(0, 1).chunk(2 * len(tensors[0]))
 
 
-TRANSFORMS: Mapping[str, Transform] = {
-    "same": Transform(_single, _unchanged),
-    "patch_convolution": Transform(_flatten_patch, _unflatten_patch),
-    "grouped_qkv": Transform(_interleave_qkv, _split_qkv),
-    "gate_up": Transform(_concatenate, _halve),
-    "experts": Transform(_stack_experts, _unstack_experts),
-    "experts_gate_up": Transform(_concatenate_experts, _halve_experts),
-}
-"""Every transform, under the name that ``param_map`` rows use."""
+SAME = Transform(_unchanged, _unchanged)
+PATCH_CONVOLUTION = Transform(_flatten_patch, _unflatten_patch)
+GROUPED_QKV = Transform(_interleave_qkv, _split_qkv)
+GATE_UP = Transform(_concatenate, _halve)
+EXPERTS = Transform(_stack, _unstack)
+EXPERTS_GATE_UP = Transform(_concatenate_and_stack, _unstack_and_halve)

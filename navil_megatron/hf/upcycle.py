@@ -5,31 +5,29 @@ router chooses, the sum is the old expert's output. Routers are drawn by a seed:
 experts apart.
 """
 
-import dataclasses
-import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from navil_megatron.blueprint.parameters import parameters_by_key
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.files.atomic_folder import new_folder, require_new
-from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, write_config
-from navil_megatron.files.worker_pool import OnProgress
-from navil_megatron.hf.checkpoint.reader import CheckpointReader
+from navil_megatron.files.atomic_folder import new_folder
+from navil_megatron.files.checkpoint_folder import read_config, write_config
+from navil_megatron.hf.checkpoint.reader import open_checkpoint
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
-from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
+from navil_megatron.hf.convert import HowToRun, run_jobs
+from navil_megatron.hf.hf_parameters import hf_parameters, hf_shapes
+from navil_megatron.hf.jobs import Job, summary, total_bytes, with_types
 from navil_megatron.hf.llm.start_values import draw
-from navil_megatron.hf.plan import Step, plan_export
-from navil_megatron.hf.transforms import Tensors
-from navil_megatron.hf.verify import read_model_config, require_mcore_tensors, require_valid_model, summary
+from navil_megatron.hf.transforms import SAME, Tensors
+from navil_megatron.hf.verify import require_valid_model
 
 
-def plan_upcycle(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.dtype) -> list[Step]:
-    """The steps from a checkpoint of ``old`` to one of ``new``, which differs in its experts alone.
+def upcycle_jobs(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.dtype) -> list[Job]:
+    """From a checkpoint of ``old`` to one of ``new``, which differs in its experts alone.
 
     Args:
         old: One expert per modality.
@@ -37,19 +35,19 @@ def plan_upcycle(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.
         seed: Decides the routers.
         dtype: Type of the routers; everything else keeps its own.
     """
-    known = {slot.name: slot for step in plan_export(old) for slot in step.sources}
-    steps = []
-    for (slot,) in (step.sources for step in plan_export(new)):
-        row = parameters_by_key(new)[slot.key]
-        if row.num_experts:
-            repeated = partial(_repeat, times=new.language.num_experts)
-            steps.append(Step((known[slot.name],), (slot,), repeated))
-        elif slot.name in known:
-            steps.append(Step((slot,), (slot,), _unchanged))
-        else:
-            router = partial(draw, parameter=row, layer=slot.layer, seed=seed, dtype=dtype)
-            steps.append(Step((), (slot,), router, dtype))
-    return steps
+    known = {ours.name: ours for found in hf_parameters(old) for ours, _ in found.slots(old)}
+    jobs = []
+    for found in hf_parameters(new):
+        for slot, _ in found.slots(new):
+            if slot.name not in known:
+                router = partial(draw, parameter=found.parameter, layer=slot.layer, seed=seed)
+                jobs.append(Job((), (slot,), router, dtype))
+            elif found.parameter.num_experts:
+                repeated = partial(_repeat, times=new.language.num_experts)
+                jobs.append(Job((known[slot.name],), (slot,), repeated))
+            else:
+                jobs.append(Job((slot,), (slot,), partial(SAME.to_hf, model=new)))
+    return jobs
 
 
 def convert_upcycle(
@@ -59,11 +57,9 @@ def convert_upcycle(
     num_experts: int,
     experts_per_token: int,
     seed: int = 1234,
-    verify: bool = True,
-    jobs: int = 1,
-    on_progress: OnProgress | None = None,
+    **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a checkpoint with several experts per modality.
+    """Writes a checkpoint with several experts per modality; gives what was done, ready for JSON.
 
     Args:
         checkpoint: A checkpoint folder, or a run's folder of checkpoints (the newest is taken).
@@ -71,52 +67,37 @@ def convert_upcycle(
         num_experts: Experts of each modality.
         experts_per_token: Experts that a token's router chooses.
         seed: Decides the routers' first weights.
-        verify: Read everything back and compare.
-        jobs: Processes that work at the same time.
-        on_progress: Is told the bytes that are done and the bytes in all.
-
-    Returns:
-        What was done, ready for JSON.
+        **run: How to run.
 
     Raises:
         UserError: The checkpoint is incomplete or has several experts already; nothing is written then.
     """
-    started = time.monotonic()
-    require_new(target)
-    source = find_checkpoint(checkpoint)
-    old = read_model_config(source)
+    old, reader = open_checkpoint(checkpoint)
+    source, found = reader.folder, reader.signatures()
     if old.language.num_experts > 1:
         raise UserError(f"{source} has {old.language.num_experts} experts per modality already, expected 1")
     if num_experts < 2:
         raise UserError(f"{num_experts} experts per modality asked for, expected 2 or more")
-    language = dataclasses.replace(old.language, num_experts=num_experts, experts_per_token=experts_per_token)
-    new = dataclasses.replace(old, language=language)
+    language = replace(old.language, num_experts=num_experts, experts_per_token=experts_per_token)
+    new, experts = replace(old, language=language), {"num_experts": num_experts, "experts_per_token": experts_per_token}
     require_valid_model(new, "the model asked for")
-    reader = CheckpointReader(source)
-    found = reader.signatures()
-    require_mcore_tensors(found, old, f"checkpoint {source}")
     dtype = found["decoder.layers.mlp.linear_fc2.text.weight"][1]
-    if not isinstance(dtype, torch.dtype):  # require_mcore_tensors has refused every other type
+    if not isinstance(dtype, torch.dtype):  # open_checkpoint has refused every other type
         raise RuntimeError(f"experts have type {dtype}")
-    steps = with_types(plan_upcycle(old, new, seed=seed, dtype=dtype), found, None)
-    with new_folder(target, total_bytes(steps)) as partial_folder:
-        writer = CheckpointWriter(partial_folder, targets(steps))
-        run_steps(steps, reader, writer, CheckpointReader, jobs=jobs, verify=verify, on_progress=on_progress)
-        written = CheckpointReader(partial_folder).signatures()
+    jobs = with_types(upcycle_jobs(old, new, seed=seed, dtype=dtype), found, None)
+    with new_folder(target, total_bytes(jobs)) as partial_folder:
+        run_jobs(jobs, reader, CheckpointWriter(partial_folder), **run)
         config = read_config(source)
-        config["model"]["language"] |= {"num_experts": num_experts, "experts_per_token": experts_per_token}
+        config["model"]["language"] |= experts
         write_config(partial_folder, config)
     return {
         "source": str(source),
         "checkpoint": str(target),
         "family": new.language.family,
-        "num_experts": num_experts,
-        "experts_per_token": experts_per_token,
-        "num_hf_tensors": sum(len(step.targets) for step in plan_export(new)),
-        **summary(written, None),
-        "verified": verify,
+        **experts,
+        "num_hf_tensors": len(hf_shapes(new)),
+        **summary(jobs),
         "notes": [],
-        "seconds": round(time.monotonic() - started, 3),
     }
 
 
@@ -124,7 +105,3 @@ def _repeat(tensors: Tensors, *, times: int) -> Tensors:
     """[...] -> [times, ...]."""
     (tensor,) = tensors
     return (tensor.expand(times, *tensor.shape),)
-
-
-def _unchanged(tensors: Tensors) -> Tensors:
-    return tensors

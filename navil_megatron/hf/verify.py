@@ -1,18 +1,17 @@
 """Accounting: every tensor that should be there is, under its name, shape and type, and none besides."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from navil_megatron.blueprint.parameters import Shape, checkpoint_shapes
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.validate import model_problems
 from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config
-from navil_megatron.hf.param_map import hf_shapes, table
+from navil_megatron.hf.hf_parameters import hf_parameters
 
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types that weights may have."""
@@ -21,17 +20,31 @@ MOST_LAYERS, LARGEST_SIZE = 10_000, 1 << 31
 MOST_EXPERTS = 50_000
 """Layers times experts of a modality, likewise."""
 
-Signature = tuple[Shape, torch.dtype | str]
-"""Shape and type of a tensor; a type that torch does not have is a name."""
+type Type = torch.dtype | str
+"""A type that torch does not have is a name."""
+type Signature = tuple[Shape, Type]
+"""Shape and type of a tensor."""
 
 
-def type_name(dtype: torch.dtype | str) -> str:
+def type_name(dtype: Type) -> str:
     """E.g. ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
+def type_names(types: Iterable[Type]) -> str:
+    """Several, for a message."""
+    return ", ".join(map(type_name, types))
+
+
+def size_of(signature: Signature) -> tuple[int, int]:
+    """Numbers and bytes of a tensor; no bytes where torch does not have its type."""
+    shape, dtype = signature
+    numel = torch.Size(shape).numel()
+    return numel, numel * dtype.itemsize if isinstance(dtype, torch.dtype) else 0
+
+
 def require_valid_model(model: ModelConfig, where: str) -> None:
-    """Refuses a model section with sizes that no model has, before anything is planned by it.
+    """Refuses a model section with sizes that no model has, before anything is made of it.
 
     Raises:
         UserError: It is not valid; one message names all problems.
@@ -63,48 +76,42 @@ def read_model_config(checkpoint: Path) -> ModelConfig:
     return model
 
 
-def require_weight_type(dtype: torch.dtype | None) -> None:
-    """Refuses a type that weights cannot have."""
-    if dtype is not None and dtype not in WEIGHT_TYPES:
-        raise UserError(f"dtype {type_name(dtype)} is not supported, only {', '.join(map(type_name, WEIGHT_TYPES))}")
-
-
-def require_hf_tensors(found: Mapping[str, Signature], model: ModelConfig, where: str, casting: bool = False) -> None:
-    """Checks the tensors of HF files against the table.
+def require_tensors(
+    found: Mapping[str, Signature],
+    expected: Mapping[str, Shape],
+    where: str,
+    *,
+    ignored: Collection[str] = (),
+    others: Iterable[str] = (),
+) -> None:
+    """Checks tensors against the shapes that they should have.
 
     Args:
         found: Shape and type under each key.
-        model: The model that they should be.
+        expected: Shape under each key.
         where: Names the folder in the message.
-        casting: All tensors are about to be cast to one type, so layers may differ in theirs.
+        ignored: Keys that may be there too.
+        others: Problems that were found elsewhere.
 
     Raises:
         UserError: Anything is missing, unknown or of another shape or type; one message names them all.
     """
-    problems = list(_differences(found, hf_shapes(model)))
-    if not casting:
-        problems += _mixed_types(found, model)
-    _refuse(problems, where)
+    problems = [*_differences({key: found[key] for key in found if key not in ignored}, expected), *others]
+    if problems:
+        raise UserError(
+            f"{where} does not fit its config, {len(problems)} problem(s): {'; '.join(problems)}; "
+            "nothing was written; correct the config or the weights"
+        )
 
 
-def require_mcore_tensors(found: Mapping[str, Signature], model: ModelConfig, where: str) -> None:
-    """Checks the model's tensors of a checkpoint against the table.
-
-    Raises:
-        UserError: As ``require_hf_tensors``.
-    """
-    _refuse(list(_differences(found, checkpoint_shapes(model))), where)
-
-
-def require_tensors(
-    found: Mapping[str, Signature], expected: Mapping[str, Shape], where: str, ignored: Collection[str] = ()
-) -> None:
-    """Checks tensors against any list of shapes; ``ignored`` keys may be there too.
-
-    Raises:
-        UserError: As ``require_hf_tensors``.
-    """
-    _refuse(list(_differences({key: found[key] for key in found if key not in ignored}, expected)), where)
+def mixed_types(found: Mapping[str, Signature], model: ModelConfig) -> Iterator[str]:
+    """Tensors that become one in the checkpoint must have one type, or joining them would silently change some."""
+    for parameter in hf_parameters(model):
+        keys = [slot.key for _, theirs in parameter.slots(model) for slot in theirs]
+        types = {found[key][1] for key in keys if key in found}
+        if len(types) > 1:
+            names = ", ".join(sorted(map(type_name, types)))
+            yield f"{', '.join(parameter.keys)} have several types ({names}) over the layers; choose one with dtype"
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -113,18 +120,6 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
-
-
-def summary(found: Mapping[str, Signature], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Counts of a set of tensors for a report; ``dtype``: the type that they are cast to."""
-    sizes = {key: torch.Size(shape).numel() for key, (shape, _) in found.items()}
-    types = {key: dtype or stored for key, (_, stored) in found.items()}
-    return {
-        "num_tensors": len(found),
-        "num_parameters": sum(sizes.values()),
-        "num_bytes": sum(sizes[key] * kind.itemsize for key, kind in types.items() if isinstance(kind, torch.dtype)),
-        "types": sorted(set(map(type_name, types.values()))),
-    }
 
 
 def _differences(found: Mapping[str, Signature], expected: Mapping[str, Shape]) -> Iterator[str]:
@@ -137,21 +132,4 @@ def _differences(found: Mapping[str, Signature], expected: Mapping[str, Shape]) 
         if shape != expected[key]:
             yield f"{key} is {list(shape)}, expected {list(expected[key])}"
         if dtype not in WEIGHT_TYPES:
-            yield f"{key} has type {type_name(dtype)}, expected {', '.join(map(type_name, WEIGHT_TYPES))}"
-
-
-def _mixed_types(found: Mapping[str, Signature], model: ModelConfig) -> Iterator[str]:
-    """Tensors that become one in the checkpoint must have one type, or joining them would silently change some."""
-    for row in table(model):
-        types = {found[key][1] for keys in row.hf_keys_of_layers() for key in keys if key in found}
-        if len(types) > 1:
-            names = ", ".join(sorted(map(type_name, types)))
-            yield f"{', '.join(row.hf_keys)} have several types ({names}) over the layers; choose one with dtype"
-
-
-def _refuse(problems: list[str], where: str) -> None:
-    if problems:
-        raise UserError(
-            f"{where} does not fit its config, {len(problems)} problem(s): {'; '.join(problems)}; "
-            "nothing was written; correct the config or the weights"
-        )
+            yield f"{key} has type {type_name(dtype)}, expected {type_names(WEIGHT_TYPES)}"

@@ -1,13 +1,11 @@
 """Builds the model chunks of one rank and fills them by seed, with the same values at every layout."""
 
-import hashlib
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from navil_megatron.blueprint.experts_placement import local_experts
-from navil_megatron.blueprint.parameters import Parameter, is_trainable, parameter_of
+from navil_megatron.blueprint.parameters import Parameter, initial_seed, is_trainable, parameter_of
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
@@ -66,8 +64,7 @@ def random_slice(
     row: Parameter, name: str, seed: int, pg_collection: ProcessGroupCollection, device: torch.device
 ) -> Tensor:
     """This rank's slice of the whole random tensor, of which every rank draws all."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator(device).manual_seed(initial_seed(seed, name))
     whole = torch.empty(row.shape, device=device).normal_(row.mean, row.std, generator=generator)
     group = pg_collection.tp
     if row.num_experts is not None and row.modality is not None:

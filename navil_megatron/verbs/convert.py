@@ -1,5 +1,6 @@
 """``navil-megatron convert``: to-hf, from-hf, upcycle, verify, inspect."""
 
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ def to_hf(options: Namespace) -> Outcome:
     """Exports a checkpoint and says what went out."""
     from navil_megatron.hf.export import convert_to_hf
 
-    return _convert(convert_to_hf, options, "checkpoint", "folder", max_part_bytes=options.max_part_size)
+    return _convert(convert_to_hf, options, "checkpoint", "folder", max_file_bytes=options.max_part_size)
 
 
 @verb(
@@ -100,19 +101,19 @@ def upcycle(options: Namespace) -> Outcome:
 )
 def verify(options: Namespace) -> Outcome:
     """Compares two models."""
-    from navil_megatron.hf.compare import compare, describe_comparison
+    from navil_megatron.hf.compare import compare_weights, describe_weights
     from navil_megatron.hf.memory import keep_freed_memory
 
     keep_freed_memory()
-    report = compare(options.first, options.second, options.on_progress)
-    equal, text = report["equal"], describe_comparison(report)
+    report = compare_weights(options.first, options.second, options.on_progress)
+    equal, text = report["equal"], describe_weights(report)
     if options.logits:
         from navil_megatron.runtime.logs import quiet_known_warnings
 
         quiet_known_warnings()  # comes before the first import of megatron-core
-        from navil_megatron.compare_outputs import compare_models, describe_outputs
+        from navil_megatron.compare_outputs import compare_outputs, describe_outputs
 
-        outputs = compare_models(options.first, options.second, options.prompt, options.image, options.tokenizer)
+        outputs = compare_outputs(options.first, options.second, options.prompt, options.image, options.tokenizer)
         report["outputs"] = outputs
         equal, text = equal and outputs["equal"], f"{text}\n{describe_outputs(outputs)}"
     return Outcome(report, text, 0 if equal else 1)
@@ -145,16 +146,19 @@ def _convert(
     from navil_megatron.hf.memory import keep_freed_memory
 
     keep_freed_memory()
-    settings |= {"verify": not options.no_verify, **chosen(options, "jobs", "on_progress")}
+    verify = not options.no_verify
+    settings |= {"verify": verify, "num_processes": options.jobs, "on_progress": options.on_progress}
     if "dtype" in options:
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
         settings |= {"dtype": dtype, "tokenizer": options.tokenizer}
+    started = time.monotonic()
     report = conversion(getattr(options, source), getattr(options, target), **settings)
+    report |= {"verified": verify, "seconds": round(time.monotonic() - started, 3)}
     lines = [
         f"{report[source]} -> {report[target]}",
         f"{report['num_parameters']} parameters in {report['num_hf_tensors']} Hugging Face tensors, "
         f"{report['num_bytes']} bytes, {', '.join(report['types'])}, {report['seconds']} s",
-        "verified: read back and compared" if report["verified"] else "not verified",
+        "verified: read back and compared" if verify else "not verified",
         *report["notes"],
     ]
     return Outcome(report, "\n".join(lines))

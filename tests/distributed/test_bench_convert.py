@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.files.checkpoint_metadata import read_metadata
-from navil_megatron.hf.compare import compare
+from navil_megatron.hf.compare import compare_weights
 from navil_megatron.hf.export import convert_to_hf
-from navil_megatron.hf.param_map import table
+from navil_megatron.hf.hf_parameters import hf_parameters
 from navil_megatron.hf.verify import read_model_config
 from navil_megatron.models.build import build_model
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
@@ -57,8 +56,8 @@ def test_chunks_are_those_of_a_real_save(layout: str, tmp_path: Path) -> None:
         for chunk in tensor.chunks
     }
     made = {
-        (rank, row.parameter.key, offsets, sizes)
-        for rank, row, offsets, sizes in bench.chunks(read_model_config(checkpoint), *LAYOUTS[layout])
+        (rank, parameter.key, offsets, sizes)
+        for rank, parameter, offsets, sizes in bench.chunks(read_model_config(checkpoint), *LAYOUTS[layout])
     }
     assert made == real
 
@@ -73,12 +72,12 @@ def test_a_layout_changes_no_byte_of_the_folder(tmp_path: Path) -> None:
         convert_to_hf(checkpoint, checkpoint.parent / "hf")
     one, many = ((checkpoint.parent / "hf" / "model.safetensors").read_bytes() for checkpoint in checkpoints)
     assert one == many
-    assert compare(*checkpoints)["equal"]
+    assert compare_weights(*checkpoints)["equal"]
 
 
 def test_sizes_are_those_of_the_real_model() -> None:
     bench = load_bench()
-    count = sum(torch.Size(row.parameter.whole_shape).numel() for row in table(bench.NAVIL_2B))
+    count = sum(found.parameter.numel for found in hf_parameters(bench.NAVIL_2B))
     assert count == 4_040_921_024  # the key list of the published sizes
 
 

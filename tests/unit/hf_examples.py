@@ -13,7 +13,7 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.vision import VisionConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.files.atomic_folder import new_folder
-from navil_megatron.hf.param_map import hf_shapes
+from navil_megatron.hf.hf_parameters import hf_shapes
 from tests.whole_checkpoint import hf_to_mcore, write_tensors
 
 FAMILIES = tuple(FAMILY_TRAITS)

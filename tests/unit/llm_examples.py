@@ -18,7 +18,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from navil_megatron.hf.plan import Slot, Step
+from navil_megatron.blueprint.parameters import Shape
+from navil_megatron.hf.hf_parameters import Slot
+from navil_megatron.hf.jobs import Job
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -123,14 +125,19 @@ def as_internlm2(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {key: tensor.clone().contiguous() for key, tensor in renamed.items()}
 
 
-def run_in_memory(steps: list[Step], stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the steps write, each tensor whole; the converter's engine does the same from disk to disk."""
+def sources_of(jobs: list[Job]) -> dict[str, Shape]:
+    """Key and shape of every tensor that the jobs read."""
+    return {slot.key: slot.shape for job in jobs for slot in job.sources}
+
+
+def run_in_memory(jobs: list[Job], stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the jobs write, each tensor whole; the converter's engine does the same from disk to disk."""
     written: dict[str, torch.Tensor] = {}
-    for step in steps:
-        targets = step.function(tuple(_read(stored, slot) for slot in step.sources))
-        for slot, tensor in zip(step.targets, targets, strict=True):
+    for job in jobs:
+        targets = job.function(tuple(_read(stored, slot) for slot in job.sources))
+        for slot, tensor in zip(job.targets, targets, strict=True):
             assert tensor.shape == slot.shape, slot
-            assert step.dtype in (None, tensor.dtype), slot
+            tensor = tensor.to(job.dtype or tensor.dtype)
             if slot.layer is None:
                 assert slot.key not in written, slot
                 written[slot.key] = tensor

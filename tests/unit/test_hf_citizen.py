@@ -262,7 +262,7 @@ def test_card_says_how_it_was_trained(tmp_path: Path, older: bool) -> None:
     checkpoint = tmp_path / "step_00000300"
     checkpoint.mkdir()
     (checkpoint / "navil_config.json").write_text(json.dumps(stored))
-    card = model_card(tiny_model("qwen3"), 1, True, checkpoint=checkpoint, consumed_tokens=5)
+    card = model_card(tiny_model("qwen3"), 1, has_tokenizer=True, checkpoint=checkpoint)
     assert "| phase, precision | s2, bf16 |" in card
     assert "| step | 300 of 1,000 |" in card
 

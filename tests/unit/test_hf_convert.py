@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
 from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.hf_parameters import hf_parameters, hf_shapes
 from navil_megatron.hf.ingest import convert_from_hf
-from navil_megatron.hf.param_map import hf_shapes, table
-from navil_megatron.hf.plan import cut
+from navil_megatron.hf.jobs import cut
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.verify import same_bits
 from tests.ranks import run_ranks, start_session
@@ -40,10 +40,10 @@ def same(one: dict, other: dict) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_table_names_every_key_once(family: str) -> None:
     model = tiny_model(family, qkv_bias=True, norm="layernorm")
-    rows = table(model)
-    hf_keys = [key for row in rows for keys in row.hf_keys_of_layers() for key in keys]
+    found = hf_parameters(model)
+    hf_keys = [slot.key for parameter in found for _, theirs in parameter.slots(model) for slot in theirs]
     assert len(hf_keys) == len(set(hf_keys)) == len(hf_shapes(model))
-    assert len(rows) == len(checkpoint_shapes(model))
+    assert len(found) == len(checkpoint_shapes(model))
 
 
 def test_depth_zero_and_tied_embeddings_drop_their_rows() -> None:
@@ -191,9 +191,9 @@ def test_damaged_checkpoint_is_one_line(tmp_path: Path, damage, message: str) ->
 def test_damaged_hf_folder_is_one_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", tiny_model())
     folder = tmp_path / "hf"
-    parts = convert_to_hf(tmp_path / "checkpoint", folder, max_part_bytes=100_000)["parts"]
-    assert parts[-1] == INDEX_FILE
-    whole = (folder / parts[0]).read_bytes()
+    files = convert_to_hf(tmp_path / "checkpoint", folder, max_file_bytes=100_000)["files"]
+    assert files[-1] == INDEX_FILE
+    whole = (folder / files[0]).read_bytes()
     index = (folder / INDEX_FILE).read_text()
 
     def refused(message: str) -> None:
@@ -201,11 +201,11 @@ def test_damaged_hf_folder_is_one_line(tmp_path: Path) -> None:
             convert_from_hf(folder, tmp_path / "again")
         assert not list(tmp_path.glob("again*"))
 
-    (folder / parts[0]).write_bytes(whole[: len(whole) // 2])
+    (folder / files[0]).write_bytes(whole[: len(whole) // 2])
     refused("cannot be read as safetensors")
-    (folder / parts[0]).unlink()
-    refused(re.escape(f"lacks {parts[0]}"))
-    (folder / INDEX_FILE).write_text(index.replace(parts[0], "../secret.safetensors"))
+    (folder / files[0]).unlink()
+    refused(re.escape(f"lacks {files[0]}"))
+    (folder / INDEX_FILE).write_text(index.replace(files[0], "../secret.safetensors"))
     refused("expected file names inside the folder")
     (folder / INDEX_FILE).write_text("[]")
     refused("is not a safetensors index")
@@ -215,9 +215,9 @@ def test_damaged_hf_folder_is_one_line(tmp_path: Path) -> None:
     refused("cannot be read as JSON")
 
 
-def test_parts_keep_order_and_size() -> None:
-    parts = cut({"a": 4, "b": 4, "c": 9, "d": 1, "e": 7}, 8)
-    assert parts == [["a", "b"], ["c"], ["d", "e"]]
+def test_pieces_keep_order_and_size() -> None:
+    pieces = cut({"a": 4, "b": 4, "c": 9, "d": 1, "e": 7}, 8)
+    assert pieces == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_code_in_a_source_folder_is_never_run(tmp_path: Path) -> None:

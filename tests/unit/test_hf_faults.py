@@ -26,7 +26,7 @@ from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
 from navil_megatron.files.checksums import CHECKSUMS_FILE
 from navil_megatron.files.disk_space import require_space
-from navil_megatron.hf.compare import compare
+from navil_megatron.hf.compare import compare_weights
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.safetensors_io import INDEX_FILE
@@ -40,10 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What each direction converts from: a checkpoint, and a folder of several parts."""
+    """What each direction converts from: a checkpoint, and a folder of several files."""
     folder = tmp_path_factory.mktemp("sources")
     write_checkpoint(folder / "checkpoint", tiny_model(num_layers=12))
-    convert_to_hf(folder / "checkpoint", folder / "hf", max_part_bytes=200_000)
+    convert_to_hf(folder / "checkpoint", folder / "hf", max_file_bytes=200_000)
     (folder / "hf" / CHECKSUMS_FILE).unlink()
     return {"to-hf": folder / "checkpoint", "from-hf": folder / "hf"}
 
@@ -116,7 +116,7 @@ def check_kills(direction: str, source: Path, tmp_path: Path, count: int) -> Non
             found = fingerprint(partial)
             if found != whole:
                 with pytest.raises(UserError):
-                    compare(source, partial)
+                    compare_weights(source, partial)
     assert "partial" in outcomes
     process = start(direction, source, target)
     process.join()
@@ -147,7 +147,7 @@ def test_workers_end_with_a_killed_conversion(tmp_path: Path) -> None:
         "from navil_megatron.hf import ingest\n"
         "from navil_megatron.hf.checkpoint import writer\n"
         "writer.CheckpointWriter.__init__.__defaults__ = (5_000_000,)\n"
-        "if __name__ == '__main__': ingest.convert_from_hf(Path('hf'), Path('target'), jobs=2)\n"
+        "if __name__ == '__main__': ingest.convert_from_hf(Path('hf'), Path('target'), num_processes=2)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
@@ -162,7 +162,7 @@ def test_workers_end_with_a_killed_conversion(tmp_path: Path) -> None:
     assert not _writers(tmp_path)
     assert not (tmp_path / "target").exists()
     convert_from_hf(tmp_path / "hf", tmp_path / "target")
-    assert compare(tmp_path / "hf", tmp_path / "target")["equal"]
+    assert compare_weights(tmp_path / "hf", tmp_path / "target")["equal"]
 
 
 def _writers(folder: Path) -> list[str]:
@@ -193,7 +193,7 @@ def test_two_conversions_to_one_target(
         os.kill(process.pid, signal.SIGCONT)
     process.join()
     assert process.exitcode == 0
-    assert compare(sources["to-hf"], target)["equal"]
+    assert compare_weights(sources["to-hf"], target)["equal"]
     assert "exists already" in str(_error(lambda: convert_to_hf(sources["to-hf"], target)))
 
 
@@ -285,7 +285,7 @@ def _header(path: Path, change: Callable[[dict], Any]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-def _part(folder: Path, number: int = 1) -> Path:
+def _weights(folder: Path, number: int = 1) -> Path:
     return sorted(folder.glob("*.safetensors"))[number]
 
 
@@ -304,25 +304,28 @@ def _config(folder: Path, **changes: Any) -> None:
 
 
 BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated part": (lambda f: _rewrite(_part(f), lambda c: c.__delitem__(slice(-1000, None))), "cannot be read as"),
-    "empty part": (lambda f: _part(f).write_bytes(b""), "cannot be read as safetensors"),
-    "bit flip in a header": (lambda f: _rewrite(_part(f), lambda c: _flip(c, 3)), "cannot be read as safetensors"),
+    "truncated file": (
+        lambda f: _rewrite(_weights(f), lambda c: c.__delitem__(slice(-1000, None))),
+        "cannot be read as",
+    ),
+    "empty file": (lambda f: _weights(f).write_bytes(b""), "cannot be read as safetensors"),
+    "bit flip in a header": (lambda f: _rewrite(_weights(f), lambda c: _flip(c, 3)), "cannot be read as safetensors"),
     "unknown type": (
-        lambda f: _header(_part(f), lambda h: h[next(iter(h.keys() - {"__metadata__"}))].update(dtype="F7")),
+        lambda f: _header(_weights(f), lambda h: h[next(iter(h.keys() - {"__metadata__"}))].update(dtype="F7")),
         "cannot be read as safetensors",
     ),
-    "missing part": (lambda f: _part(f).unlink(), "which its index names"),
-    "part outside": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "../x"})), "inside the folder"),
-    "absolute part": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "/etc/passwd"})), "inside the folder"),
-    "part that is dot-dot": (lambda f: _index(f, lambda m: m.update({next(iter(m)): ".."})), "inside the folder"),
-    "part that is no text": (lambda f: _index(f, lambda m: m.update({next(iter(m)): 7})), "not a safetensors index"),
-    "key in another part": (
+    "missing file": (lambda f: _weights(f).unlink(), "which its index names"),
+    "file outside": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "../x"})), "inside the folder"),
+    "absolute file": (lambda f: _index(f, lambda m: m.update({next(iter(m)): "/etc/passwd"})), "inside the folder"),
+    "file that is dot-dot": (lambda f: _index(f, lambda m: m.update({next(iter(m)): ".."})), "inside the folder"),
+    "file that is no text": (lambda f: _index(f, lambda m: m.update({next(iter(m)): 7})), "not a safetensors index"),
+    "key in another file": (
         lambda f: _index(f, lambda m: m.update({next(iter(m)): sorted(m.values())[-1]})),
-        "does not fit its parts in 1 of",
+        "does not fit its files in 1 of",
     ),
     "key nowhere": (lambda f: _index(f, lambda m: m.update({"more": next(iter(m.values()))})), "more (nowhere)"),
     "link out": (
-        lambda f: _part(f, 0).symlink_to(_part(f, 0).rename(f.parent / "elsewhere")),
+        lambda f: _weights(f, 0).symlink_to(_weights(f, 0).rename(f.parent / "elsewhere")),
         "outside the folder",
     ),
     "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
@@ -541,7 +544,7 @@ def test_files_in_hugging_faces_cache_are_links_and_read(sources: dict[str, Path
         shutil.copyfile(path, blobs / str(number))
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
     convert_from_hf(snapshot, tmp_path / "target")
-    assert compare(sources["from-hf"], tmp_path / "target")["equal"]
+    assert compare_weights(sources["from-hf"], tmp_path / "target")["equal"]
 
 
 def test_damaged_checksums(damaged: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

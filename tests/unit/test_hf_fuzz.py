@@ -24,9 +24,9 @@ from navil_megatron.files.hashes import digest
 from navil_megatron.hf.checkpoint.archive import find_numbers
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.inspect import describe_contents, inspect
+from navil_megatron.hf.memory import raw_bytes
 from navil_megatron.hf.model_source import open_source
 from navil_megatron.hf.safetensors_io import INDEX_FILE
-from navil_megatron.hf.tensor_bytes import raw_bytes
 from tests.unit.hf_examples import tiny_model, write_checkpoint
 
 TRIED, MANY_TRIED = 120, 3000
@@ -62,7 +62,7 @@ TOKENS = (
 )
 
 PLACES = {
-    "part": ("hf", "model-00002-of-00003.safetensors"),
+    "weights": ("hf", "model-00002-of-00003.safetensors"),
     "index": ("hf", INDEX_FILE),
     "config": ("hf", "config.json"),
     "checksums": ("hf", CHECKSUMS_FILE),
@@ -104,7 +104,7 @@ def mutate(content: bytes, stretches: list[tuple[int, int]], draw: random.Random
 def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
     """Where a file holds anything but the numbers of tensors."""
     content = path.read_bytes()
-    if kind == "part":
+    if kind == "weights":
         return [(0, 8), (8, 8 + int.from_bytes(content[:8], "little"))]
     if kind != "entries":
         return [(0, len(content))]
@@ -121,7 +121,7 @@ def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
 def read_all(folder: Path) -> dict[str, str]:
     """A hash of every tensor, read as a conversion reads it, with everything that it checks before."""
     source = open_source(folder)
-    found = {key: digest(raw_bytes(tensor)) for key in source.signatures() for tensor in [source.read(key)[key]]}
+    found = {key: digest(raw_bytes(tensor)) for key in source.signatures for tensor in [source.read(key)[key]]}
     assert describe_contents(inspect(folder))
     return found
 
@@ -172,13 +172,13 @@ def _same(found: dict[str, str], expected: dict[str, str], kind: str) -> bool:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
     write_checkpoint(folder / "checkpoint", tiny_model())
-    convert_to_hf(folder / "checkpoint", folder / "hf", max_part_bytes=300_000)
+    convert_to_hf(folder / "checkpoint", folder / "hf", max_file_bytes=300_000)
     return folder
 
 
 def check(kind: str, root: Path, tmp_path: Path, count: int, say: Callable[[str], None]) -> None:
     shutil.copytree(root, tmp_path / "copy")
-    if kind not in ("checksums", "part"):
+    if kind not in ("checksums", "weights"):
         # With hashes beside them, changed numbers would be found by them alone.
         (tmp_path / "copy" / "hf" / CHECKSUMS_FILE).unlink()
     context = multiprocessing.get_context("forkserver")

@@ -14,19 +14,19 @@ from transformers import AutoTokenizer
 
 from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
+from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
+from navil_megatron.hf.jobs import export_jobs
 from navil_megatron.hf.llm.start import (
-    expected_llm_tensors,
     ignored_llm_tensors,
     is_bare_llm,
+    llm_start_jobs,
     model_config_for_llm,
-    plan_llm_start,
 )
-from navil_megatron.hf.param_map import table
 from tests.unit.hf_examples import FAMILIES
-from tests.unit.llm_examples import LLAMA3_ROPE, VISION, run_in_memory, save_random_llm
+from tests.unit.llm_examples import LLAMA3_ROPE, VISION, run_in_memory, save_random_llm, sources_of
 
 IDS = tuple(range(200, 212))
 
@@ -42,10 +42,13 @@ class Folder:
     def model(self, **language: Any) -> ModelConfig:
         return model_config_for_llm(self.config, {"vision": VISION, "language": language}, IDS)
 
+    def sources(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        return sources_of(llm_start_jobs(self.config, model, seed=0, dtype=torch.float32, stored=self.tensors))
+
     def start(self, model: ModelConfig, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        steps = plan_llm_start(self.config, model, seed=seed, dtype=dtype, stored=self.tensors)
-        random.Random(seed).shuffle(steps)
-        return run_in_memory(pickle.loads(pickle.dumps(steps)), self.tensors)
+        jobs = llm_start_jobs(self.config, model, seed=seed, dtype=dtype, stored=self.tensors)
+        random.Random(seed).shuffle(jobs)
+        return run_in_memory(pickle.loads(pickle.dumps(jobs)), self.tensors)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -57,15 +60,15 @@ def test_text_experts_equal_the_llm_bit_for_bit(folder: Folder) -> None:
     model = folder.model()
     whole = folder.start(model)
     seen = set()
-    for row in table(model):
-        if ".visual." in row.parameter.key or not row.hf_keys[0].startswith("language_model."):
+    for job in export_jobs(model):
+        (slot,), keys = job.sources, [target.key.removeprefix("language_model.") for target in job.targets]
+        if ".visual." in slot.key or keys[0] == job.targets[0].key:
             continue
-        for layer, keys in enumerate(row.hf_keys_of_layers()):
-            value = whole[row.parameter.key] if row.parameter.num_layers is None else whole[row.parameter.key][layer]
-            for key, part in zip(keys, row.function.to_hf(value, model), strict=True):
-                expected = folder.tensors[key.removeprefix("language_model.")]
-                assert torch.equal(part[: len(expected)], expected), key
-                seen.add(key.removeprefix("language_model."))
+        value = whole[slot.key] if slot.layer is None else whole[slot.key][slot.layer]
+        for key, tensor in zip(keys, job.function((value,)), strict=True):
+            expected = folder.tensors[key]
+            assert torch.equal(tensor[: len(expected)], expected), key
+            seen.add(key)
     assert seen == {key for key in folder.tensors if key != "lm_head.weight" or not model.language.tied_embeddings}
 
 
@@ -149,8 +152,7 @@ def test_every_tensor_gets_the_wanted_type(folder: Folder) -> None:
 
 
 def test_expected_tensors_are_the_folders(folder: Folder) -> None:
-    expected = expected_llm_tensors(folder.config, folder.model(), folder.tensors)
-    assert expected == {key: tuple(tensor.shape) for key, tensor in folder.tensors.items()}
+    assert folder.sources(folder.model()) == {key: tuple(tensor.shape) for key, tensor in folder.tensors.items()}
 
 
 def test_rotary_buffers_are_left_unread() -> None:
@@ -162,7 +164,7 @@ def test_stored_tied_head_is_accepted_only_if_it_is_the_table(tmp_path: Path) ->
     folder = tied_llama(tmp_path)
     folder.tensors["lm_head.weight"] = folder.tensors[EMBEDDING].clone()
     model = folder.model()
-    assert expected_llm_tensors(folder.config, model, folder.tensors)["lm_head.weight"]
+    assert folder.sources(model)["lm_head.weight"]
     folder.start(model)
     folder.tensors["lm_head.weight"][3, 1] += 1
     with pytest.raises(UserError, match="says tie_word_embeddings, but its folder holds an LM head that differs"):
@@ -252,8 +254,8 @@ def test_run_config_that_disagrees_with_the_llm_is_refused_by_name(tmp_path: Pat
         model_config_for_llm(folder.config, {"vision": VISION, "special_token_ids": list(range(12))}, IDS)
 
 
-def test_loaded_model_section_is_taken_too(folder: Folder) -> None:
-    assert model_config_for_llm(folder.config, folder.model(), IDS) == folder.model()
+def test_a_whole_model_section_that_agrees_is_taken(folder: Folder) -> None:
+    assert model_config_for_llm(folder.config, config_to_dict(folder.model()), IDS) == folder.model()
 
 
 def test_bare_llm_is_told_from_a_navil_folder(folder: Folder) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from navil_megatron.blueprint.chat_template import TURN_TOKENS, chat_template
 from navil_megatron.config.errors import UserError
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_from_hf
-from navil_megatron.hf.exported.portable_tokenizer import settle_tokenizer, vocabulary
+from navil_megatron.hf.exported.tokenizer_files import settle_tokenizer, vocabulary
 from tests.unit.hf_examples import tiny_model, tiny_tokenizer
 
 MODEL = tiny_model("qwen2")

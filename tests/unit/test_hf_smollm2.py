@@ -12,16 +12,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from examples.recipe_small.smollm2 import write_smollm2
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
 from navil_megatron.hf.hf_config import hf_config_from_model
+from navil_megatron.hf.jobs import export_jobs
 from navil_megatron.hf.llm.start import (
-    expected_llm_tensors,
     ignored_llm_tensors,
+    llm_start_jobs,
     model_config_for_llm,
-    plan_llm_start,
 )
-from navil_megatron.hf.plan import plan_export
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
-from tests.unit.llm_examples import VISION, run_in_memory
+from tests.unit.llm_examples import VISION, run_in_memory, sources_of
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea.")
 NUM_TOKENS = 24
@@ -53,12 +52,13 @@ def start_from(llm: Path, tokenizer: Path) -> NaViL:
     assert model.language.tied_embeddings
     assert model.language.vocab_size == 49_152 + 12
     found = {key: tuple(tensor.shape) for key, tensor in stored.items() if key not in ignored_llm_tensors(stored)}
-    assert found == expected_llm_tensors(config, model, stored)
-    whole = run_in_memory(plan_llm_start(config, model, seed=0, dtype=torch.float32, stored=stored), stored)
+    jobs = llm_start_jobs(config, model, seed=0, dtype=torch.float32, stored=stored)
+    assert found == sources_of(jobs)
+    whole = run_in_memory(jobs, stored)
     settings = hf_config_from_model(model, dtype="float32", token_ids={}, image_settings={})
     with torch.device("meta"):
         ours = NaViL(NaViLChatConfig(**settings))
-    ours.load_state_dict(run_in_memory(plan_export(model), whole), assign=True)
+    ours.load_state_dict(run_in_memory(export_jobs(model), whole), assign=True)
     return ours.eval()
 
 

@@ -20,14 +20,13 @@ from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
 from navil_megatron.files.checksums import CHECKSUMS_FILE
 from navil_megatron.hf import safetensors_writer
-from navil_megatron.hf.checkpoint import writer as checkpoint_writer
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import COMMON_STATE_KEY, FORMAT, CheckpointWriter
 from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.hf_parameters import Slot, hf_shapes
 from navil_megatron.hf.ingest import convert_from_hf
 from navil_megatron.hf.inspect import PARTS, inspect
-from navil_megatron.hf.param_map import hf_shapes
-from navil_megatron.hf.plan import Slot, plan_export, plan_ingest
+from navil_megatron.hf.jobs import export_jobs, ingest_jobs
 from navil_megatron.hf.safetensors_io import INDEX_FILE, TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
 from navil_megatron.hf.verify import same_bits
@@ -50,50 +49,51 @@ def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_steps_pickle_and_name_every_slot_once(family: str) -> None:
+def test_jobs_pickle_and_name_every_slot_once(family: str) -> None:
     model = tiny_model(family)
-    for plan in (plan_export(model), plan_ingest(model)):
-        assert pickle.loads(pickle.dumps(plan)) is not plan
+    for jobs in (export_jobs(model), ingest_jobs(model)):
+        again = pickle.loads(pickle.dumps(jobs))
+        assert [(job.sources, job.targets) for job in again] == [(job.sources, job.targets) for job in jobs]
         for side in ("sources", "targets"):
-            names = [slot.name for step in plan for slot in getattr(step, side)]
+            names = [slot.name for job in jobs for slot in getattr(job, side)]
             assert len(names) == len(set(names))
-    assert {slot.key: slot.shape for step in plan_export(model) for slot in step.targets} == hf_shapes(model)
+    assert {slot.key: slot.shape for job in export_jobs(model) for slot in job.targets} == hf_shapes(model)
 
 
-def test_every_number_of_jobs_writes_the_same_bytes(tmp_path: Path, small_shares: None) -> None:
+def test_every_number_of_processes_writes_the_same_bytes(tmp_path: Path, small_shares: None) -> None:
     write_checkpoint(tmp_path / "checkpoint", tiny_model())
-    for jobs in (1, 3):
+    for number in (1, 3):
         told: list[tuple[int, int]] = []
         convert_to_hf(
             tmp_path / "checkpoint",
-            tmp_path / f"hf{jobs}",
-            jobs=jobs,
-            max_part_bytes=100_000,
+            tmp_path / f"hf{number}",
+            num_processes=number,
+            max_file_bytes=100_000,
             on_progress=lambda done, total: told.append((done, total)),  # noqa: B023
         )
-        assert told[-1][0] == told[-1][1] == 2 * sum(t.nbytes for t in TensorFolder(tmp_path / f"hf{jobs}").values())
-        convert_from_hf(tmp_path / f"hf{jobs}", tmp_path / f"again{jobs}", jobs=jobs)
+        assert told[-1][0] == told[-1][1] == 2 * sum(t.nbytes for t in TensorFolder(tmp_path / f"hf{number}").values())
+        convert_from_hf(tmp_path / f"hf{number}", tmp_path / f"again{number}", num_processes=number)
     assert len(list((tmp_path / "hf1").glob("*.safetensors"))) > 3
     assert len(list((tmp_path / "again1").glob("*.distcp"))) > 3
     assert hashes(tmp_path / "hf1") == hashes(tmp_path / "hf3")
     assert hashes(tmp_path / "again1") == hashes(tmp_path / "again3")
 
 
-def test_parts_are_what_transformers_writes(tmp_path: Path) -> None:
+def test_files_are_what_transformers_writes(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path / "checkpoint", tiny_model())
-    files = convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf", max_part_bytes=100_000)["parts"]
-    parts = files[:-1]
-    assert parts[0] == f"model-00001-of-{len(parts):05d}.safetensors"
+    files = convert_to_hf(tmp_path / "checkpoint", tmp_path / "hf", max_file_bytes=100_000)["files"]
+    *files, _ = files
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "hf" / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert list(index["weight_map"]) == sorted(tensors)
     read = {}
-    for part in parts:
-        content = load_file(tmp_path / "hf" / part)
+    for file in files:
+        content = load_file(tmp_path / "hf" / file)
         assert sum(tensor.nbytes for tensor in content.values()) <= 100_000 or len(content) == 1
-        assert {index["weight_map"][key] for key in content} == {part}
+        assert {index["weight_map"][key] for key in content} == {file}
         read |= content
-        with safe_open(tmp_path / "hf" / part, framework="pt") as opened:
+        with safe_open(tmp_path / "hf" / file, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
     assert read.keys() == tensors.keys()
     assert all(same_bits(read[key], tensors[key]) for key in read)
@@ -104,7 +104,6 @@ def test_types_may_differ_between_parameters(tmp_path: Path) -> None:
     slots = [(Slot("a", (3,)), torch.bfloat16), (Slot("b", (5,)), torch.float32), (Slot("c", ()), torch.float16)]
     tensors = {slot: torch.randn(slot.shape).to(dtype) for slot, dtype in slots}
     writer = SafetensorsWriter(tmp_path, slots, 10**9)
-    writer.prepare()
     writer.write(0, tensors.items())
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         TensorFolder(tmp_path)  # the header comes last
@@ -136,7 +135,7 @@ def test_mixed_types_survive_the_chain(tmp_path: Path) -> None:
 def test_a_tensor_larger_than_a_file_is_cut_into_blocks_of_rows(tmp_path: Path) -> None:
     tensors = {Slot("table", (100, 7)): torch.randn(100, 7), Slot("stack", (40, 3), 1, 2): torch.randn(40, 3)}
     tensors[Slot("stack", (40, 3), 0, 2)] = torch.randn(40, 3)
-    writer = CheckpointWriter(tmp_path, [(slot, torch.float32) for slot in tensors], file_bytes=200)
+    writer = CheckpointWriter(tmp_path, share_bytes=200)
     writer.finish([writer.write(0, tensors.items())])
     reader = CheckpointReader(tmp_path)
     assert len(reader.tensors["table"].chunks) > 10
@@ -161,7 +160,7 @@ def test_reads_whole_stacks_that_torch_saved(tmp_path: Path) -> None:
 
 def test_reads_a_chunk_that_is_not_row_major(tmp_path: Path) -> None:
     weight = torch.randn(4, 6)
-    writer = CheckpointWriter(tmp_path, [(Slot("weight", (4, 6)), torch.float32)])
+    writer = CheckpointWriter(tmp_path)
     writer.finish([writer.write(0, [(Slot("weight", (4, 6)), weight)])])
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
     place = next(info for index, info in metadata.storage_data.items() if index.fqn == "weight")
@@ -330,4 +329,4 @@ def test_converter_of_a_checkout(tmp_path: Path) -> None:
 
 
 def test_file_size_of_a_checkpoint_is_about_a_gigabyte() -> None:
-    assert checkpoint_writer._FILE_BYTES == CheckpointWriter.__init__.__defaults__[0] == 1_000_000_000
+    assert CheckpointWriter(Path()).share_bytes == 1_000_000_000

@@ -17,8 +17,8 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.types import ALONE, Microbatch, PackedRows, SampleId
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.llm.start import model_config_for_llm, plan_llm_start
-from navil_megatron.hf.plan import plan_export
+from navil_megatron.hf.jobs import export_jobs
+from navil_megatron.hf.llm.start import llm_start_jobs, model_config_for_llm
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.models.build import build_model
@@ -52,8 +52,8 @@ class Peer:
         with torch.no_grad():
             self.logits = llm(self.ids[None]).logits[0]
         stored = load_file(folder / "model.safetensors")
-        steps = plan_llm_start(config, self.model, seed=3, dtype=torch.float32, stored=stored)
-        self.whole = run_in_memory(steps, stored)
+        jobs = llm_start_jobs(config, self.model, seed=3, dtype=torch.float32, stored=stored)
+        self.whole = run_in_memory(jobs, stored)
         assert {key: tuple(tensor.shape) for key, tensor in self.whole.items()} == checkpoint_shapes(self.model)
 
 
@@ -72,7 +72,7 @@ def test_exported_model_gives_the_llms_logits(family: str, seed: int) -> None:
     case = peer(family, seed)
     config = hf_config_from_model(case.model, dtype="float32", token_ids={}, image_settings={})
     ours = NaViL(NaViLChatConfig(**json.loads(json.dumps(config)))).eval()
-    ours.load_state_dict(run_in_memory(plan_export(case.model), case.whole))
+    ours.load_state_dict(run_in_memory(export_jobs(case.model), case.whole))
     with torch.no_grad():
         require_equal(ours(case.ids[None]).logits[0], case.logits)
         # Left padding moves positions and masks, not what is computed.

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from navil_megatron.config.language import FAMILIES
 from navil_megatron.config.model import ModelConfig
+from navil_megatron.hf import transforms
 from navil_megatron.hf.export import convert_to_hf
+from navil_megatron.hf.hf_parameters import hf_parameters
 from navil_megatron.hf.ingest import convert_from_hf
-from navil_megatron.hf.param_map import table
-from navil_megatron.hf.transforms import TRANSFORMS
+from navil_megatron.hf.transforms import GROUPED_QKV, PATCH_CONVOLUTION, Transform
 from tests.unit.hf_examples import tiny_model, write_checkpoint
 from tests.whole_checkpoint import read_tensors
 
+TRANSFORMS = {name: value for name, value in vars(transforms).items() if isinstance(value, Transform)}
 SIZES = st.integers(min_value=1, max_value=4)
 
 
@@ -41,17 +43,17 @@ Shapes = list[tuple[int, ...]]
 
 
 def hf_shapes(name: str, model: ModelConfig, bias: bool) -> Shapes:
-    """What the Hugging Face side of a row holds; a bias is a matrix without columns."""
+    """What the Hugging Face side of a transform holds; a bias is a matrix without columns."""
     language, vision = model.language, model.vision
     n, g, d = language.num_attention_heads, language.num_query_groups, language.head_dim
     columns = () if bias else (language.hidden_size,)
     return {
-        "same": [(3, *columns)],
-        "patch_convolution": [(vision.hidden_size, 3, vision.patch_size, vision.patch_size)],
-        "grouped_qkv": [(n * d, *columns), (g * d, *columns), (g * d, *columns)],
-        "gate_up": [(language.ffn_hidden_size, *columns)] * 2,
-        "experts": [(language.ffn_hidden_size, *columns)] * 3,
-        "experts_gate_up": [(language.ffn_hidden_size, *columns)] * 6,
+        "SAME": [(3, *columns)],
+        "PATCH_CONVOLUTION": [(vision.hidden_size, 3, vision.patch_size, vision.patch_size)],
+        "GROUPED_QKV": [(n * d, *columns), (g * d, *columns), (g * d, *columns)],
+        "GATE_UP": [(language.ffn_hidden_size, *columns)] * 2,
+        "EXPERTS": [(language.ffn_hidden_size, *columns)] * 3,
+        "EXPERTS_GATE_UP": [(language.ffn_hidden_size, *columns)] * 6,
     }[name]
 
 
@@ -78,24 +80,25 @@ def test_inverse_both_ways(name: str, model: ModelConfig, bias: bool, dtype: tor
     """From the files to the checkpoint and back, and the other way round, bit for bit."""
     transform = TRANSFORMS[name]
     parts = numbered(hf_shapes(name, model, bias), dtype)
-    tensor = transform.to_mcore(parts, model)
+    (tensor,) = transform.to_mcore(parts, model)
     assert tensor.numel() == sum(part.numel() for part in parts)
-    assert same_bits(transform.to_hf(tensor, model), parts)
-    (renumbered,) = numbered([tuple(tensor.shape)], dtype)
-    assert same_bits((transform.to_mcore(transform.to_hf(renumbered, model), model),), (renumbered,))
+    assert same_bits(transform.to_hf((tensor,), model), parts)
+    renumbered = numbered([tuple(tensor.shape)], dtype)
+    assert same_bits(transform.to_mcore(transform.to_hf(renumbered, model), model), renumbered)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(sizes=models(), layout=st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_every_row_of_every_family_inverts(family: str, sizes: ModelConfig, layout: bool) -> None:
+def test_every_parameter_of_every_family_inverts(family: str, sizes: ModelConfig, layout: bool) -> None:
     """The shapes that the table derives fit its transforms, whatever the sizes."""
     model = of_family(family, sizes, layout)
-    for row in table(model):
-        parts = numbered(list(row.hf_shapes(model)), torch.float32)
-        tensor = row.function.to_mcore(parts, model)
-        assert tuple(tensor.shape) == row.parameter.shape, row.parameter.key
-        assert same_bits(row.function.to_hf(tensor, model), parts), row.parameter.key
+    for found in hf_parameters(model):
+        ours, theirs = next(iter(found.slots(model)))
+        parts = numbered([slot.shape for slot in theirs], torch.float32)
+        (tensor,) = found.transform.to_mcore(parts, model)
+        assert tuple(tensor.shape) == ours.shape, ours.key
+        assert same_bits(found.transform.to_hf((tensor,), model), parts), ours.key
 
 
 def of_family(family: str, sizes: ModelConfig, layout: bool) -> ModelConfig:
@@ -121,7 +124,7 @@ def test_grouped_qkv_rows(model: ModelConfig) -> None:
     q, k, v = (
         torch.arange(rows * d, dtype=torch.float32)[:, None] + start for rows, start in ((n, 0), (g, 1e3), (g, 2e3))
     )
-    fused = TRANSFORMS["grouped_qkv"].to_mcore((q, k, v), model)
+    (fused,) = GROUPED_QKV.to_mcore((q, k, v), model)
     expected = []
     for group in range(g):
         heads = range(group * (n // g), (group + 1) * (n // g))
@@ -133,7 +136,7 @@ def test_grouped_qkv_rows(model: ModelConfig) -> None:
 def test_patch_convolution_is_one_matrix() -> None:
     model = tiny_model()
     weight, patches = (torch.randn(count, 3, 16, 16, dtype=torch.float64) for count in (5, 7))
-    matrix = TRANSFORMS["patch_convolution"].to_mcore((weight,), model)
+    (matrix,) = PATCH_CONVOLUTION.to_mcore((weight,), model)
     convolved = torch.nn.functional.conv2d(patches, weight, stride=16).flatten(1)
     torch.testing.assert_close(patches.flatten(1) @ matrix.T, convolved)
 

@@ -17,7 +17,7 @@ from navil_megatron.blueprint.parameters import (
 )
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.parallel import ParallelConfig
-from navil_megatron.hf.param_map import table
+from navil_megatron.hf.hf_parameters import hf_parameters
 from tests.ranks import tiny_config
 from tests.real_sizes import NAVIL_2B, NAVIL_9B
 
@@ -62,7 +62,7 @@ def test_counts_are_those_of_what_a_rank_holds(model: ModelConfig, phase: str) -
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_hugging_face_files_hold_every_row_once(model: ModelConfig) -> None:
-    rows = [row.parameter for row in table(model)]
+    rows = [found.parameter for found in hf_parameters(model)]
     assert len(rows) == len(parameters(model)) and {row.key: row for row in rows} == {
         row.key: row for row in parameters(model)
     }

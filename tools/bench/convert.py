@@ -36,13 +36,13 @@ import numpy as np
 import torch
 from navil_2b import NAVIL_2B
 
-from navil_megatron.blueprint.parameters import Shape
+from navil_megatron.blueprint.parameters import Parameter, Shape, parameters
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import flush_folder
 from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.hf.checkpoint.writer import Written, finish_checkpoint, save_chunk
-from navil_megatron.hf.param_map import Row, table
+from navil_megatron.hf.hf_parameters import hf_parameters
 
 LAYOUTS = {"to_hf": (1, 1, 1), "to_hf_tp2_pp2_ep2": (2, 2, 2)}
 """Name of a measurement -> tensor, pipeline and expert parallel size of the checkpoint that it reads."""
@@ -72,8 +72,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Every direction, one after the other; each leaves only what the next one needs."""
     say = (lambda text: None) if options.json else (lambda text: print(text, flush=True))
     model = scaled(NAVIL_2B, options.scale)
-    num_bytes = sum(math.prod(row.parameter.whole_shape) for row in table(model)) * 2
-    say(f"{num_bytes / 1e9:.2f} GB bf16, {options.jobs} process(es), parts of {options.part_size}")
+    num_bytes = sum(parameter.numel for parameter in parameters(model)) * 2
+    say(f"{num_bytes / 1e9:.2f} GB bf16, {options.jobs} process(es), files of {options.part_size}")
     result: dict[str, Any] = {"gb": round(num_bytes / 1e9, 3), "jobs": options.jobs, "scale": options.scale}
     source, exported, again = folder / "checkpoint", folder / "exported", folder / "again"
     for name, layout in LAYOUTS.items():
@@ -110,9 +110,9 @@ def write_checkpoint(folder: Path, model: ModelConfig, tp: int, pp: int, ep: int
     folder.mkdir()
     ranks = [(folder / f"__{rank}_0.distcp").open("wb") for rank in range(tp * pp * ep)]
     written: list[Written] = []
-    for rank, row, offsets, sizes in chunks(model, tp, pp, ep):
+    for rank, parameter, offsets, sizes in chunks(model, tp, pp, ep):
         written.append(
-            save_chunk(ranks[rank], row.parameter.key, row.parameter.whole_shape, offsets, _random(sizes, len(written)))
+            save_chunk(ranks[rank], parameter.key, parameter.whole_shape, offsets, _random(sizes, len(written)))
         )
     for stream in ranks:
         stream.close()
@@ -121,23 +121,23 @@ def write_checkpoint(folder: Path, model: ModelConfig, tp: int, pp: int, ep: int
     flush_folder(folder)
 
 
-def chunks(model: ModelConfig, tp: int, pp: int, ep: int) -> Iterator[tuple[int, Row, Shape, Shape]]:
+def chunks(model: ModelConfig, tp: int, pp: int, ep: int) -> Iterator[tuple[int, Parameter, Shape, Shape]]:
     """Rank, parameter, offsets and sizes of every chunk; ranks count tensor first, then expert, then pipeline."""
-    for row in table(model):
-        in_decoder = row.parameter.key.startswith("decoder.layers.")
-        is_last = row.parameter.key.startswith(("decoder.final", "output_layer."))
-        expert = ep - 1 if ".mlp." in row.parameter.key and ".visual." in row.parameter.key else 0
-        for layer in range(row.parameter.num_layers or 1):
-            stage = layer * pp // (row.parameter.num_layers or 1) if in_decoder else (pp - 1) * is_last
-            for tensor_rank, offsets, sizes in _slices(row, tp):
-                if row.parameter.num_layers is not None:
+    for parameter in (found.parameter for found in hf_parameters(model)):
+        in_decoder = parameter.key.startswith("decoder.layers.")
+        is_last = parameter.key.startswith(("decoder.final", "output_layer."))
+        expert = ep - 1 if ".mlp." in parameter.key and ".visual." in parameter.key else 0
+        for layer in range(parameter.num_layers or 1):
+            stage = layer * pp // (parameter.num_layers or 1) if in_decoder else (pp - 1) * is_last
+            for tensor_rank, offsets, sizes in _slices(parameter, tp):
+                if parameter.num_layers is not None:
                     offsets, sizes = (layer, *offsets), (1, *sizes)
-                yield (stage * ep + expert) * tp + tensor_rank, row, offsets, sizes
+                yield (stage * ep + expert) * tp + tensor_rank, parameter, offsets, sizes
 
 
-def _slices(row: Row, tp: int) -> Iterator[tuple[int, Shape, Shape]]:
+def _slices(parameter: Parameter, tp: int) -> Iterator[tuple[int, Shape, Shape]]:
     """Tensor-parallel rank, offsets and sizes of the chunks of one layer."""
-    key, shape = row.parameter.key, row.parameter.shape
+    key, shape = parameter.key, parameter.shape
     rows_are_cut = key.startswith(("embedding.", "output_layer."))
     if key.startswith("decoder.layers."):
         rows_are_cut = "linear_qkv" in key or "linear_fc1" in key

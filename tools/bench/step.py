@@ -28,7 +28,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.hf.hf_config import hf_config_from_model
-from navil_megatron.hf.plan import plan_export
+from navil_megatron.hf.jobs import export_jobs
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import NaViL
 from navil_megatron.models.build import build_model
@@ -72,10 +72,10 @@ def reference_model(model: NaViLModel, config: NaViLConfig) -> NaViL:
     )
     reference = NaViL(NaViLChatConfig(**json_config)).to(dtype)
     weights, exported = whole_tensors(model), {}
-    for step in plan_export(config.model):
-        (slot,) = step.sources
+    for job in export_jobs(config.model):
+        (slot,) = job.sources
         tensor = weights[slot.key] if slot.layer is None else weights[slot.key][slot.layer]
-        exported |= zip((target.key for target in step.targets), step.function((tensor,)), strict=True)
+        exported |= zip((target.key for target in job.targets), job.function((tensor,)), strict=True)
     missing, unexpected = reference.load_state_dict(exported, strict=False)
     if missing or unexpected:
         raise SystemExit(f"the reference model does not take our weights: {missing} {unexpected}")

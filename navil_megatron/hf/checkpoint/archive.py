@@ -16,21 +16,12 @@ import torch
 from navil_megatron.files.checkpoint_metadata import Chunk
 from navil_megatron.files.closed_pickle import StandIn, read_pickle
 from navil_megatron.files.file_bytes import FileWindow, read_into
-from navil_megatron.hf.tensor_bytes import raw_bytes
+from navil_megatron.hf.memory import raw_bytes
 
 _REBUILD = "torch._utils._rebuild_tensor_v2"
-_STORAGES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-}
+_NAMES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
+_STORAGES = {f"torch.{name}Storage": getattr(torch, name.lower()) for name in _NAMES}
+_STORAGES |= {"torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8}
 _ALLOWED = frozenset({_REBUILD, "collections.OrderedDict", *_STORAGES})
 _BLOCK = 1 << 23
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
+from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
-from navil_megatron.files.checkpoint_folder import FORMAT_FILE
+from navil_megatron.config.model import ModelConfig
+from navil_megatron.files.checkpoint_folder import FORMAT_FILE, find_checkpoint
 from navil_megatron.files.checkpoint_metadata import Chunk, read_metadata
 from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.hf.checkpoint.archive import find_numbers
-from navil_megatron.hf.plan import Slot
-from navil_megatron.hf.tensor_bytes import raw_bytes
-from navil_megatron.hf.verify import Signature
+from navil_megatron.hf.hf_parameters import Slot
+from navil_megatron.hf.memory import raw_bytes
+from navil_megatron.hf.verify import Signature, read_model_config, require_tensors
 
 
 class CheckpointReader:
@@ -58,16 +60,16 @@ class CheckpointReader:
                 box += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
                 self._read_rows(slot, chunk, slice(first - start, last - start), window[tuple(box)])
         tensor = window.view(slot.shape)
-        for name, part in self._named_parts(slot, window):
-            require_digest(raw_bytes(part), name, self.checksums or {}, place)
+        for name, hashed in self._hashed(slot, window):
+            require_digest(raw_bytes(hashed), name, self.checksums or {}, place)
         return tensor
 
-    def _named_parts(self, slot: Slot, window: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    def _hashed(self, slot: Slot, window: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """What has a checksum of its own: the slot itself, or the layers of a stack that is read whole."""
         if self.checksums is None:
             return
         if slot.layer is None and slot.name not in self.checksums and f"{slot.key}[0]" in self.checksums:
-            yield from ((f"{slot.key}[{layer}]", part) for layer, part in enumerate(window))
+            yield from ((f"{slot.key}[{layer}]", tensor) for layer, tensor in enumerate(window))
         else:
             yield slot.name, window
 
@@ -86,3 +88,15 @@ class CheckpointReader:
                 f"checkpoint {self.folder} is damaged: {slot.name} in {chunk.place.file} {error}; copy it again or use "
                 "an older one"
             ) from None
+
+
+def open_checkpoint(path: Path) -> tuple[ModelConfig, CheckpointReader]:
+    """The model of a checkpoint, or of the newest one in a run's folder, and a reader that holds all of its tensors.
+
+    Raises:
+        UserError: There is none, or it is incomplete or damaged.
+    """
+    folder = find_checkpoint(path)
+    model, reader = read_model_config(folder), CheckpointReader(folder)
+    require_tensors(reader.signatures(), checkpoint_shapes(model), f"checkpoint {folder}")
+    return model, reader

@@ -11,7 +11,7 @@ import itertools
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,14 +22,13 @@ from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.files.checkpoint_folder import FORMAT_FILE, METADATA_FILE
 from navil_megatron.files.checkpoint_metadata import Chunk, Place
 from navil_megatron.files.file_bytes import write_behind
-from navil_megatron.hf.plan import Slot, Step, cut, num_bytes
-from navil_megatron.hf.tensor_bytes import raw_bytes
+from navil_megatron.hf.hf_parameters import Slot
+from navil_megatron.hf.memory import raw_bytes
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
 """Where core keeps what is not a tensor: a list with one object per process that saved."""
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """What core calls the format in ``metadata.json``."""
-_FILE_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,30 +36,17 @@ class Written:
     """A chunk that was written, and of which tensor."""
 
     key: str
-    shape: Shape
-    """Of the whole tensor."""
+    shape: Shape  # of the whole tensor
     dtype: torch.dtype
     chunk: Chunk
 
 
 class CheckpointWriter:
-    """Writes the tensors of a checkpoint folder."""
+    """Writes the tensors of a checkpoint folder. Pickles, so that processes can share it."""
 
-    def __init__(
-        self, folder: Path, targets: Sequence[tuple[Slot, torch.dtype]], file_bytes: int = _FILE_BYTES
-    ) -> None:
-        """Knows every tensor with its type beforehand; ``file_bytes`` is about the size of a file."""
-        self.folder = folder
-        self._targets = {slot.name: (slot, dtype) for slot, dtype in targets}
-        self._file_bytes = file_bytes
-
-    def shares(self, steps: Sequence[Step]) -> list[list[Step]]:
-        """The steps in pieces that different processes may do at the same time: one file each."""
-        sizes = {n: sum(num_bytes(*self._targets[slot.name]) for slot in step.targets) for n, step in enumerate(steps)}
-        return [[steps[index] for index in piece] for piece in cut(sizes, self._file_bytes)]
-
-    def prepare(self) -> None:
-        """Nothing has to be there beforehand."""
+    def __init__(self, folder: Path, share_bytes: int = 1_000_000_000) -> None:
+        """Each share of the jobs becomes a file, of about ``share_bytes``."""
+        self.folder, self.share_bytes = folder, share_bytes
 
     def write(self, share: int, tensors: Iterable[tuple[Slot, torch.Tensor]]) -> list[Written]:
         """Writes tensors, in order, as one file; says where each went."""
@@ -68,7 +54,7 @@ class CheckpointWriter:
         written = []
         with (self.folder / name).open("wb") as stream, write_behind() as wrote:
             for slot, tensor in tensors:
-                for first_row, piece in _pieces(tensor, self._file_bytes):
+                for first_row, piece in _pieces(tensor, self.share_bytes):
                     offsets = (first_row, *(0 for _ in slot.shape[1:])) if slot.shape else ()
                     if slot.layer is None:
                         written.append(save_chunk(stream, slot.key, slot.shape, offsets, piece))
@@ -96,16 +82,8 @@ def save_chunk(stream: BinaryIO, key: str, shape: Shape, offsets: Shape, chunk: 
 def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str) -> list[str]:
     """Writes the common state into a file of that name, and the metadata; gives the names of all files."""
     # These take a second and a half to import, which an export need not wait for.
+    from torch.distributed.checkpoint import metadata as table
     from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
 
     common = io.BytesIO()
     # Core reads a list with one object per process that saved; weights alone have no common state.
@@ -117,15 +95,16 @@ def finish_checkpoint(folder: Path, chunks: Iterable[Written], common_file: str)
         # A pickle stores an object once, so names that went through another process must become one again.
         key, chunk, place = sys.intern(written.key), written.chunk, written.chunk.place
         if key not in entries:
-            properties = TensorProperties(dtype=written.dtype)
-            entries[key] = TensorStorageMetadata(properties, torch.Size(written.shape), [])
-        entries[key].chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-        storage[MetadataIndex(key, chunk.offsets)] = _StorageInfo(sys.intern(place.file), place.start, place.length)
+            properties = table.TensorProperties(dtype=written.dtype)
+            entries[key] = table.TensorStorageMetadata(properties, torch.Size(written.shape), [])
+        entries[key].chunks.append(table.ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
+        index = table.MetadataIndex(key, chunk.offsets)
+        storage[index] = _StorageInfo(sys.intern(place.file), place.start, place.length)
     files = sorted({info.relative_path for info in storage.values()})
-    entries[COMMON_STATE_KEY] = BytesStorageMetadata()
-    storage[MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
-    metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
-    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    entries[COMMON_STATE_KEY] = table.BytesStorageMetadata()
+    storage[table.MetadataIndex(COMMON_STATE_KEY)] = _StorageInfo(common_file, 0, len(common.getbuffer()))
+    whole = table.Metadata(entries, storage_data=storage, storage_meta=table.StorageMeta())
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(whole))
     (folder / FORMAT_FILE).write_text(json.dumps(FORMAT) + "\n")
     return [*files, common_file, METADATA_FILE, FORMAT_FILE]
 

@@ -11,7 +11,7 @@ from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.json_file import read_json
-from navil_megatron.hf.exported.portable_tokenizer import vocabulary
+from navil_megatron.hf.exported.tokenizer_files import vocabulary
 from navil_megatron.hf.hf_config import AUTO_MAP
 
 _IMAGE_SETTINGS = {
@@ -22,6 +22,7 @@ _IMAGE_SETTINGS = {
     "share_shrunk_limit": "share_shrunk_limit",
 }
 """Image processor settings -> fields of the data section."""
+_DEFAULTS = {field.name: field.default for field in fields(DataConfig)}
 
 
 def image_settings_to_hf(data: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -52,38 +53,30 @@ def image_settings_from_hf(folder: Path, config_json: Mapping[str, Any], model: 
     Raises:
         UserError: A setting has a value that it cannot have; all of them are named.
     """
-    patch_area = model.vision.patch_size**2
-    patches = {"min_dynamic_patch": 256, "max_dynamic_patch": 24_576}
-    found = {name: ("config.json", name, config_json.get(name, default)) for name, default in patches.items()}
+    area = model.vision.patch_size**2
+    patches = [
+        ("min_image_pixels", "config.json", "min_dynamic_patch", config_json.get("min_dynamic_patch", 256)),
+        ("max_image_pixels", "config.json", "max_dynamic_patch", config_json.get("max_dynamic_patch", 24_576)),
+    ]
     ratio = config_json.get("scale_downsample_ratio", 0.7071)
-    settings = {"scale_ratio": ("config.json", "scale_downsample_ratio", ratio)}
+    settings = {"scale_ratio": ("scale_ratio", "config.json", "scale_downsample_ratio", ratio)}
     for file in ("preprocessor_config.json", "processor_config.json"):  # ours, and what save_pretrained makes of it
         if (folder / file).is_file():
             content = read_json(folder / file)
-            ours = content.get("image_processor", content)
-            if not isinstance(ours, Mapping):
-                raise UserError(f"{folder / file}: image_processor is {ours!r}, expected an object")
-            settings |= {theirs: (file, key, ours[key]) for key, theirs in _IMAGE_SETTINGS.items() if key in ours}
-    problems = [*_wrong(found, dict.fromkeys(found, 1)), *_wrong(settings, _defaults())]
-    if problems:
-        raise UserError(f"the image settings of {folder} cannot be used: {'; '.join(problems)}")
-    pixels = {
-        "min_image_pixels": found["min_dynamic_patch"][2] * patch_area,
-        "max_image_pixels": found["max_dynamic_patch"][2] * patch_area,
-    }
-    return pixels | {name: value for name, (_, _, value) in settings.items()}
-
-
-def _wrong(found: Mapping[str, tuple[str, str, Any]], examples: Mapping[str, Any]) -> list[str]:
-    """One line for every value that is not of its example's type or, being a number, not above 0."""
+            stated = content.get("image_processor", content)
+            if not isinstance(stated, Mapping):
+                raise UserError(f"{folder / file}: image_processor is {stated!r}, expected an object")
+            settings |= {ours: (ours, file, key, stated[key]) for key, ours in _IMAGE_SETTINGS.items() if key in stated}
     problems = []
-    for name, (file, key, value) in found.items():
-        kind = type(examples[name])
+    for ours, file, key, value in (*patches, *settings.values()):
+        kind = type(_DEFAULTS[ours])
         fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or (kind is not bool and not 0 < value < math.inf):
             expected = "true or false" if kind is bool else f"a number ({kind.__name__}) above 0"
             problems.append(f"{file}: {key} is {value!r}, expected {expected}")
-    return problems
+    if problems:
+        raise UserError(f"the image settings of {folder} cannot be used: {'; '.join(problems)}")
+    return {ours: value * area for ours, _, _, value in patches} | {ours: entry[-1] for ours, entry in settings.items()}
 
 
 MAX_NEW_TOKENS = 1024
@@ -112,8 +105,4 @@ def generation_config(token_ids: Mapping[str, int | None], tokenizer: Path | Non
 
 def _setting(data: Mapping[str, Any], name: str) -> Any:
     """A value of the data section, or the default that the section's class has."""
-    return data.get(name, _defaults()[name])
-
-
-def _defaults() -> dict[str, Any]:
-    return {field.name: field.default for field in fields(DataConfig)}
+    return data.get(name, _DEFAULTS[name])

@@ -22,11 +22,10 @@ _ORDERS = {"raster": "row by row", "window": "window by window"}
 def model_card(
     model: ModelConfig,
     num_parameters: int,
-    has_tokenizer: bool,
     *,
+    has_tokenizer: bool,
     has_chat_template: bool = False,
     checkpoint: Path | None = None,
-    consumed_tokens: int | None = None,
 ) -> str:
     """Markdown with the front matter that the Hub reads.
 
@@ -36,12 +35,11 @@ def model_card(
         has_tokenizer: The folder holds a tokenizer, so a processor can be loaded.
         has_chat_template: The processor can write conversations.
         checkpoint: The checkpoint folder that was exported; its config and its step are told.
-        consumed_tokens: Tokens that training read up to there, if known.
     """
     usage = _CAPTION if has_tokenizer else "This folder has no tokenizer yet; add one to use `AutoProcessor`.\n"
     if has_tokenizer and has_chat_template:
         usage += _CHAT
-    rows = {"parameters": f"{num_parameters:,}", **_language_rows(model.language), **_vision_rows(model.vision)}
+    architecture = {"parameters": f"{num_parameters:,}", **_of_decoder(model.language), **_of_encoder(model.vision)}
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -61,11 +59,11 @@ A native multimodal language model in the architecture of NaViL (arXiv 2510.0856
 
 ## Architecture
 
-{_table(rows)}
+{_table(architecture)}
 
 ## Training
 
-{_table(_training_rows(checkpoint, consumed_tokens))}
+{_table(_of_training(checkpoint))}
 
 ## Use
 
@@ -81,17 +79,13 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _language_rows(language: LanguageConfig) -> dict[str, str]:
+def _of_decoder(language: LanguageConfig) -> dict[str, str]:
     """The decoder, with whatever sets its family apart."""
-    extras = [
-        text
-        for text, present in (
-            ("RMSNorm on queries and keys of each head, one per modality", language.qk_norm),
-            ("bias on query, key and value, one per modality", language.qkv_bias),
-            ("visual tokens leave through W_visual(W_text(.))", language.composed_visual_output_projection),
-        )
-        if present
-    ]
+    extras = {
+        "RMSNorm on queries and keys of each head, one per modality": language.qk_norm,
+        "bias on query, key and value, one per modality": language.qkv_bias,
+        "visual tokens leave through W_visual(W_text(.))": language.composed_visual_output_projection,
+    }
     return {
         "language model": (
             f"{HF_FAMILIES[language.family].title} decoder, one text and one visual expert in attention and FFN"
@@ -100,13 +94,13 @@ def _language_rows(language: LanguageConfig) -> dict[str, str]:
         "heads, KV heads, head size": (
             f"{language.num_attention_heads}, {language.num_query_groups}, {language.head_dim}"
         ),
-        "attention": "; ".join(extras) or "no bias, no norm on heads",
+        "attention": "; ".join(text for text, present in extras.items() if present) or "no bias, no norm on heads",
         "vocabulary": f"{language.vocab_size:,}, {'tied' if language.tied_embeddings else 'untied'} embeddings",
         "longest row": f"{language.max_position_embeddings:,} tokens, RoPE base {language.rope_theta:,.0f}",
     }
 
 
-def _vision_rows(vision: VisionConfig) -> dict[str, str]:
+def _of_encoder(vision: VisionConfig) -> dict[str, str]:
     side = vision.merge_size
     return {
         "visual encoder, depth x width, FFN": f"{vision.num_layers} x {vision.hidden_size}, {vision.ffn_hidden_size}",
@@ -115,26 +109,23 @@ def _vision_rows(vision: VisionConfig) -> dict[str, str]:
     }
 
 
-def _training_rows(checkpoint: Path | None, consumed_tokens: int | None) -> dict[str, str]:
+def _of_training(checkpoint: Path | None) -> dict[str, str]:
     """What tells one export of a run from another; nothing that names a machine or a path."""
     if checkpoint is None:
         return {"training config": "not known"}
-    config = read_config(checkpoint)
+    config, step = read_config(checkpoint), step_of(checkpoint)
     training = config.get("training")
-    step = step_of(checkpoint)
-    rows = {"digest of the training config": f"sha256:{config_digest(config)} ({CONFIG_FILE} as canonical JSON)"}
+    found = {"digest of the training config": f"sha256:{config_digest(config)} ({CONFIG_FILE} as canonical JSON)"}
     if not isinstance(training, Mapping):
-        return rows | {"run": "none: the weights were converted, not trained here"}
-    rows["phase, precision"] = f"{training.get('phase')}, {with_new_names(config).get('precision', {}).get('type')}"
+        return found | {"run": "none: the weights were converted, not trained here"}
+    found["phase, precision"] = f"{training.get('phase')}, {with_new_names(config).get('precision', {}).get('type')}"
     if step is not None:
-        rows["step"] = f"{step:,} of {training.get('train_steps', 0):,}"
-    if consumed_tokens is not None:
-        rows["tokens"] = f"{consumed_tokens:,}"
-    return rows
+        found["step"] = f"{step:,} of {training.get('train_steps', 0):,}"
+    return found
 
 
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def _table(entries: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in entries.items())])
 
 
 _CAPTION = """```python

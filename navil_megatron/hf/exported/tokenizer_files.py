@@ -1,8 +1,11 @@
-"""The tokenizer of an exported folder, and a pretrained LLM's tokenizer with NaViL's 12 special tokens added.
+"""Tokenizer files: those of an exported folder, and a pretrained LLM's with NaViL's 12 special tokens added.
 
-Only fast tokenizers (``tokenizer.json``) are used. Python files of a tokenizer folder are neither run nor copied.
+Only fast tokenizers (``tokenizer.json``) are used. Python files of a tokenizer folder are neither run nor copied. What
+is written loads on every transformers from 4.51 on: the files that version 5 saves name a class and a key that version
+4 does not know; those of version 4 load on both.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,46 +13,42 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from navil_megatron.blueprint.chat_template import PLACEHOLDER, chat_template
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.files.json_file import read_json, write_json
-from navil_megatron.hf.exported.portable_tokenizer import PORTABLE_CLASS
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+NAMES_FILE = "special_tokens_map.json"
+TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
+"""The second is read by processors alone, the first by tokenizers, too."""
+PORTABLE_CLASS = "PreTrainedTokenizerFast"
+"""Loads ``tokenizer.json`` as it is, in every version."""
 _FILES = (
-    TOKENIZER_FILE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *(TOKENIZER_FILE, SETTINGS_FILE, NAMES_FILE, TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
-
-ADDED_ORDER = (
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
-    "<IMG_LINE_BREAK>",
-    "<IMG_FRAME_BREAK>",
-    "<img_uncond>",
+_ADDED_ORDER = (
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+    *("<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "<img_uncond>"),
 )
 """The order in which missing tokens get the next free ids (reference: InternVL2's tokenizers); the model takes any."""
-
-_CONFIG = "tokenizer_config.json"
-_TEMPLATE = "chat_template.jinja"
 _FOLDERS_OWN = ("auto_map", "tokenizer_file", "name_or_path", "backend", "is_local", "local_files_only")
 """Keys that name code or files of the old folder."""
 _EDITING = ("add_bos_token", "add_eos_token")
 """Keys that make transformers replace what tokenizer.json says about the ends of a text."""
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+
+
+def require_tokenizer(folder: Path) -> Path:
+    """The folder, if it holds a fast tokenizer.
+
+    Raises:
+        UserError: It does not.
+    """
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise UserError(f"{folder} has no {TOKENIZER_FILE}: expected a folder with a fast tokenizer")
+    return folder
 
 
 def read_token_ids(tokenizer: Path, model: ModelConfig) -> Mapping[str, int | None]:
@@ -58,8 +57,7 @@ def read_token_ids(tokenizer: Path, model: ModelConfig) -> Mapping[str, int | No
     Raises:
         UserError: There is no fast tokenizer, or its special tokens have other ids than the model's.
     """
-    if not (tokenizer / TOKENIZER_FILE).is_file():
-        raise UserError(f"{tokenizer} has no {TOKENIZER_FILE}: expected a folder with a fast tokenizer")
+    require_tokenizer(tokenizer)
     from transformers import AutoTokenizer  # a second, which a checkpoint without a tokenizer need not wait for
 
     loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
@@ -83,12 +81,53 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
             shutil.copyfile(tokenizer / name, folder / name)
 
 
+def settle_tokenizer(folder: Path, system_message: str = "") -> bool:
+    """Makes the tokenizer files of an exported folder portable and writes the chat template of the processor.
+
+    A template that the tokenizer brought along stays the tokenizer's own, for text; without one it gets the
+    processor's. A tokenizer without ``<|im_start|>`` and ``<|im_end|>`` cannot say where a turn ends: the processor
+    gets no template then.
+
+    Args:
+        folder: The folder, which holds a copy of the tokenizer's files.
+        system_message: The system turn of a conversation that has none of its own.
+
+    Returns:
+        Whether the processor has a chat template.
+    """
+    config = _with_known_names(_read_settings(folder / SETTINGS_FILE))
+    # Code of a tokenizer is not copied, and version 5's generic class has another name in version 4.
+    has_code = config.pop("auto_map", None) is not None
+    if has_code or config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        config["tokenizer_class"] = PORTABLE_CLASS
+    own = _own_template(folder, config)
+    for name in (TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    config.pop("chat_template", None)
+    template = chat_template(vocabulary(folder), system_message)
+    if own is not None:
+        config["chat_template"] = own
+        if template:
+            write_json(folder / PROCESSOR_TEMPLATE_FILE, {"chat_template": template})
+    elif template:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    write_json(folder / SETTINGS_FILE, config)
+    if (folder / NAMES_FILE).is_file():
+        write_json(folder / NAMES_FILE, _with_known_names(_read_settings(folder / NAMES_FILE)))
+    return template is not None
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Name and id of every token of the tokenizer in a folder."""
+    return dict(Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab())
+
+
 def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
     """Writes the tokenizer in ``source``, with the special tokens that it lacks, to the new folder ``target``.
 
     The new folder holds ``tokenizer.json``, its settings and the chat template; files of a slow tokenizer would not
     know the new tokens. Tokens that exist keep their ids, and become special if they were not. Missing ones follow the
-    tokenizer's last id in ``ADDED_ORDER``. Without a padding token the end token pads.
+    tokenizer's last id in ``_ADDED_ORDER``. Without a padding token the end token pads.
 
     Returns:
         Name -> id of the 12 special tokens, in the order of ``SPECIAL_TOKENS``.
@@ -97,17 +136,17 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
         UserError: The folder has no fast tokenizer, or it cannot be read.
     """
     tokenizer = _load(source / TOKENIZER_FILE)
-    config = read_json(source / _CONFIG, "save the tokenizer anew") if (source / _CONFIG).is_file() else {}
+    config = _read_settings(source / SETTINGS_FILE)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ADDED_ORDER])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _ADDED_ORDER])
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     target.mkdir(parents=True)
     tokenizer.save(str(target / TOKENIZER_FILE))
-    write_json(target / _CONFIG, _extended(config, tokenizer))
-    if (source / _TEMPLATE).is_file():
-        shutil.copyfile(source / _TEMPLATE, target / _TEMPLATE)
+    write_json(target / SETTINGS_FILE, _extended(config, tokenizer))
+    if (source / TEMPLATE_FILE).is_file():
+        shutil.copyfile(source / TEMPLATE_FILE, target / TEMPLATE_FILE)
     return ids
 
 
@@ -128,19 +167,18 @@ def _load(path: Path) -> Tokenizer:
 
 def _extended(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer's settings for a class that every transformers from 4.51 on has."""
-    kept = {key: value for key, value in config.items() if key not in (*_FOLDERS_OWN, *_EDITING)}
-    listed = list(kept.pop("additional_special_tokens", None) or [])
-    if isinstance(kept.get("extra_special_tokens"), list):
-        # What transformers 5 calls the same list; version 4 expects a table under that name.
-        listed += kept.pop("extra_special_tokens")
-    names = list(dict.fromkeys([*map(_name, listed), *ADDED_ORDER]))
+    kept = _with_known_names({key: value for key, value in config.items() if key not in (*_FOLDERS_OWN, *_EDITING)})
+    listed = kept.pop("additional_special_tokens", None) or []
+    names = list(dict.fromkeys([*map(_name, listed), *_ADDED_ORDER]))
     if kept.get("pad_token") is None and kept.get("eos_token") is not None:
         kept["pad_token"] = _name(kept["eos_token"])
-    added = sorted(tokenizer.get_added_tokens_decoder().items())
     return kept | {
         "tokenizer_class": PORTABLE_CLASS,
         "additional_special_tokens": names,
-        "added_tokens_decoder": {str(token_id): _as_table(token) for token_id, token in added},
+        "added_tokens_decoder": {
+            str(token_id): {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
+            for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        },
     }
 
 
@@ -149,6 +187,24 @@ def _name(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else str(token)
 
 
-def _as_table(token: AddedToken) -> dict[str, Any]:
-    flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
-    return {"content": token.content} | {flag: getattr(token, flag) for flag in flags}
+def _with_known_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the list of further special tokens under the name that both versions read."""
+    config = dict(settings)
+    if isinstance(config.get("extra_special_tokens"), list):
+        extra = config.pop("extra_special_tokens")
+        known = config.get("additional_special_tokens") or []
+        config["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
+    return config
+
+
+def _own_template(folder: Path, config: dict[str, Any]) -> Any:
+    """The tokenizer's template for text; ``None`` if there is none or if it is a processor's, which places images."""
+    own = config.get("chat_template")
+    if (folder / TEMPLATE_FILE).is_file():
+        own = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    return None if own is None or PLACEHOLDER in json.dumps(own) else own
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The file's content; nothing where there is no such file."""
+    return read_json(path, "save the tokenizer anew") if path.is_file() else {}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from navil_megatron.hf.transforms import EXPERTS, EXPERTS_GATE_UP, GATE_UP, GROUPED_QKV, SAME, Transform
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -15,8 +17,8 @@ class Names:
 
     keys: tuple[str, ...]
     """Names inside the layer."""
-    transform: str = "same"
-    """Name in ``transforms.TRANSFORMS``."""
+    transform: Transform = SAME
+    """Between the tensors of these names and the one of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,6 @@ class Family:
     """The embedding table."""
     head: str = "lm_head"
     """The LM head, where it is no view of the embedding table."""
-    final_norm: str = "model.norm"
-    """The norm after the last layer."""
 
     @property
     def llm_architecture(self) -> str:
@@ -47,23 +47,19 @@ class Family:
 
     def names(self, num_experts: int) -> dict[str, Names]:
         """``layer`` of a model with so many feed-forward experts in each modality."""
-        if num_experts == 1:
-            return dict(self.layer)
         names = dict(self.layer)
-        for parameter, transform in EXPERT_TRANSFORMS.items():
-            one = self.layer[parameter].keys
+        if num_experts == 1:
+            return names
+        for parameter, transform in (("mlp.linear_fc1.weight", EXPERTS_GATE_UP), ("mlp.linear_fc2.weight", EXPERTS)):
+            one = names[parameter].keys
             several = (key.replace("{ve}.", f"{{ve}}.experts.{n}.") for n in range(num_experts) for key in one)
             names[parameter] = Names(tuple(several), transform)
         feed_forward = self.layer["mlp.linear_fc2.weight"].keys[0].partition("{ve}")[0]
         return names | {"mlp.router.weight": Names((f"{feed_forward}{{ve}}.gate.weight",))}
 
 
-EXPERT_TRANSFORMS = {"mlp.linear_fc1.weight": "experts_gate_up", "mlp.linear_fc2.weight": "experts"}
-"""Parameters that every one of several experts has, and how theirs become one tensor."""
-
-
 def _split_qkv(kind: str) -> Names:
-    return Names(tuple(f"self_attn.{part}_proj{{ve}}.{kind}" for part in "qkv"), "grouped_qkv")
+    return Names(tuple(f"self_attn.{name}_proj{{ve}}.{kind}" for name in "qkv"), GROUPED_QKV)
 
 
 LLAMA_LAYER = {
@@ -71,7 +67,7 @@ LLAMA_LAYER = {
     "pre_mlp_layernorm.weight": Names(("post_attention_layernorm.weight",)),
     "self_attention.linear_qkv.weight": _split_qkv("weight"),
     "self_attention.linear_proj.weight": Names(("self_attn.o_proj{ve}.weight",)),
-    "mlp.linear_fc1.weight": Names(("mlp{ve}.gate_proj.weight", "mlp{ve}.up_proj.weight"), "gate_up"),
+    "mlp.linear_fc1.weight": Names(("mlp{ve}.gate_proj.weight", "mlp{ve}.up_proj.weight"), GATE_UP),
     "mlp.linear_fc2.weight": Names(("mlp{ve}.down_proj.weight",)),
 }
 QWEN2_LAYER = LLAMA_LAYER | {"self_attention.linear_qkv.bias": _split_qkv("bias")}
@@ -85,7 +81,7 @@ INTERNLM2_LAYER = {
     # wqkv already holds, for each KV group, q_0 .. q_{n/g-1}, k, v.
     "self_attention.linear_qkv.weight": Names(("attention.wqkv{ve}.weight",)),
     "self_attention.linear_proj.weight": Names(("attention.wo{ve}.weight",)),
-    "mlp.linear_fc1.weight": Names(("feed_forward{ve}.w1.weight", "feed_forward{ve}.w3.weight"), "gate_up"),
+    "mlp.linear_fc1.weight": Names(("feed_forward{ve}.w1.weight", "feed_forward{ve}.w3.weight"), GATE_UP),
     "mlp.linear_fc2.weight": Names(("feed_forward{ve}.w2.weight",)),
 }
 

@@ -1,36 +1,26 @@
 """From the folder of a pretrained LLM to a checkpoint that a NaViL's training starts from."""
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import config_to_dict, load_tables
 from navil_megatron.config.training import SEED, TrainingConfig
-from navil_megatron.files.atomic_folder import new_folder, require_new
+from navil_megatron.files.atomic_folder import new_folder
 from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.files.json_file import read_json, values_of
-from navil_megatron.files.worker_pool import OnProgress
-from navil_megatron.hf.checkpoint.reader import CheckpointReader
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
-from navil_megatron.hf.convert import run_steps, targets, total_bytes, with_types
+from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.tokenizer_files import extend_tokenizer
-from navil_megatron.hf.llm.start import expected_llm_tensors, ignored_llm_tensors, model_config_for_llm, plan_llm_start
+from navil_megatron.hf.jobs import summary, total_bytes, with_types
+from navil_megatron.hf.llm.start import ignored_llm_tensors, llm_start_jobs, model_config_for_llm
 from navil_megatron.hf.safetensors_io import TensorFolder
-from navil_megatron.hf.verify import (
-    WEIGHT_TYPES,
-    Signature,
-    require_tensors,
-    require_valid_model,
-    require_weight_type,
-    summary,
-    type_name,
-)
+from navil_megatron.hf.verify import WEIGHT_TYPES, require_tensors, type_name
 
 TOKENIZER_FOLDER = "tokenizer"
 """The LLM's tokenizer with the special tokens, inside the checkpoint."""
@@ -47,11 +37,9 @@ def convert_llm(
     seed: int | None = None,
     tokenizer: Path | None = None,
     dtype: torch.dtype | None = None,
-    verify: bool = True,
-    jobs: int = 1,
-    on_progress: OnProgress | None = None,
+    **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a checkpoint whose text experts are the LLM's (``checkpoint.initial_weights``).
+    """Writes a checkpoint whose text experts are the LLM's; gives what was done, ready for JSON.
 
     Args:
         folder: The LLM's Hugging Face folder.
@@ -61,19 +49,11 @@ def convert_llm(
         seed: Of what is drawn; default: ``training.seed``.
         tokenizer: The LLM's tokenizer, if it is not in ``folder``.
         dtype: Type of all weights; ``None``: the LLM's.
-        verify: Read the checkpoint back and compare every bit.
-        jobs: Processes that work at the same time.
-        on_progress: Is told the bytes that are done and the bytes in all.
-
-    Returns:
-        What was done, ready for JSON.
+        **run: How to run.
 
     Raises:
         UserError: The folder is incomplete or does not fit the config; nothing is written then.
     """
-    started = time.monotonic()
-    require_weight_type(dtype)
-    require_new(checkpoint)
     llm, tables = read_json(folder / "config.json"), load_tables(config, overrides)
     wanted = tables.get("model")
     if not isinstance(wanted, Mapping) or "vision" not in wanted:
@@ -88,28 +68,29 @@ def convert_llm(
         ids = extend_tokenizer(tokenizer or folder, partial / TOKENIZER_FOLDER)
         with values_of(folder / "config.json"):
             model = model_config_for_llm(llm, wanted, ids)
-            require_valid_model(model, "the LLM with the run's [model]")
-        require_tensors(found, expected_llm_tensors(llm, model, found), str(folder), ignored_llm_tensors(found))
-        plan = plan_llm_start(llm, model, seed=seed, dtype=dtype or _only_type(found, folder), stored=found)
-        steps = with_types(plan, found, None)
-        require_space(partial, total_bytes(steps))
-        writer = CheckpointWriter(partial, targets(steps))
-        run_steps(steps, reader, writer, CheckpointReader, jobs=jobs, verify=verify, on_progress=on_progress)
+        ignored = ignored_llm_tensors(found)
+        types = {kind for key, (_, kind) in found.items() if key not in ignored}
+        kind = dtype or next((kind for kind in WEIGHT_TYPES if types == {kind}), None)
+        jobs = llm_start_jobs(llm, model, seed=seed, dtype=kind or torch.float32, stored=found)
+        expected = {slot.key: slot.shape for job in jobs for slot in job.sources}
+        require_tensors(found, expected, str(folder), ignored=ignored)
+        if kind is None:
+            raise UserError(f"{folder} holds {', '.join(sorted(map(type_name, types)))}; choose one type with --dtype")
+        jobs = with_types(jobs, found, dtype)
+        require_space(partial, total_bytes(jobs))
+        run_jobs(jobs, reader, CheckpointWriter(partial), **run)
         named = str(checkpoint.absolute() / TOKENIZER_FOLDER)
         (partial / MODEL_FILE).write_text("\n".join(_toml("model", config_to_dict(model))) + "\n", encoding="utf-8")
         write_config(partial, {"model": config_to_dict(model), "data": {"tokenizer": named}})
-        written = CheckpointReader(partial).signatures()
     return {
         "folder": str(folder),
         "checkpoint": str(checkpoint),
         "family": model.language.family,
         "num_hf_tensors": len(found),
-        **summary(written),
+        **summary(jobs),
         "seed": seed,
         "tokenizer": named,
-        "verified": verify,
         "notes": [f"{checkpoint / MODEL_FILE} holds the [model] section for the run's config"],
-        "seconds": round(time.monotonic() - started, 3),
     }
 
 
@@ -121,16 +102,6 @@ def _seed(tables: Mapping[str, Any]) -> int:
     if type(seed) is not int or not SEED.holds(seed):
         raise UserError(f"training.seed is {seed!r}, expected a whole number, {SEED}")
     return seed
-
-
-def _only_type(found: Mapping[str, Signature], folder: Path) -> torch.dtype:
-    """The type of all weights; ``require_tensors`` has seen that each is one that weights may have."""
-    ignored = ignored_llm_tensors(found)
-    types = {dtype for key, (_, dtype) in found.items() if key not in ignored}
-    single = next((dtype for dtype in WEIGHT_TYPES if types == {dtype}), None)
-    if single is None:
-        raise UserError(f"{folder} holds {', '.join(sorted(map(type_name, types)))}; choose one type with --dtype")
-    return single
 
 
 def _toml(section: str, values: Mapping[str, Any]) -> list[str]:

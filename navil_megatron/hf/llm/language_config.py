@@ -9,10 +9,33 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from navil_megatron.config.language import FAMILIES, LanguageConfig
-from navil_megatron.config.load import section_from_dict
+from navil_megatron.config.load import config_to_dict, section_from_dict
+from navil_megatron.config.vision import VisionConfig
 from navil_megatron.hf.llm.families import HF_FAMILIES
 
-SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps")
+
+class Ours(str):
+    """Name of one of our settings, in a table of what stands under each key of a Hugging Face config."""
+
+
+_LANGUAGE = {
+    "num_hidden_layers": Ours("num_layers"),
+    "hidden_size": Ours("hidden_size"),
+    "intermediate_size": Ours("ffn_hidden_size"),
+    "num_attention_heads": Ours("num_attention_heads"),
+    "num_key_value_heads": Ours("num_query_groups"),
+    "head_dim": Ours("head_dim"),
+    "vocab_size": Ours("vocab_size"),
+    "hidden_act": "silu",
+    "rms_norm_eps": Ours("norm_epsilon"),
+    "rope_theta": Ours("rope_theta"),
+    "rope_scaling": None,
+    "max_position_embeddings": Ours("max_position_embeddings"),
+    "tie_word_embeddings": Ours("tied_embeddings"),
+    "initializer_range": Ours("init_std"),
+    "use_cache": True,
+}
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "rms_norm_eps")
 """Keys without which the language model is not known."""
 
 _LLAMA3 = {
@@ -23,6 +46,17 @@ _LLAMA3 = {
 }
 """Settings of rope type ``llama3`` -> ours."""
 _ROPE_KEYS = {*_LLAMA3, "rope_theta", "rope_type", "type", "partial_rotary_factor"}
+
+
+def settings_from_hf(table: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of our settings that a section of a Hugging Face config holds."""
+    return {ours: section[key] for key, ours in table.items() if isinstance(ours, Ours) and key in section}
+
+
+def settings_to_hf(table: Mapping[str, Any], settings: LanguageConfig | VisionConfig) -> dict[str, Any]:
+    """The section of a Hugging Face config that holds our settings."""
+    values = config_to_dict(settings)
+    return {key: values[value] if isinstance(value, Ours) else value for key, value in table.items()}
 
 
 def language_from_hf(
@@ -42,24 +76,16 @@ def language_from_hf(
     """
     heads = llm["num_attention_heads"]
     rope = _rope(llm)
-    values = {
+    values = settings_from_hf(_LANGUAGE, llm) | {
         "family": family,
-        "num_layers": llm["num_hidden_layers"],
-        "hidden_size": llm["hidden_size"],
-        "ffn_hidden_size": llm["intermediate_size"],
-        "num_attention_heads": heads,
         "num_query_groups": llm.get("num_key_value_heads") or heads,
         "head_dim": llm.get("head_dim") or llm["hidden_size"] // heads,
-        "vocab_size": llm["vocab_size"],
         **FAMILIES[family].fixed,
         "composed_visual_output_projection": llm.get("composed_visual_output_projection", composed),
         "rope_theta": rope.get("rope_theta", default_theta),
-        "norm_epsilon": llm["rms_norm_eps"],
-        "max_position_embeddings": llm.get("max_position_embeddings", 32_768),
         "num_experts": llm.get("num_experts") or 1,
         "experts_per_token": llm.get("num_experts_per_tok") or 1,
         "tied_embeddings": llm.get("tie_word_embeddings") or False,
-        "init_std": llm.get("initializer_range", 0.02),
     }
     if _rope_type(rope) == "llama3":
         values |= {ours: rope[theirs] for theirs, ours in _LLAMA3.items()}
@@ -80,21 +106,8 @@ def language_to_hf(language: LanguageConfig) -> dict[str, Any]:
     return {
         "architectures": [family.architecture],
         "model_type": language.family,
-        "num_hidden_layers": language.num_layers,
-        "hidden_size": language.hidden_size,
-        "intermediate_size": language.ffn_hidden_size,
-        "num_attention_heads": language.num_attention_heads,
-        "num_key_value_heads": language.num_query_groups,
-        "head_dim": language.head_dim,
-        "vocab_size": language.vocab_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": language.norm_epsilon,
-        "rope_theta": language.rope_theta,
+        **settings_to_hf(_LANGUAGE, language),
         "rope_scaling": _rope_scaling(language),
-        "max_position_embeddings": language.max_position_embeddings,
-        "tie_word_embeddings": language.tied_embeddings,
-        "initializer_range": language.init_std,
-        "use_cache": True,
         **family.settings,
         **extra,
     }
@@ -108,7 +121,7 @@ def language_problems(llm: Mapping[str, Any], family: str, section: str = "") ->
         family: Its family.
         section: Precedes each key in messages, e.g. ``llm_config.``.
     """
-    yield from (f"{section}{key} is missing" for key in SIZES if llm.get(key) is None)
+    yield from (f"{section}{key} is missing" for key in _SIZES if llm.get(key) is None)
     allowed: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu",),
         "skip_final_norm_weight": (False,),

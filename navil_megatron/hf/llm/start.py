@@ -1,14 +1,9 @@
 """A pretrained language model as the start of a NaViL: its weights for the text experts, the rest copied or drawn.
 
-- Text experts, norms, embedding and head equal the LLM bit for bit, up to the order of rows. For text alone the model
-  therefore computes what the LLM does.
-- Visual experts are copies of the text ones, or random (``model.language.visual_expert_init``). Under the released 2B's
-  composed output projection W_visual(W_text x) the copy that does as the text expert does is the identity; a start
-  composes nothing unless the run's config says so.
-- Encoder, connector and special tokens are drawn as the table of parameters says. Each layer of each parameter has a
-  generator of its own, seeded by (seed, key, layer), so any order of steps and any number of processes draw the same.
-- The vocabulary grows by as many rows as the special tokens' ids need, none where they fit, as in Qwen's padded tables.
-  A new row of the embedding table and of the head is the mean of the old ones.
+docs/convert.md says what each part starts as. Under the released 2B's composed output projection W_visual(W_text x) the
+visual copy that does as the text expert does is the identity; a start composes nothing unless the run's config says so.
+What is drawn has a generator for each layer of each parameter, so any order of jobs and any number of processes draw
+the same.
 """
 
 import re
@@ -19,18 +14,18 @@ from typing import Any
 
 import torch
 
-from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Shape
+from navil_megatron.blueprint.parameters import EMBEDDING, HEAD
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.load import config_to_dict, section_from_dict
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.config.validate import model_problems
 from navil_megatron.hf.hf_config import MODEL_TYPE, ordered_ids
+from navil_megatron.hf.hf_parameters import HFParameter, Slot, hf_parameters
+from navil_megatron.hf.jobs import Job
 from navil_megatron.hf.llm.families import HF_FAMILIES
 from navil_megatron.hf.llm.language_config import language_from_hf, language_problems
 from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
-from navil_megatron.hf.param_map import Row, table
-from navil_megatron.hf.plan import Slot, Step, checkpoint_slot
+from navil_megatron.hf.verify import require_valid_model
 
 _PREFIX = "language_model."
 """Stands before the LLM's own names in a NaViL's files."""
@@ -41,61 +36,63 @@ _FREE = ("visual_expert_init", "modality_experts", "init_std", "composed_visual_
 
 def is_bare_llm(config_json: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is that of a language model alone, of a supported family or not."""
-    parts = ("llm_config", "vision_config", "text_config")
     kind = config_json.get("model_type")
-    return isinstance(kind, str) and kind != MODEL_TYPE and not any(part in config_json for part in parts)
+    sections = {"llm_config", "vision_config", "text_config"}
+    return isinstance(kind, str) and kind != MODEL_TYPE and not sections & config_json.keys()
 
 
 def model_config_for_llm(
     config_json: Mapping[str, Any],
-    wanted: Mapping[str, Any] | ModelConfig,
+    wanted: Mapping[str, Any],
     special_token_ids: Mapping[str, int] | tuple[int, ...],
 ) -> ModelConfig:
     """The model that starts from a pretrained LLM.
 
     Args:
         config_json: The LLM's parsed ``config.json``.
-        wanted: The ``[model]`` table of the run's config, as written or as loaded. It holds the encoder's settings.
-            What it says about the language model must agree with the LLM, and it may say nothing. A ``vocab_size``
-            larger than needed is taken: more rows, so that tensor-parallel ranks can split them.
+        wanted: The ``[model]`` table of the run's config. It holds the encoder's settings. What it says about the
+            language model must agree with the LLM, and it may say nothing. A ``vocab_size`` larger than needed is
+            taken, so that tensor-parallel ranks can split the table.
         special_token_ids: Ids of the 12 special tokens, by name or in the order of ``SPECIAL_TOKENS``.
 
     Raises:
         UserError: The LLM asks for something that the model does not have, or the two disagree; all problems at once.
     """
-    family = _family(config_json)
+    family = config_json.get("model_type")
+    if family not in HF_FAMILIES:
+        raise UserError(f"the LLM's config.json has model_type {family!r}, supported: {', '.join(sorted(HF_FAMILIES))}")
     _refuse("the LLM's config.json cannot be used", [*_llm_problems(config_json, family)])
     language = language_from_hf(
         config_json, family, composed=False, default_theta=10_000.0, source="the LLM's config.json"
     )
     ids = ordered_ids(special_token_ids)
     num_needed = max(language.vocab_size, max(ids) + 1)
-    tables = config_to_dict(wanted) if isinstance(wanted, ModelConfig) else dict(wanted)
+    tables = dict(wanted)
     stated = tables.pop("language", {})
     if not isinstance(stated, Mapping):
         raise UserError(f"model.language is {stated!r}, expected a table [model.language]")
-    _refuse(
-        "the run's config does not fit the LLM",
-        [*_disagreements(stated, language, num_needed), *_other_ids(tables.pop("special_token_ids", ids), ids)],
-    )
+    problems, stated_ids = [*_disagreements(stated, language, num_needed)], tables.pop("special_token_ids", ids)
+    if not isinstance(stated_ids, list | tuple) or tuple(stated_ids) != ids:
+        found = f"model.special_token_ids is {stated_ids!r}, but the tokenizer has {list(ids)}"
+        problems.append(f"{found}; remove it or set it so")
+    _refuse("the run's config does not fit the LLM", problems)
     values = config_to_dict(language) | {name: stated[name] for name in _FREE if name in stated}
     values["vocab_size"] = stated.get("vocab_size", num_needed)
-    model = section_from_dict(
-        ModelConfig, {**tables, "language": values, "special_token_ids": list(ids)}, "the run's [model]"
-    )
-    _refuse("the model that would start from this LLM is not valid", model_problems(model))
+    tables |= {"language": values, "special_token_ids": list(ids)}
+    model = section_from_dict(ModelConfig, tables, "the run's [model]")
+    require_valid_model(model, "the LLM with the run's [model]")
     return model
 
 
-def plan_llm_start(
+def llm_start_jobs(
     config_json: Mapping[str, Any],
     model: ModelConfig,
     *,
     seed: int,
     dtype: torch.dtype,
     stored: Collection[str] = (),
-) -> list[Step]:
-    """The steps from a pretrained LLM's folder to a checkpoint.
+) -> list[Job]:
+    """From a pretrained LLM's folder to a checkpoint.
 
     Args:
         config_json: The LLM's parsed ``config.json``.
@@ -103,80 +100,40 @@ def plan_llm_start(
         seed: Decides what is drawn.
         dtype: Type of every tensor of the checkpoint.
         stored: Keys that the folder holds. A head stored beside the embedding table that it is tied to is read too, and
-            refused by its step if it differs.
+            refused by its job if it differs.
     """
-    return [
-        step
-        for row in table(model)
-        for layer, keys in enumerate(row.hf_keys_of_layers())
-        for step in _steps(row, layer, keys, config_json["vocab_size"], model, seed, dtype, stored)
-    ]
+    language = model.language
+    tied_head = f"{HF_FAMILIES[language.family].head}.weight"
+    tied = [tied_head] if language.tied_embeddings and tied_head in stored else []
+    copies = language.visual_expert_init == "copy"
 
+    def jobs_of(found: HFParameter, target: Slot, theirs: tuple[Slot, ...]) -> Iterator[Job]:
+        """What fills one layer of one parameter; nothing for a visual expert that its text expert fills."""
+        parameter = found.parameter
+        sources = tuple(replace(slot, key=slot.key.removeprefix(_PREFIX)) for slot in theirs)
+        composed = language.composed_visual_output_projection and ".linear_proj." in parameter.key
+        if sources == theirs or (parameter.modality == "visual" and not copies):
+            yield Job((), (target,), partial(draw, parameter=parameter, layer=target.layer, seed=seed), dtype)
+        elif parameter.modality == "visual":
+            if composed:
+                yield Job((), (target,), partial(identity, size=language.hidden_size), dtype)
+        elif parameter.key in (EMBEDDING, HEAD):
+            shape = (config_json["vocab_size"], language.hidden_size)
+            tables = tuple(Slot(key, shape) for key in [sources[0].key, *tied])
+            yield Job(tables, (target,), partial(take_table, num_rows=language.vocab_size, dtype=dtype), dtype)
+        else:
+            filled = [target]
+            if copies and parameter.modality == "text" and not composed:
+                filled.append(replace(target, key=target.key.replace(".text.", ".visual.")))
+            taken = partial(take, transform=found.transform, model=model, copies=len(filled))
+            yield Job(sources, tuple(filled), taken, dtype)
 
-def expected_llm_tensors(
-    config_json: Mapping[str, Any], model: ModelConfig, stored: Collection[str] = ()
-) -> dict[str, Shape]:
-    """Key and shape of every tensor that the LLM's folder must hold.
-
-    Args:
-        config_json: The LLM's parsed ``config.json``.
-        model: What ``model_config_for_llm`` gave.
-        stored: Keys that the folder holds; a tied head is expected only if it is among them.
-    """
-    steps = plan_llm_start(config_json, model, seed=0, dtype=torch.float32, stored=stored)
-    return {slot.key: slot.shape for step in steps for slot in step.sources}
+    return [job for found in hf_parameters(model) for slots in found.slots(model) for job in jobs_of(found, *slots)]
 
 
 def ignored_llm_tensors(stored: Collection[str]) -> set[str]:
     """Keys of an LLM's folder that are rightly left unread: rotary frequencies, which follow from its config."""
     return {key for key in stored if _ROTARY_BUFFER.fullmatch(key)}
-
-
-def _steps(
-    row: Row,
-    layer: int,
-    keys: tuple[str, ...],
-    num_stored_rows: int,
-    model: ModelConfig,
-    seed: int,
-    dtype: torch.dtype,
-    stored: Collection[str],
-) -> Iterator[Step]:
-    """What fills one layer of one parameter; nothing for a visual expert that its text expert fills."""
-    language = model.language
-    target = checkpoint_slot(row.parameter, layer)
-    drawn = partial(draw, parameter=row.parameter, layer=target.layer, seed=seed, dtype=dtype)
-    is_visual_expert = row.parameter.modality == "visual"
-    copies = language.visual_expert_init == "copy"
-    composed = language.composed_visual_output_projection and ".linear_proj." in row.parameter.key
-    if not keys[0].startswith(_PREFIX) or (is_visual_expert and not copies):
-        yield Step((), (target,), drawn, dtype)
-    elif is_visual_expert:
-        if composed:
-            yield Step((), (target,), partial(identity, size=language.hidden_size, dtype=dtype), dtype)
-    elif row.parameter.key in (EMBEDDING, HEAD):
-        names = [keys[0].removeprefix(_PREFIX)]
-        head = f"{HF_FAMILIES[language.family].head}.weight"
-        if language.tied_embeddings and head in stored:
-            names.append(head)
-        sources = tuple(Slot(name, (num_stored_rows, language.hidden_size)) for name in names)
-        yield Step(sources, (target,), partial(take_table, num_rows=language.vocab_size, dtype=dtype), dtype)
-    else:
-        sources = tuple(
-            Slot(key.removeprefix(_PREFIX), shape) for key, shape in zip(keys, row.hf_shapes(model), strict=True)
-        )
-        targets = [target]
-        if copies and row.parameter.modality == "text" and not composed:
-            targets.append(replace(target, key=target.key.replace(".text.", ".visual.")))
-        taken = partial(take, transform=row.transform, model=model, dtype=dtype, copies=len(targets))
-        yield Step(sources, tuple(targets), taken, dtype)
-
-
-def _family(config_json: Mapping[str, Any]) -> str:
-    kind = config_json.get("model_type")
-    if kind not in HF_FAMILIES:
-        raise UserError(f"the LLM's config.json has model_type {kind!r}, supported: {', '.join(sorted(HF_FAMILIES))}")
-    return str(kind)
 
 
 def _llm_problems(config_json: Mapping[str, Any], family: str) -> Iterator[str]:
@@ -206,11 +163,6 @@ def _disagreements(stated: Mapping[str, Any], language: LanguageConfig, num_need
                 yield f"model.language.vocab_size is {value!r}, but {num_needed} rows are needed; remove it or raise it"
         elif value != of_the_llm[name] and (value, of_the_llm[name]) != ("none", None):
             yield f"model.language.{name} is {value!r}, but the LLM has {of_the_llm[name]!r}; remove it or set it so"
-
-
-def _other_ids(stated: Any, ids: tuple[int, ...]) -> Iterator[str]:
-    if not isinstance(stated, list | tuple) or tuple(stated) != ids:
-        yield f"model.special_token_ids is {stated!r}, but the tokenizer has {list(ids)}; remove it or set it so"
 
 
 def _refuse(what: str, problems: list[str]) -> None:

@@ -1,29 +1,26 @@
 """The tensors that a run starts from: taken from a pretrained LLM, or drawn.
 
-Functions of ``plan.Step``s: each takes the sources and gives the targets, needs nothing else, and pickles.
+Functions of jobs: each takes the sources and gives the targets, needs nothing else, and pickles.
 """
-
-import hashlib
 
 import torch
 
-from navil_megatron.blueprint.parameters import Parameter
+from navil_megatron.blueprint.parameters import Parameter, initial_seed
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
-from navil_megatron.hf.transforms import TRANSFORMS, Tensors
+from navil_megatron.hf.transforms import Tensors, Transform
 
 _ROWS_AT_ONCE = 8192
 """Rows of a table summed at once."""
 
 
-def take(tensors: Tensors, *, transform: str, model: ModelConfig, dtype: torch.dtype, copies: int) -> Tensors:
+def take(tensors: Tensors, *, transform: Transform, model: ModelConfig, copies: int) -> Tensors:
     """The checkpoint's tensor once for every expert that starts with it."""
-    taken = TRANSFORMS[transform].to_mcore(tensors, model).to(dtype)
-    return (taken,) * copies
+    return transform.to_mcore(tensors, model) * copies
 
 
 def take_table(tensors: Tensors, *, num_rows: int, dtype: torch.dtype) -> Tensors:
-    """Embedding table or head [v, h] -> [num_rows, h]; every new row is the mean of the old ones.
+    """Embedding table or head [v, h] -> [num_rows, h] of a type; every new row is the mean of the old ones.
 
     A second source is the head that the LLM's folder holds beside the table it is tied to.
 
@@ -37,31 +34,22 @@ def take_table(tensors: Tensors, *, num_rows: int, dtype: torch.dtype) -> Tensor
             "embedding table; set tie_word_embeddings to false there, or remove the head from the files"
         )
     if num_rows == len(old):
-        return (old.to(dtype),)
+        return (old,)
     table = torch.empty(num_rows, old.shape[1], dtype=dtype)
     table[: len(old)] = old
-    total = sum(part.double().sum(0) for part in old.split(_ROWS_AT_ONCE))
+    total = sum(rows.double().sum(0) for rows in old.split(_ROWS_AT_ONCE))
     table[len(old) :] = total / len(old)
     return (table,)
 
 
-def draw(
-    tensors: Tensors,
-    *,
-    parameter: Parameter,
-    layer: int | None,
-    seed: int,
-    dtype: torch.dtype,
-) -> Tensors:
+def draw(tensors: Tensors, *, parameter: Parameter, layer: int | None, seed: int) -> Tensors:
     """First values by the rule of every new model, from a generator of this layer's own."""
     if parameter.std == 0:
-        return (torch.full(parameter.shape, parameter.mean, dtype=dtype),)
-    digest = hashlib.sha256(f"{seed}:{parameter.key}:{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    values = torch.empty(parameter.shape).normal_(parameter.mean, parameter.std, generator=generator)
-    return (values.to(dtype),)
+        return (torch.full(parameter.shape, parameter.mean),)
+    generator = torch.Generator().manual_seed(initial_seed(seed, f"{parameter.key}:{layer}"))
+    return (torch.empty(parameter.shape).normal_(parameter.mean, parameter.std, generator=generator),)
 
 
-def identity(tensors: Tensors, *, size: int, dtype: torch.dtype) -> Tensors:
+def identity(tensors: Tensors, *, size: int) -> Tensors:
     """[size, size] that leaves its input as it is."""
-    return (torch.eye(size, dtype=dtype),)
+    return (torch.eye(size),)
