@@ -9,7 +9,7 @@
 export VENV ?= .venv
 BIN := $(VENV)/bin
 # Two files of tests at a time: most of a test with ranks is waiting for processes to start.
-PARALLEL := -n 2 --dist loadfile
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # What the targets for a GPU need and run in.
 ON_GPU := $(if $(PYTHON),,$(VENV)/.test)
 GPU_PYTHON := $(or $(PYTHON),$(BIN)/python)
