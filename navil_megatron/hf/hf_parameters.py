@@ -1,6 +1,6 @@
 """Where the table of parameters lies in Hugging Face files: the keys of each family, and the transforms.
 
-The keys are those of the authors' state dict (specification, section 5); those inside a decoder layer are in
+The keys are those of the authors' state dict; those inside a decoder layer are in
 ``llm/families.py``. Shapes follow from those of the checkpoint and the transform.
 """
 

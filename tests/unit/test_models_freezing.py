@@ -1,4 +1,4 @@
-"""Which parameters each phase trains, at the real sizes: the counts of the specification, section 2.2."""
+"""Which parameters each phase trains, at the real sizes."""
 
 import json
 from math import prod

@@ -1,7 +1,7 @@
 """NaViL's language models: Qwen3, Qwen2, Llama and InternLM2 decoders with a visual expert beside every matrix.
 
 As the reference does it, text projections run on all tokens and visual ones again on visual tokens; attention is
-one joint causal softmax (paper, section 3.2.2; specification, 1.3). Norms are shared, except Qwen3's q and k norms.
+one joint causal softmax (paper, section 3.2.2). Norms are shared, except Qwen3's q and k norms.
 Shapes: b batch, s tokens, h hidden, n query heads, g KV heads, d channels of a head.
 """
 

@@ -1,4 +1,4 @@
-"""NaViL's visual encoder: packed patches of any grid, 2D RoPE, LayerScale, no final norm (specification, 1.4).
+"""NaViL's visual encoder: packed patches of any grid, 2D RoPE, LayerScale, no final norm.
 
 Shapes: p patches of all images and scales end to end, w width, n heads, d channels of a head. Patches arrive in
 2x2-merge-block order. With ``token_order`` "window" blocks are permuted window by window and never put back.

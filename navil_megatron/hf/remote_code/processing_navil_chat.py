@@ -1,6 +1,6 @@
 """Images and text to model inputs: scales, patches, and the tokens that stand for an image.
 
-The rules of the authors' preprocessing (specification, 1.5), by Pillow and NumPy alone: bicubic resize between two
+The rules of the authors' preprocessing, by Pillow and NumPy alone: bicubic resize between two
 areas with the aspect ratio kept, zero padding on the right and bottom *before* normalisation, smaller scales first.
 """
 
