@@ -51,11 +51,11 @@ CORE = (
 def main() -> int:
     """0 if the core of the suite is green in every environment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ends", nargs="*", choices=("lowest", "newest"), default=["lowest", "newest"], metavar="END")
+    parser.add_argument("end", nargs="?", choices=("lowest", "newest"), help="one end of the bounds (default: both)")
     parser.add_argument("--python", default=sys.executable, help="the interpreter, or its version (default: this one)")
     arguments = parser.parse_args()
     rows = []
-    for end in arguments.ends:
+    for end in [arguments.end] if arguments.end else ["lowest", "newest"]:
         with tempfile.TemporaryDirectory(prefix=f"navil-{end}-") as folder:
             python = make_environment(Path(folder) / "venv", end, arguments.python)
             rows.append([end, *versions_of(python), *run_core(python, Path(folder) / "results.xml")])
