@@ -30,8 +30,7 @@ def decoder_block_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=ModalitySelfAttention,
-                submodules=ModalityAttentionSubmodules(kernels, language),
+                module=ModalitySelfAttention, submodules=ModalityAttentionSubmodules(kernels, language)
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=norm,

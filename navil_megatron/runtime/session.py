@@ -331,9 +331,5 @@ def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
     elif launch.world_size == 1:
         place = {"store": torch.distributed.HashStore()}
     torch.distributed.init_process_group(
-        platform.collective_backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-        **place,
+        platform.collective_backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **place
     )

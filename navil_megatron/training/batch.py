@@ -37,11 +37,7 @@ def upload_ahead(
 ) -> Iterator[ModelInputs]:
     """Each microbatch on the device; while one is used the next is on its way, and no more.
 
-    Args:
-        microbatches: In the order of the schedule.
-        platform: Where they go.
-        with_images: The model chunk that asks embeds tokens and encodes images.
-        router_loss_scale: See ``NaViLPackedSeqParams``.
+    ``with_images``: the model chunk that asks embeds tokens and encodes images.
     """
     # Nothing here may keep hold of a microbatch that was handed out: its pixels would stay on the device.
     coming = None

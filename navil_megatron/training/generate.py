@@ -41,14 +41,14 @@ def generate(
         config: The run.
         session: This rank.
         chunks: Its model chunks.
-        prompts: Samples to continue; together with their new tokens they must fit one row.
+        prompts: Samples to continue.
         pixel_values: [p, patch_dim] patches of all their images, in order of appearance.
         row_format: How rows are laid out.
         end_id: Token that ends a text; it is not part of the result.
-        max_new_tokens: Longest text, in tokens.
+        max_new_tokens: Longest text.
 
     Raises:
-        UserError: The prompts do not fit a row.
+        UserError: The prompts and their new tokens do not fit a row.
     """
     needed = sum(len(prompt.input_ids) + max_new_tokens for prompt in prompts) + row_format.pad_segments_to
     if needed > config.data.seq_length:

@@ -55,16 +55,7 @@ def train_step(
     microbatches: Sequence[Microbatch],
     lr: float,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, update.
-
-    Args:
-        config: The run.
-        session: This rank.
-        chunks: Its model chunks, wrapped by megatron-core's data parallelism.
-        optimizer: megatron-core's optimizer.
-        microbatches: This rank's share of the global batch.
-        lr: Learning rate of this step.
-    """
+    """Forward, backward, reduce, clip, update: one step with this rank's share of the global batch."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
