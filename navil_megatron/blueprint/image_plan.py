@@ -32,11 +32,9 @@ class ScalePlan:
     resized_height: int
     """Pixels after resizing, before padding."""
     resized_width: int
-    """Pixels after resizing, before padding."""
     grid_height: int
-    """Patches down, after padding to whole merge blocks."""
+    """Patch rows after padding to whole merge blocks."""
     grid_width: int
-    """Patches across, after padding to whole merge blocks."""
 
     @property
     def grid(self) -> Grid:

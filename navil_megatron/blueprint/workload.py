@@ -13,9 +13,7 @@ class Workload:
     """One microbatch; padding is in none of these numbers."""
 
     text_tokens: int
-    """Tokens of the text experts."""
     visual_tokens: int
-    """Tokens of the visual experts."""
     segment_lengths: tuple[int, ...]
     """Tokens of each attention segment."""
     grids: tuple[Grid, ...]

@@ -29,7 +29,6 @@ class Whereabouts:
 
     rank: int
     stage: int
-    """Its pipeline stage."""
     step: int
     """Step being made, from 1; 0: before the first."""
     position: str

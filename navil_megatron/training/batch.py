@@ -17,13 +17,13 @@ from navil_megatron.runtime.session import Session
 def place_of(session: Session) -> DataPlace:
     """A rank's place, as the data package knows it."""
     return DataPlace(
-        dp_rank=session.dp_rank,
-        dp_size=session.dp_size,
+        dp_rank=session.groups.dp.rank(),
+        dp_size=session.groups.dp.size(),
         is_first_stage=session.is_first_stage,
-        tp_rank=session.tp_rank,
-        tp_size=session.tp_size,
-        cp_rank=session.cp_rank,
-        cp_size=session.cp_size,
+        tp_rank=session.groups.tp.rank(),
+        tp_size=session.groups.tp.size(),
+        cp_rank=session.groups.cp.rank(),
+        cp_size=session.groups.cp.size(),
         pins_pixels=session.platform.name == "cuda",
     )
 

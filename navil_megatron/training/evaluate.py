@@ -30,4 +30,4 @@ def evaluate(config: NaViLConfig, session: Session, chunks: Chunks, microbatches
         chunk.train()
     loss_sum, weight = total
     torch.distributed.all_reduce(loss_sum)
-    return float(loss_sum / session.tp_size / weight)
+    return float(loss_sum / session.groups.tp.size() / weight)

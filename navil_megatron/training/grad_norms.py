@@ -82,7 +82,6 @@ def _held_by(optimizer: MegatronOptimizer) -> Iterable[tuple[nn.Parameter, nn.Pa
 
 
 def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[] float64."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return nn.utils.get_total_norm(gradients).double().square()

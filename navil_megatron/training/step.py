@@ -119,7 +119,7 @@ def schedule_over(
 ) -> list[Any]:
     """Run megatron-core's schedule for the layout. -> what the loss functions reported, on the last stage."""
     schedule = get_forward_backward_func(
-        pp_size=session.pp_size, vp_size=config.parallel.virtual_pipeline_model_parallel_size
+        pp_size=session.groups.pp.size(), vp_size=config.parallel.virtual_pipeline_model_parallel_size
     )
     # Each chunk of the model asks for a microbatch at its own time.
     iterators = [
