@@ -37,7 +37,6 @@ class BuiltRank:
     sizes: dict[str, int]
     """Numbers of each parameter."""
     num_trained: int
-    """Numbers that the phase trains."""
     num_groups: int
     """Parameter groups of the optimizer, with weight decay and without."""
     optimizer_bytes: int

@@ -79,14 +79,16 @@ def run_steps(
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         optimizer = build_optimizer(config, chunks, session)
         batch = global_batch(config, compositions, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         outcome = Outcome([], [], [], [])
         for step in range(num_steps):
             result = train_step(config, session, chunks, optimizer, mine, lr=1e-2)
             outcome.losses.append(global_loss(result, session))
             outcome.grad_norms.append(float(result.grad_norm))
-            if step == 0 and (session.dp_size * session.cp_size == 1 or not config.optimizer.distributed):
+            if step == 0 and (
+                session.groups.dp.size() * session.groups.cp.size() == 1 or not config.optimizer.distributed
+            ):
                 outcome.gradients = _gradients(chunks)
         outcome.parameters = slices_of([chunk.module for chunk in chunks])
         return outcome
@@ -96,7 +98,7 @@ def global_loss(result: StepResult, session) -> float:
     """The loss of the global batch: every last-stage rank's sum, replicas of a tensor-parallel group counted once."""
     total = result.loss_sum.clone()
     torch.distributed.all_reduce(total)
-    return float(total / session.tp_size / result.loss_weight)
+    return float(total / session.groups.tp.size() / result.loss_weight)
 
 
 def _gradients(chunks) -> list:

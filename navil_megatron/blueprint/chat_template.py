@@ -33,13 +33,10 @@ _CONTENT = (
 
 
 def chat_template(vocabulary: Collection[str], system_message: str = "") -> str | None:
-    """The template for a tokenizer; ``None`` where it lacks a token that starts or ends a turn.
+    """The template for a tokenizer with these tokens; ``None`` where it lacks one that starts or ends a turn.
 
-    Answers follow an empty thought where the tokenizer knows thoughts (Qwen3), as in the authors' 9B.
-
-    Args:
-        vocabulary: Names of the tokenizer's tokens.
-        system_message: The system turn of a conversation that has none of its own; by default there is none.
+    Answers follow an empty thought where the tokenizer knows thoughts (Qwen3), as in the authors' 9B. The message is
+    the system turn of a conversation that has none of its own.
     """
     if not set(TURN_TOKENS) <= set(vocabulary):
         return None

@@ -16,13 +16,7 @@ def experts_side_by_side(num_experts: int, num_ranks: int) -> int:
 
 
 def local_experts(rank: int, num_ranks: int, num_experts: int) -> LocalExperts:
-    """The experts on one expert-parallel rank of so many.
-
-    Args:
-        rank: Which.
-        num_ranks: Expert-parallel size.
-        num_experts: Experts of each modality.
-    """
+    """The experts on one expert-parallel rank of so many, where each modality has ``num_experts``."""
     num_local = len(MODALITIES) * num_experts // num_ranks
     block = experts_side_by_side(num_experts, num_ranks)
     experts: dict[Modality, list[int]] = {}
@@ -34,13 +28,7 @@ def local_experts(rank: int, num_ranks: int, num_experts: int) -> LocalExperts:
 
 
 def loads_of_ranks(visual_share: float, num_ranks: int, num_experts: int) -> list[float]:
-    """Rows of each expert-parallel rank over their mean, where the routers are even.
-
-    Args:
-        visual_share: Visual tokens among all.
-        num_ranks: Expert-parallel size.
-        num_experts: Experts of each modality.
-    """
+    """Rows of each expert-parallel rank over their mean, where the routers are even; ``num_experts`` a modality."""
     shares = dict(zip(MODALITIES, (1 - visual_share, visual_share), strict=True))
     placed = [local_experts(rank, num_ranks, num_experts) for rank in range(num_ranks)]
     return [

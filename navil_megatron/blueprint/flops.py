@@ -110,12 +110,8 @@ def flops_per_token(model: ModelConfig) -> dict[Part, int]:
 
 
 def attending_pairs[Sizes: (int, np.ndarray)](rows: Sizes, columns: Sizes, vision: VisionConfig) -> Sizes:
-    """Pairs of patches of one frame that attend to each other, summed over the encoder's layers.
-
-    Args:
-        rows: Of patches, whole merge blocks; a number or an array of them.
-        columns: Likewise.
-        vision: The encoder.
+    """Pairs of patches of one frame (of each of several) that attend to each other, summed over the encoder's layers;
+    rows and columns of patches are whole merge blocks.
     """
     whole = (rows * columns) ** 2
     if vision.full_attention_layers is None:

@@ -20,7 +20,6 @@ class HeldParameter:
     shape: Shape
     """Of the rank's piece."""
     parameter: Parameter
-    """Its entry in the table."""
 
     @property
     def numel(self) -> int:

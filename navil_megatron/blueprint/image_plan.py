@@ -17,7 +17,6 @@ from navil_megatron.config.vision import VisionConfig
 MAX_ASPECT_RATIO = 200
 """Longest over shortest side that the reference accepts."""
 
-
 Grid = tuple[int, int, int]
 """Frames, patch rows, patch columns of one scale-image."""
 
@@ -33,11 +32,9 @@ class ScalePlan:
     resized_height: int
     """Pixels after resizing, before padding."""
     resized_width: int
-    """Pixels after resizing, before padding."""
     grid_height: int
-    """Patches down, after padding to whole merge blocks."""
+    """Patch rows after padding to whole merge blocks."""
     grid_width: int
-    """Patches across, after padding to whole merge blocks."""
 
     @property
     def grid(self) -> Grid:
@@ -99,11 +96,8 @@ class ImagePlanner:
         )
 
     def plan_images(self, sizes: Sequence[tuple[int, int]], dropped: int = 0) -> tuple[tuple[ScalePlan, ...], ...]:
-        """The scales, small to large, of each (height, width) of one sample.
-
-        Args:
-            sizes: of the images, in order of appearance.
-            dropped: largest scales that each image does without; the smallest always stays.
+        """The scales, small to large, of each (height, width) of one sample, in order of appearance; each image does
+        without its ``dropped`` largest, but the smallest always stays.
 
         Raises:
             ImageSizeError: an image is empty or longer than 200 times its width.
@@ -126,12 +120,8 @@ class ImagePlanner:
         return sum(sum(count_image_tokens(scales, self.merge_size)) for scales in images)
 
     def plan_pyramids(self, heights: np.ndarray, widths: np.ndarray, numbers: np.ndarray) -> Pyramids:
-        """All scales of many images at once.
-
-        Args:
-            heights: [n] int64, in pixels.
-            widths: [n] int64.
-            numbers: [n] int64: place of each image in its sample, from 0.
+        """All scales of many images at once; heights and widths in pixels, and the place of each image in its sample,
+        from 0: all [n] int64.
         """
         if not (self.share_shrunk_limit and self.multi_scale) or not len(numbers):
             limits = np.full(len(heights), float(self.max_pixels))
@@ -182,13 +172,8 @@ class ImagePlanner:
 
 
 def bounded_sizes(heights: np.ndarray, widths: np.ndarray, min_pixels: float, limits: np.ndarray) -> np.ndarray:
-    """[n, 2] int64: sizes brought between two areas with the aspect ratio kept; a size inside is untouched.
-
-    Args:
-        heights: [n] int64.
-        widths: [n] int64.
-        min_pixels: smallest area.
-        limits: [n] float64: largest area of each.
+    """[n, 2] int64: heights and widths [n] brought between the smallest area and the largest of each, [n] float64, with
+    the aspect ratio kept; a size inside is untouched.
     """
     sizes = np.stack([heights, widths], axis=1)
     area = np.maximum(heights * widths, 1).astype(np.float64)

@@ -18,7 +18,6 @@ class SegmentGroup:
     start: int
     """First token of the group, in attention order."""
     num_segments: int
-    """How many segments."""
     length: int
     """Tokens of each."""
 

@@ -63,13 +63,9 @@ def fullest_share(grids: tuple[Grid, ...], config: VisionConfig, num_ranks: int)
 
 
 def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_ranks: int) -> VisionPlan:
-    """Plan one rank's share of the images of a microbatch.
+    """Plan one rank's share of a microbatch's scale-images, given in order of appearance in the row.
 
-    Args:
-        grids: Every scale-image, in order of appearance in the row.
-        config: The encoder.
-        rank: This rank among those that share a row: context-parallel rank by rank, its tensor-parallel ranks.
-        num_ranks: How many these are.
+    ``rank`` counts the ranks that share a row: context-parallel rank by rank, its tensor-parallel ranks.
     """
     merge = config.merge_size
     costs = [encoding_cost(grid, config) for grid in grids]
@@ -78,10 +74,8 @@ def plan_vision(grids: Sequence[Grid], config: VisionConfig, rank: int, num_rank
     tokens_per_image = [t * h * w // merge**2 for t, h, w in grids]
     patches_at_hand = [t * h * w if mine else 0 for (t, h, w), mine in zip(grids, is_mine, strict=True)]
     first_patch = np.cumsum([0, *patches_at_hand])
-    orders = [
-        sorted((i for i in range(len(grids)) if owner[i] == r), key=lambda i: _length(grids[i]))
-        for r in range(num_ranks)
-    ]
+    shortest_first = sorted(range(len(grids)), key=lambda i: grids[i][1] * grids[i][2])
+    orders = [[i for i in shortest_first if owner[i] == r] for r in range(num_ranks)]
     gathered_tokens = max((sum(tokens_per_image[i] for i in order) for order in orders), default=0)
 
     place = np.zeros(len(grids), dtype=np.int64)
@@ -137,10 +131,6 @@ def block_order(num_rows: int, num_columns: int, config: VisionConfig) -> tuple[
         for left in range(0, num_columns, side)
     ]
     return np.concatenate(windows), [window.size for window in windows]
-
-
-def _length(grid: Grid) -> int:
-    return grid[1] * grid[2]
 
 
 def _concatenate(pieces: list[np.ndarray]) -> np.ndarray:

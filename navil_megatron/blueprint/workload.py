@@ -13,9 +13,7 @@ class Workload:
     """One microbatch; padding is in none of these numbers."""
 
     text_tokens: int
-    """Tokens of the text experts."""
     visual_tokens: int
-    """Tokens of the visual experts."""
     segment_lengths: tuple[int, ...]
     """Tokens of each attention segment."""
     grids: tuple[Grid, ...]
@@ -39,12 +37,8 @@ class Workload:
 
 
 def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> Workload:
-    """A full microbatch of samples that each hold one square image and a text.
-
-    Args:
-        config: The run.
-        text_tokens: Tokens that follow each image, all of them predicted.
-        image_side: Side of the image, in pixels, before the limits of ``[data]``.
+    """A full microbatch of samples: a square image, its side in pixels before the limits of ``[data]``, and so many
+    tokens of text, all of them predicted.
     """
     planner = ImagePlanner.from_config(config.data, config.model.vision)
     (scales,) = planner.plan_images([(image_side, image_side)])

@@ -176,12 +176,12 @@ def _require_plain(folder: Path, key: str, place: Place) -> None:
 
 def _layout(session: Session) -> dict[str, int]:
     return {
-        "tensor": session.tp_size,
-        "pipeline": session.pp_size,
-        "chunks": session.num_model_chunks,
-        "context": session.cp_size,
-        "expert": session.ep_size,
-        "data": session.dp_size,
+        "tensor": session.groups.tp.size(),
+        "pipeline": session.groups.pp.size(),
+        "chunks": session.parallel.virtual_pipeline_model_parallel_size or 1,
+        "context": session.groups.cp.size(),
+        "expert": session.groups.ep.size(),
+        "data": session.groups.dp.size(),
     }
 
 

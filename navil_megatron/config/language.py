@@ -72,9 +72,7 @@ class FamilyTraits:
     """The values of ``LanguageConfig`` that come with a family's name."""
 
     qk_norm: bool = False
-    """RMSNorm over each head's query and key."""
     qkv_bias: bool = False
-    """Bias on query, key and value."""
     may_compose_visual_output: bool = False
     """The released code of a NaViL of this family applies the visual output projection after the text one."""
 

@@ -61,12 +61,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def section_from_dict[T](section: type[T], values: Mapping[str, Any], source: str) -> T:
-    """One section, e.g. ``ModelConfig``, or a whole ``NaViLConfig`` as ``config_to_dict`` gave it.
-
-    Args:
-        section: The dataclass to make.
-        values: Its plain values.
-        source: Names them in errors.
+    """One section, e.g. ``ModelConfig``, or a whole ``NaViLConfig``, as ``config_to_dict`` gave it.
 
     Raises:
         ConfigError: a key or value is wrong.

@@ -50,11 +50,8 @@ def bound_of(annotation: Any) -> Range | None:
 
 
 def out_of_bounds(section: Any, key: str = "") -> Iterator[str]:
-    """One line for every number of a section, and of those in it, outside its bound; ``None`` is off and passes.
-
-    Args:
-        section: A dataclass of settings.
-        key: Its dotted name, empty for a whole run.
+    """One line for every number outside its bound in a section with this dotted name, and in those in it; ``None`` is
+    off and passes.
     """
     for name, annotation in get_type_hints(type(section), include_extras=True).items():
         value, dotted = getattr(section, name), f"{key}.{name}" if key else name

@@ -103,11 +103,8 @@ def _context_rules(parallel: ParallelConfig, language: LanguageConfig, seq_lengt
 
 
 def _expert_rules(parallel: ParallelConfig, language: LanguageConfig) -> Iterator[str]:
-    ranks, tensor, split = (
-        parallel.expert_model_parallel_size,
-        parallel.tensor_model_parallel_size,
-        parallel.expert_tensor_size,
-    )
+    ranks, split = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    tensor = parallel.tensor_model_parallel_size
     yield from divides(
         "parallel.expert_model_parallel_size",
         ranks,
@@ -135,10 +132,8 @@ def _expert_rules(parallel: ParallelConfig, language: LanguageConfig) -> Iterato
     yield from divides("parallel.expert_tensor_parallel_size", split, "tensor_model_parallel_size", tensor)
     yield from divides("parallel.expert_tensor_parallel_size", split, "ffn_hidden_size", language.ffn_hidden_size)
     if language.num_experts > 1:
-        for name, size in (
-            ("hidden_size", language.hidden_size),
-            ("ffn_hidden_size", language.ffn_hidden_size // split),
-        ):
+        sizes = {"hidden_size": language.hidden_size, "ffn_hidden_size": language.ffn_hidden_size // split}
+        for name, size in sizes.items():
             if size % _GROUPED_WIDTH:
                 yield (
                     f"model.language.{name} is {size} on one of {split} expert tensor-parallel ranks; the grouped "

@@ -54,11 +54,7 @@ def padding_of_segments(precision: PrecisionConfig, data: DataConfig, parallel: 
 
 
 def precision_rules(
-    precision: PrecisionConfig,
-    model: ModelConfig,
-    data: DataConfig,
-    parallel: ParallelConfig,
-    runtime: RuntimeConfig,
+    precision: PrecisionConfig, model: ModelConfig, data: DataConfig, parallel: ParallelConfig, runtime: RuntimeConfig
 ) -> Iterator[str]:
     """One line for every rule about types of numbers that the run breaks."""
     if runtime.kernels == "transformer_engine" and precision.type != "bf16":

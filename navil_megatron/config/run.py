@@ -19,25 +19,15 @@ class NaViLConfig:
     """A whole run."""
 
     model: ModelConfig
-    """The model."""
     data: DataConfig
-    """Its samples."""
     training: TrainingConfig
-    """Its length and phase."""
     optimizer: OptimizerConfig
-    """Its update rule."""
     checkpoint: CheckpointConfig
-    """Its state on disk."""
     runtime: RuntimeConfig
-    """Its machine."""
     logging: LoggingConfig
-    """Its records."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Its layout."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    """Its types of numbers."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Its held-out loss."""
 
     @property
     def pad_segments_to(self) -> int:

@@ -19,11 +19,7 @@ from navil_megatron.config.training import training_rules
 
 
 def validate(config: NaViLConfig, world_size: int | None = None) -> None:
-    """Checks a whole run.
-
-    Args:
-        config: The run.
-        world_size: Ranks it is started with; ``None`` where that is not known yet: the layout's fit stays unchecked.
+    """Checks a whole run on so many ranks; ``None`` where that is not known yet: the layout's fit stays unchecked.
 
     Raises:
         ConfigError: with every broken rule, each saying what was found, what was expected and what to do.

@@ -7,7 +7,7 @@ Imported by ``provider.choose_kernels`` alone, once ``te_install`` has found tha
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -37,7 +37,7 @@ def build_kernels(config: NaViLConfig) -> Kernels:
     fused_sums = config.runtime.gradient_accumulation_fusion == "transformer_engine"
     encoder_precision, encoder_rows = nullcontext, 1
     if precision.fp8_encoder:
-        encoder_precision = partial(_fp8, ENCODER_RECIPES[precision.fp8]())  # type: ignore[assignment]
+        encoder_precision = partial(te.autocast, enabled=True, recipe=ENCODER_RECIPES[precision.fp8]())  # type: ignore[assignment]
         encoder_rows = FP8_ROWS[precision.fp8]
     return Kernels(
         norms={"rmsnorm": partial(build_norm, RMSNorm), "layernorm": partial(build_norm, LayerNorm)},
@@ -50,11 +50,6 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         encoder_precision=encoder_precision,
         encoder_rows=encoder_rows,
     )
-
-
-def _fp8(recipe: Recipe) -> AbstractContextManager[Any]:
-    context: AbstractContextManager[Any] = te.autocast(enabled=True, recipe=recipe)
-    return context
 
 
 class _WeightsAlone:

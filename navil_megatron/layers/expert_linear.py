@@ -20,17 +20,8 @@ class ExpertLinear(MegatronModule):
     library, or several as a stack [experts, out, in], which its grouped product multiplies.
 
     Rows come gathered from the experts' tensor-parallel ranks and outputs are summed over them elsewhere, so nothing
-    is sent here. An expert without rows leaves a zero gradient: the product with no rows is in the graph too.
-
-    Args:
-        config: Supplies the parameter type and the number of experts.
-        kernels: Hold and multiply the only expert of a modality.
-        experts: Those that live here.
-        output_size: Rows of a whole matrix.
-        input_size: Columns of a whole matrix.
-        pg_collection: Process groups.
-        partition_dim: 0 splits the output, 1 the input.
-        partition_stride: Blocks of the output that are split each on its own (2 for [gate; up]).
+    is sent here. An expert without rows leaves a zero gradient: the product with no rows is in the graph too. Sizes,
+    ``partition_dim`` and ``partition_stride`` as of ``ModalityLinear``.
     """
 
     def __init__(
@@ -63,12 +54,8 @@ class ExpertLinear(MegatronModule):
             self.add_module(modality, holder)
 
     def forward(self, rows: Tensor, modality: Modality, ends: Tensor) -> Tensor:
-        """[rows, in] sorted by expert -> [rows, out], of which in or out is this rank's part.
-
-        Args:
-            rows: Those of one modality.
-            modality: Which.
-            ends: [experts here] int32: one past the last row of each expert.
+        """[rows, in] of a modality sorted by expert -> [rows, out], of which in or out is this rank's part; ``ends``
+        [experts here] int32 is one past the last row of each.
         """
         if not self.is_stack:
             output: Tensor = self.get_submodule(modality)(rows)

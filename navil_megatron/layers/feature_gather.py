@@ -41,16 +41,10 @@ class GatherFeatures(torch.autograd.Function):
 
 
 def gather_features(features: Tensor, num_rows: int, group: ProcessGroup, cp_group: ProcessGroup) -> Tensor:
-    """Pad this rank's features to ``num_rows`` and gather all ranks'. [k, h] -> [ranks * num_rows, h].
+    """Pad this rank's features to the largest share of a rank and gather all. [k, h] -> [ranks * num_rows, h].
 
-    The collective runs whatever the microbatch holds, with no rows too, so a rank without an image never keeps the
-    others waiting.
-
-    Args:
-        features: Of the images that this rank encodes.
-        num_rows: The largest share of a rank.
-        group: The ranks that share a row: tensor-parallel ones, times context-parallel ones.
-        cp_group: The context-parallel ones among them.
+    ``group`` holds the ranks that share a row: tensor-parallel ones, times context-parallel ones. The collective runs
+    whatever the microbatch holds, with no rows too, so a rank without an image never keeps the others waiting.
     """
     if group.size() == 1:
         return features

@@ -25,12 +25,12 @@ from navil_megatron.layers.modality import NaViLPackedSeqParams
 
 
 class ModalityLinear(MegatronModule):
-    """What the two parallel kinds share: a matrix per modality, split along one dimension.
+    """What the two parallel kinds share: a matrix per modality, split along one dimension. Each is a module of its own,
+    so that freezing and checkpoints name it ``<layer>.<modality>``.
 
     Args:
         config: Supplies the parameter type and the sequence-parallel switch.
-        kernels: Hold and multiply the matrices. Each is a module of its own, so that freezing and checkpoints name it
-            ``<layer>.<modality>``.
+        kernels: Hold and multiply the matrices.
         output_size: Rows of the whole matrix.
         input_size: Columns of the whole matrix.
         tp_group: Tensor-parallel ranks.
@@ -108,12 +108,7 @@ class ComposedRowParallelLinear(ModalityRowParallelLinear):
     """
 
     def __init__(
-        self,
-        config: ModelParallelConfig,
-        kernels: Kernels,
-        output_size: int,
-        input_size: int,
-        tp_group: ProcessGroup,
+        self, config: ModelParallelConfig, kernels: Kernels, output_size: int, input_size: int, tp_group: ProcessGroup
     ):
         super().__init__(config, kernels, output_size, input_size, tp_group)
         self.visual = nn.Linear(output_size, output_size, bias=False, dtype=config.params_dtype)

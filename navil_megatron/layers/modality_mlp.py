@@ -10,10 +10,7 @@ from torch import Tensor
 
 from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_linear import (
-    ModalityColumnParallelLinear,
-    ModalityRowParallelLinear,
-)
+from navil_megatron.layers.modality_linear import ModalityColumnParallelLinear, ModalityRowParallelLinear
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

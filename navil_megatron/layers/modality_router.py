@@ -20,12 +20,7 @@ MEASURED = ("tokens", "entropy", "balance_loss", "z_loss")
 
 
 class ModalityRouter(MegatronModule):
-    """Routes each row inside its modality. One expert per modality needs no parameters: the plan knows on the host.
-
-    Args:
-        config: Sizes, and the weights of the balance losses.
-        pg_collection: Process groups.
-    """
+    """Routes each row inside its modality. One expert per modality needs no parameters: the plan knows on the host."""
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
         super().__init__(config=config)

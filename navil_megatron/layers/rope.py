@@ -48,14 +48,7 @@ def rotary_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
 def rotary_angles_2d(rows: Tensor, columns: Tensor, head_dim: int, theta: float) -> Tensor:
     """Angles of 2D RoPE: half of the frequencies turn with the row, half with the column (reference behaviour).
 
-    Args:
-        rows: [p] row of each patch inside its image and scale.
-        columns: [p] column of each patch.
-        head_dim: Channels of a head, a multiple of 4.
-        theta: Base of the frequencies.
-
-    Returns:
-        [p, head_dim / 2] float32, the row's angles before the column's.
+    Rows and columns of patches [p] inside their image and scale -> [p, head_dim / 2] float32, the row's angles first.
     """
     frequencies = rotary_frequencies(head_dim // 2, theta, rows.device)
     return torch.cat([rotary_angles(rows, frequencies), rotary_angles(columns, frequencies)], dim=-1)

@@ -35,7 +35,6 @@ class FirstStageInputs:
     image_positions: Tensor
     """[m] rows that visual features replace, in order of appearance."""
     encoder: EncoderInputs
-    """This rank's share of the encoding."""
     feature_index: Tensor
     """[m] place of each image token among the gathered features of all ranks."""
     gathered_tokens: int

@@ -25,14 +25,12 @@ def decoder_block_spec(
         else partial(ModalityExperts, kernels=kernels)
     )
     norm = partial(decoder_norm, kernels.norms["rmsnorm"])
+    attention = ModuleSpec(module=ModalitySelfAttention, submodules=ModalityAttentionSubmodules(kernels, language))
     layer = ModuleSpec(
         module=NaViLTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=ModalitySelfAttention,
-                submodules=ModalityAttentionSubmodules(kernels, language),
-            ),
+            self_attention=attention,
             self_attn_bda=residual_add,
             pre_mlp_layernorm=norm,
             mlp=experts,

@@ -50,17 +50,9 @@ class SpecialTokenEmbedding(nn.Module):
 
 
 class NaViLModel(LanguageModule):
-    """One pipeline stage (or chunk) of NaViL.
+    """One pipeline stage of NaViL, or chunk ``vp_stage`` of one under the interleaved schedule.
 
-    Args:
-        model: The model section of the config.
-        training: The training section: what is computed again, and how many logits exist at once.
-        config: Their megatron-core translation.
-        kernels: The chosen arithmetic.
-        pg_collection: Process groups.
-        pre_process: This stage embeds tokens and encodes images.
-        post_process: This stage computes the loss.
-        vp_stage: Chunk number under the interleaved schedule.
+    Where it does ``pre_process``, it embeds tokens and encodes images; where ``post_process``, it computes the loss.
     """
 
     def __init__(

@@ -22,14 +22,9 @@ def shard_weights(
     first_layer: int,
     is_routed: bool,
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """What core saves and loads for each weight.
+    """What core saves and loads for each weight of a chunk that begins behind ``first_layer`` decoder layers.
 
-    Args:
-        weights: By their names in the chunk.
-        model: The model section of the config.
-        pg_collection: Process groups.
-        first_layer: Decoder layers before the chunk's first.
-        is_routed: Feed-forward experts have ranks of their own.
+    ``is_routed``: feed-forward experts have ranks of their own.
     """
     sharded: dict[str, ShardedTensor | ShardedTensorFactory] = {}
     for name, weight in weights.items():

@@ -20,13 +20,7 @@ from navil_megatron.models.inputs import EncoderInputs
 class VisionEncoder(MegatronModule):
     """This rank's images -> merged tokens, [k, w * merge^2], in encoder order."""
 
-    def __init__(
-        self,
-        vision: VisionConfig,
-        config: TransformerConfig,
-        kernels: Kernels,
-        recompute: bool = False,
-    ):
+    def __init__(self, vision: VisionConfig, config: TransformerConfig, kernels: Kernels, recompute: bool = False):
         super().__init__(config=config)
         self.vision = vision
         self.recompute = recompute

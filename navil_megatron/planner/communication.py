@@ -216,11 +216,8 @@ class RankTraffic:
     def _expert_layer(self, number: int) -> Iterator[Sent]:
         """Tokens to the rank of their expert and back, forward and backward."""
         parallel, language = self.config.parallel, self.config.model.language
-        ranks, shares, number_bytes = (
-            parallel.expert_model_parallel_size,
-            parallel.sequence_ranks,
-            self.config.precision.number_bytes,
-        )
+        ranks, shares = parallel.expert_model_parallel_size, parallel.sequence_ranks
+        number_bytes = self.config.precision.number_bytes
         first, times = self.dp_rank - self.dp_rank % ranks, language.experts_per_token
         held = local_experts(self.dp_rank % ranks, ranks, language.num_experts)
         # Context-parallel ranks of a replica hold equally many tokens of each modality.

@@ -49,7 +49,6 @@ class Estimate:
     """What is expected of a layout."""
 
     config: NaViLConfig
-    """The run with this layout."""
     dp_size: int
     num_microbatches: int
     """Of a step and replica."""

@@ -115,10 +115,8 @@ class ActivationModel:
         # Tokens of the fullest expert-parallel rank, of all that send to it; one counts once for each of its experts.
         arriving = tokens * language.experts_per_token * max(expert_loads(self.work, self.config))
         arriving = arriving * parallel.expert_tensor_size / self._tensor
-        kept = int(
-            arriving
-            * ((language.hidden_size + 3 * language.ffn_hidden_size // parallel.expert_tensor_size) * self._size)
-        )
+        width = language.hidden_size + 3 * language.ffn_hidden_size // parallel.expert_tensor_size
+        kept = int(arriving * (width * self._size))
         if language.num_experts > 1:
             # The router's input; logits and two scores; weights beside their order and its inverse, there and back.
             scores = 5 * language.num_experts * FP32 + language.experts_per_token * (4 * INT64 + 2 * FP32)

@@ -80,9 +80,7 @@ def as_text(config: NaViLConfig, hardware: Hardware, work: Workload, found: Sequ
     """Parameters, assumptions, the best layouts, the best one's memory, and what is out."""
     fitting = [candidate for candidate in found if candidate.fits]
     lines = [*parameter_lines(config), "", *_assumption_lines(config, hardware, work), ""]
-    lines.append(
-        f"{len(fitting)} of {len(found)} layouts fit {hardware.gpus} GPUs of {hardware.hbm:g} GB; the fastest:"
-    )
+    lines += [f"{len(fitting)} of {len(found)} layouts fit {hardware.gpus} GPUs of {hardware.hbm:g} GB; the fastest:"]
     lines += _table(fitting[:top])
     if fitting:
         lines += ["", *_best_lines(fitting[0])]
@@ -93,9 +91,8 @@ def as_text(config: NaViLConfig, hardware: Hardware, work: Workload, found: Sequ
     refused = [candidate for candidate in found if candidate.estimate is None]
     if refused:
         lines += ["", f"{len(refused)} are refused by a rule:"]
-        lines += [
-            f"  {count} x {reason}" for reason, count in Counter(candidate.reason for candidate in refused).items()
-        ]
+        counts = Counter(candidate.reason for candidate in refused)
+        lines += [f"  {count} x {reason}" for reason, count in counts.items()]
     return "\n".join(lines)
 
 

@@ -40,13 +40,7 @@ def awaited_by(answer: Whereabouts, answers: Mapping[int, Whereabouts]) -> set[i
 
 
 def hang_line(answers: Answers, asked_by: int, stacks: str) -> str:
-    """The line that a run ends with.
-
-    Args:
-        answers: Of all ranks.
-        asked_by: The rank that makes the line.
-        stacks: Where the stacks are.
-    """
+    """The line that a run ends with, from the answers of all ranks to one of them, and the place of the stacks."""
     missing = missing_ranks(answers)
     present = {rank: answer for rank, answer in answers.items() if isinstance(answer, Whereabouts)}
 

@@ -7,7 +7,7 @@ replaced and why; ``enable_megatron_core_on_cpu`` puts them in place once per pr
 import functools
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,53 +35,32 @@ class Patch:
     """Who in megatron-core needs it."""
 
 
-class NoStream:
-    """Stands for a CUDA stream where every operation has finished when its call returns."""
+def _no_op(*args: object, **kwargs: object) -> None:
+    """A CPU has nothing to do here."""
+
+
+class NothingPending:
+    """Stands for a CUDA stream or event: every operation has finished when its call returns."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        """Takes what a CUDA stream takes."""
+        """Takes what either takes."""
 
-    def wait_stream(self, stream: object) -> None:
-        """Nothing is pending."""
+    wait_stream = wait_event = wait = record = synchronize = _no_op
 
-    def wait_event(self, event: object) -> None:
-        """Nothing is pending."""
-
-    def synchronize(self) -> None:
-        """Nothing is pending."""
-
-    def record_event(self, event: object = None) -> "NoEvent":
+    def record_event(self, event: object = None) -> "NothingPending":
         """A point that has already passed."""
-        return NoEvent()
-
-
-class NoEvent:
-    """Stands for a CUDA event: a point in the work that has always been passed."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        """Takes what a CUDA event takes."""
-
-    def record(self, stream: object = None) -> None:
-        """Nothing to mark."""
-
-    def wait(self, stream: object = None) -> None:
-        """Nothing is pending."""
-
-    def synchronize(self) -> None:
-        """Nothing is pending."""
+        return self
 
     def query(self) -> bool:
         """The work before the event is done."""
         return True
 
 
-_THE_STREAM = NoStream()
+_THE_STREAM = NothingPending()
 
 
 def _is_cuda(device: object) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
+    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,14 +78,6 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 def _same(value: Any) -> Callable[[Any], Any]:
     """Ignores the original."""
     return lambda original: value
-
-
-def _no_op(*args: object, **kwargs: object) -> None:
-    """A CPU has nothing to do here."""
-
-
-def _stream_context(stream: object) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _stay(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -133,10 +104,6 @@ def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
     torch.set_rng_state(new_state)
-
-
-def _manual_seed(seed: int) -> None:
-    torch.manual_seed(seed)
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -180,25 +147,13 @@ def _pad_rows(rows: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
 
 
-FACTORIES = (
-    "empty",
-    "zeros",
-    "ones",
-    "full",
-    "tensor",
-    "arange",
-    "rand",
-    "randn",
-    "randint",
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-)
+_FILLED = ("empty", "zeros", "ones", "full")
+FACTORIES = (*_FILLED, *(f"{name}_like" for name in _FILLED), "tensor", "arange", "rand", "randn", "randint")
 """Functions that make tensors."""
 
 _RANDOM = "megatron.core.tensor_parallel.random"
 _MAPPINGS = "megatron.core.tensor_parallel.mappings"
+_MOE = "megatron.core.transformer.moe"
 
 PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "current_device", _same(lambda: _CPU), "device= of buffers in layers, mappings, DDP, p2p"),
@@ -206,26 +161,21 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "synchronize", _same(_no_op), "p2p, timers, checkpoint save"),
     Patch("torch.cuda", "current_stream", _same(lambda *_: _THE_STREAM), "gradient buckets, MoE dispatch"),
     Patch("torch.cuda", "default_stream", _same(lambda *_: _THE_STREAM), "side streams wait on it"),
-    Patch("torch.cuda", "Stream", _same(NoStream), "MoE dispatch makes a copy stream"),
-    Patch("torch.cuda", "Event", _same(NoEvent), "MoE layers record events"),
-    Patch("torch.cuda", "stream", _same(_stream_context), "MoE dispatch copies inside a stream"),
+    Patch("torch.cuda", "Stream", _same(NothingPending), "MoE dispatch makes a copy stream"),
+    Patch("torch.cuda", "Event", _same(NothingPending), "MoE layers record events"),
+    Patch("torch.cuda", "stream", _same(lambda stream: nullcontext()), "MoE dispatch copies inside a stream"),
     Patch("torch.cuda", "empty_cache", _same(_no_op), "DDP frees buffers"),
     Patch("torch.cuda", "is_current_stream_capturing", _same(lambda: False), "MoE dispatch, CUDA graphs"),
     Patch("torch.cuda", "get_rng_state", _same(_get_rng_state), "RNG tracker, rerun state machine"),
     Patch("torch.cuda", "set_rng_state", _same(_set_rng_state), "rerun state machine"),
-    Patch("torch.cuda", "manual_seed", _same(_manual_seed), "model_parallel_cuda_manual_seed"),
+    Patch("torch.cuda", "manual_seed", _same(torch.manual_seed), "model_parallel_cuda_manual_seed"),
     Patch("torch.cuda.random", "get_rng_state", _same(_get_rng_state), "recompute saves the state"),
     Patch("torch:Tensor", "cuda", _same(_stay), "optimizer state gather, checkpoint exchange, tied embeddings"),
     Patch("torch:Tensor", "type", _cuda_type_name, "optimizers compare with 'torch.cuda.FloatTensor'"),
     Patch(_RANDOM, "_get_cuda_rng_state", _same(_get_rng_state), "RNG tracker and recompute"),
     Patch(_RANDOM, "_set_cuda_rng_state", _same(_set_rng_state), "RNG tracker and recompute"),
-    Patch("megatron.core.transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _same(_to_host), "all-to-all splits"),
-    Patch(
-        "megatron.core.transformer.moe.token_dispatcher",
-        "maybe_move_tensor_to_cpu",
-        _same(_to_host),
-        "imported by name from moe_utils",
-    ),
+    Patch(f"{_MOE}.moe_utils", "maybe_move_tensor_to_cpu", _same(_to_host), "all-to-all splits"),
+    Patch(f"{_MOE}.token_dispatcher", "maybe_move_tensor_to_cpu", _same(_to_host), "imports it by name"),
     Patch(_MAPPINGS, "_gather_along_first_dim", _gather_uneven, "experts under tensor parallelism: gloo is even"),
     Patch(_MAPPINGS, "_reduce_scatter_along_first_dim", _reduce_scatter_uneven, "experts under tensor parallelism"),
     *(Patch("torch", name, _on_cpu, "device='cuda' literals in optimizers, schedules, MoE") for name in FACTORIES),

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.runtime.mcore_on_cpu import FACTORIES, enable_megatron_core_on_cpu
+from navil_megatron.runtime.session import build_process_groups
 
 
 class _OnMeta(TorchFunctionMode):
@@ -45,17 +46,9 @@ def meta_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
     # Core asks all ranks which parameter groups they have: here each answers as this one.
     torch.distributed.all_gather_object = _answer_alike  # type: ignore[assignment]
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_size,
-            create_gloo_process_groups=False,
-        )
+        groups = build_process_groups(parallel)
         with _OnMeta():
-            yield ProcessGroupCollection.use_mpu_process_groups()
+            yield groups
     finally:
         torch.distributed.all_gather_object = gather
         parallel_state.destroy_model_parallel()

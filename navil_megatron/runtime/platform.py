@@ -17,10 +17,6 @@ from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.runtime.upload import Uploader
 
 
-def _nothing_to_wait_for() -> None:
-    """Work on a CPU is finished when the call returns."""
-
-
 def _peak_resident_bytes() -> int:
     """Largest resident set of this process; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -83,7 +79,7 @@ class Platform:
             name="cpu",
             device=torch.device("cpu"),
             collective_backend="gloo",
-            synchronize=_nothing_to_wait_for,
+            synchronize=lambda: None,  # work on a CPU is finished when the call returns
             upload=lambda tree: lambda: tree,
             peak_memory_bytes=_peak_resident_bytes,
         )

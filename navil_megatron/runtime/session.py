@@ -43,7 +43,6 @@ class Launch:
     rank: int = 0
     """Number of this process among all."""
     world_size: int = 1
-    """Processes of the run."""
     local_rank: int = 0
     """Number of this process on its machine."""
     local_world_size: int = 1
@@ -54,12 +53,9 @@ class Launch:
     @classmethod
     def from_environment(cls) -> Self:
         """What torchrun set, or one process that stands alone."""
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        )
+        names = ("rank", "world_size", "local_rank", "local_world_size")
+        found: dict[str, Any] = {name: int(os.environ[name.upper()]) for name in names if name.upper() in os.environ}
+        return cls(**found)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -88,37 +84,14 @@ class Session:
     """One rank of a run, from ``Session.start`` to ``close``; also a context manager."""
 
     platform: Platform
-    """Its machine."""
     parallel: ParallelConfig
-    """The layout."""
     groups: ProcessGroupCollection
-    """megatron-core's process groups."""
+    """megatron-core's process groups, each with this rank's place in it and its size: ``groups.tp`` the tensor-parallel
+    ranks, ``pp`` the pipeline stages, ``cp`` and ``ep`` the context- and expert-parallel ranks. The place in ``dp``,
+    context parallelism not counted, says which replica of the model this is, and so its data.
+    """
     rank: int
-    """Number of this rank among all."""
     world_size: int
-    """Ranks of the run."""
-    local_rank: int
-    """Number of this rank on its machine."""
-    tp_rank: int
-    """Position in the tensor-parallel group."""
-    tp_size: int
-    """Ranks of a tensor-parallel group."""
-    pp_rank: int
-    """Pipeline stage."""
-    pp_size: int
-    """Pipeline stages."""
-    cp_rank: int
-    """Position in the context-parallel group."""
-    cp_size: int
-    """Ranks of a context-parallel group."""
-    ep_rank: int
-    """Position in the expert-parallel group."""
-    ep_size: int
-    """Ranks of an expert-parallel group."""
-    dp_rank: int
-    """Which replica of the model, context parallelism not counted: decides the data of this rank."""
-    dp_size: int
-    """Replicas of the model."""
     replica: ProcessGroup
     """The ranks of this rank's replica of the model, talking on the host."""
     watchdog: Watchdog
@@ -143,60 +116,29 @@ class Session:
             torch.set_num_threads(_cpu_threads(config, launch))
         timeout = timedelta(seconds=config.runtime.collective_timeout_seconds + _BACKEND_MARGIN_SECONDS)
         _join(platform, launch, timeout)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_size,
-            distributed_timeout_minutes=timeout.total_seconds() / 60,
-            create_gloo_process_groups=False,
-        )
-        seed_rank(config.training.seed, parallel_state.get_pipeline_model_parallel_rank())
-        session = cls._from_parallel_state(platform, config, launch)
-        session._listen()
-        logger.info(
-            "%d ranks on %s: tensor %d, pipeline %d, context %d, expert %d, data %d",
-            session.world_size,
-            platform.name,
-            session.tp_size,
-            session.pp_size,
-            session.cp_size,
-            session.ep_size,
-            session.dp_size,
-        )
-        return session
-
-    @classmethod
-    def _from_parallel_state(cls, platform: Platform, config: NaViLConfig, launch: Launch) -> Self:
-        groups = ProcessGroupCollection.use_mpu_process_groups()
+        groups = build_process_groups(parallel, timeout.total_seconds() / 60)
+        seed_rank(config.training.seed, groups.pp.rank())
         watchdog = Watchdog(
             groups.pp.rank(),
             config.runtime.collective_timeout_seconds,
             Path(config.logging.directory),
             one_machine=launch.local_world_size == launch.world_size,
         )
-        return cls(
+        session = cls(
             platform=platform,
-            parallel=config.parallel,
+            parallel=parallel,
             groups=groups,
             rank=launch.rank,
             world_size=launch.world_size,
-            local_rank=launch.local_rank,
-            tp_rank=groups.tp.rank(),
-            tp_size=groups.tp.size(),
-            pp_rank=groups.pp.rank(),
-            pp_size=groups.pp.size(),
-            cp_rank=groups.cp.rank(),
-            cp_size=groups.cp.size(),
-            ep_rank=groups.ep.rank(),
-            ep_size=groups.ep.size(),
-            dp_rank=groups.dp.rank(),
-            dp_size=groups.dp.size(),
             replica=_replica_group(groups, platform),
             watchdog=watchdog,
         )
+        for number in _STOP_SIGNALS:
+            session._handlers[number] = signal.signal(number, session._note_stop)
+        axes = (groups.tp, groups.pp, groups.cp, groups.ep, groups.dp)
+        ranks = "%d ranks on %s: tensor %d, pipeline %d, context %d, expert %d, data %d"
+        logger.info(ranks, launch.world_size, platform.name, *(group.size() for group in axes))
+        return session
 
     @property
     def device(self) -> torch.device:
@@ -211,17 +153,12 @@ class Session:
     @property
     def is_first_stage(self) -> bool:
         """Whether this rank's pipeline stage reads pixels and tokens."""
-        return self.pp_rank == 0
+        return self.groups.pp.rank() == 0
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank's pipeline stage computes the loss."""
-        return self.pp_rank == self.pp_size - 1
-
-    @property
-    def num_model_chunks(self) -> int:
-        """Model chunks this rank holds: more than one only under the interleaved schedule."""
-        return self.parallel.virtual_pipeline_model_parallel_size or 1
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     def together[T](self, make: Callable[[], T]) -> T:
         """What ``make`` gives, if it succeeds on every rank; every rank calls this at the same point.
@@ -252,10 +189,6 @@ class Session:
         torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=self.replica)
         return shared.numpy().astype(bool)
 
-    def barrier(self) -> None:
-        """Waits for every rank."""
-        torch.distributed.barrier()
-
     def stop_asked(self) -> bool:
         """Whether any rank was asked to stop (SIGTERM or SIGINT). Every rank must call it at the same point."""
         flag = torch.tensor([int(self._stop_signal is not None)], dtype=torch.int32, device=self.device)
@@ -266,10 +199,6 @@ class Session:
     def was_asked_to_stop(self) -> bool:
         """Whether it was this very rank that got a signal to stop."""
         return self._stop_signal is not None
-
-    def _listen(self) -> None:
-        for number in _STOP_SIGNALS:
-            self._handlers[number] = signal.signal(number, self._note_stop)
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         """Asks for a stop after the current step; a second Ctrl-C acts at once.
@@ -303,6 +232,21 @@ class Session:
         self.close()
 
 
+def build_process_groups(parallel: ParallelConfig, timeout_minutes: float = 30) -> ProcessGroupCollection:
+    """megatron-core's process groups of a layout, inside the default group."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
 def _replica_group(groups: ProcessGroupCollection, platform: Platform) -> ProcessGroup:
     """The ranks that hold one replica and share its rows; a group that moves host memory, for a step must not wait for
     the GPU to learn a few bits. Megatron-core has such a group only without context parallelism.
@@ -331,9 +275,5 @@ def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
     elif launch.world_size == 1:
         place = {"store": torch.distributed.HashStore()}
     torch.distributed.init_process_group(
-        platform.collective_backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-        **place,
+        platform.collective_backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **place
     )

@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class Uploader:
-    """Copies on a stream of its own. What is pinned goes as it is, other host tensors go together in one pinned buffer.
-
-    Args:
-        device: Where to.
-    """
+    """Copies on a stream of its own. What is pinned goes as it is, other host tensors together in one pinned buffer."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.Stream(device=device)

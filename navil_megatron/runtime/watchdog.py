@@ -41,14 +41,7 @@ class Watchdog:
     """One rank's watch over itself; made by ``Session``."""
 
     def __init__(self, stage: int, timeout_seconds: float, logs: Path, one_machine: bool) -> None:
-        """Starts watching the calling thread; every rank makes one at the same point.
-
-        Args:
-            stage: Pipeline stage of this rank.
-            timeout_seconds: How long nothing may move.
-            logs: Folder for the stacks.
-            one_machine: All ranks run on this machine.
-        """
+        """Starts watching the calling thread; every rank makes one at the same point. Stacks go to ``logs``."""
         self.position = Position()
         self._peers, self._timeout, self._logs = Peers(stage, one_machine), timeout_seconds, logs
         self._training_thread = threading.get_ident()

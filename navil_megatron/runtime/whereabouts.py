@@ -28,9 +28,7 @@ class Whereabouts:
     """What one rank answers when asked where it is; a flat record, so that it travels as JSON."""
 
     rank: int
-    """Its number."""
     stage: int
-    """Its pipeline stage."""
     step: int
     """Step being made, from 1; 0: before the first."""
     position: str
@@ -78,11 +76,7 @@ def read_waits(place: str) -> dict[str, Any]:
 
 
 def place_of(frames: Iterable[FrameType]) -> str:
-    """The first line that is ours or megatron-core's, as ``folder/file.py:line function``; empty: none.
-
-    Args:
-        frames: Innermost first.
-    """
+    """Of frames, innermost first, the first line that is ours or megatron-core's: ``folder/file.py:line function``."""
     for frame in frames:
         code = frame.f_code
         for folder, prefix in _PLACES.items():

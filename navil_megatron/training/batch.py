@@ -17,13 +17,13 @@ from navil_megatron.runtime.session import Session
 def place_of(session: Session) -> DataPlace:
     """A rank's place, as the data package knows it."""
     return DataPlace(
-        dp_rank=session.dp_rank,
-        dp_size=session.dp_size,
+        dp_rank=session.groups.dp.rank(),
+        dp_size=session.groups.dp.size(),
         is_first_stage=session.is_first_stage,
-        tp_rank=session.tp_rank,
-        tp_size=session.tp_size,
-        cp_rank=session.cp_rank,
-        cp_size=session.cp_size,
+        tp_rank=session.groups.tp.rank(),
+        tp_size=session.groups.tp.size(),
+        cp_rank=session.groups.cp.rank(),
+        cp_size=session.groups.cp.size(),
         pins_pixels=session.platform.name == "cuda",
     )
 
@@ -37,11 +37,7 @@ def upload_ahead(
 ) -> Iterator[ModelInputs]:
     """Each microbatch on the device; while one is used the next is on its way, and no more.
 
-    Args:
-        microbatches: In the order of the schedule.
-        platform: Where they go.
-        with_images: The model chunk that asks embeds tokens and encodes images.
-        router_loss_scale: See ``NaViLPackedSeqParams``.
+    ``with_images``: the model chunk that asks embeds tokens and encodes images.
     """
     # Nothing here may keep hold of a microbatch that was handed out: its pixels would stay on the device.
     coming = None

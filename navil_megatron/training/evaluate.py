@@ -15,12 +15,7 @@ MICROBATCHES_AT_ONCE = 8
 """Microbatches that go through the pipeline together."""
 
 
-def evaluate(
-    config: NaViLConfig,
-    session: Session,
-    chunks: Chunks,
-    microbatches: Iterable[Microbatch],
-) -> float:
+def evaluate(config: NaViLConfig, session: Session, chunks: Chunks, microbatches: Iterable[Microbatch]) -> float:
     """Weighted mean cross entropy over all ranks' microbatches; every rank has the same number of them. Samples that
     failed to decode count on no rank.
     """
@@ -35,4 +30,4 @@ def evaluate(
         chunk.train()
     loss_sum, weight = total
     torch.distributed.all_reduce(loss_sum)
-    return float(loss_sum / session.tp_size / weight)
+    return float(loss_sum / session.groups.tp.size() / weight)

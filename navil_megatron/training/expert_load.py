@@ -15,13 +15,7 @@ from navil_megatron.layers.transformer_layer import NaViLTransformerLayer
 
 
 class ExpertLoad:
-    """The sums of all routers of the model.
-
-    Args:
-        chunks: This rank's model chunks.
-        num_layers: Decoder layers of the whole model.
-        num_experts: Experts of each modality; 1: there is nothing to count.
-    """
+    """The sums of all routers of the model; with one expert of each modality there is nothing to count."""
 
     def __init__(self, chunks: Sequence[nn.Module], num_layers: int, num_experts: int):
         columns = num_experts + len(MEASURED) if num_experts > 1 else 0
@@ -49,10 +43,8 @@ def balance(sums: Tensor) -> dict[str, float]:
     """What a record says of each modality, as means over the layers; a modality without tokens is left out.
 
     An expert's most tokens over the mean (1 is even, the number of experts is collapse), also of the worst layer; the
-    entropy of the scores over that of a router without preference; both losses without their weights.
-
-    Args:
-        sums: [layers, modalities, experts and measured sums] of all ranks, on the host.
+    entropy of the scores over that of a router without preference; both losses without their weights. ``sums`` as
+    ``ExpertLoad.take`` gives, of all ranks, on the host.
     """
     record = {}
     for modality, of_modality in zip(MODALITIES, sums.unbind(1), strict=True):

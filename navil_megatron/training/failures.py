@@ -17,18 +17,11 @@ def settle_failures(session: Session, microbatches: Sequence[Microbatch]) -> tup
     """The microbatches without loss on what failed on any rank of the replica, and how many samples that are.
 
     Every rank of a replica calls it with the same microbatches.
-
-    Args:
-        session: This rank.
-        microbatches: What it works on next.
     """
     failed = [np.zeros(len(microbatch.samples), dtype=bool) for microbatch in microbatches]
     for flags, microbatch in zip(failed, microbatches, strict=True):
         flags[[failure.position for failure in microbatch.failures]] = True
     agreed = session.any_in_replica(np.concatenate(failed))
     parts = np.split(agreed, np.cumsum([len(flags) for flags in failed])[:-1])
-    settled = [
-        drop_loss(microbatch, np.flatnonzero(flags).tolist())
-        for microbatch, flags in zip(microbatches, parts, strict=True)
-    ]
-    return settled, int(agreed.sum())
+    pairs = zip(microbatches, parts, strict=True)
+    return [drop_loss(batch, np.flatnonzero(flags).tolist()) for batch, flags in pairs], int(agreed.sum())

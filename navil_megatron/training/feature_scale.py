@@ -25,12 +25,7 @@ _SUMS = 4
 class FeatureScale:
     """The sums of this rank's layers. Rows that recompute or replicas count again leave all means as they are.
 
-    Args:
-        config: The run.
-        chunks: This rank's model chunks.
-        groups: Process groups.
-        device: Where the hidden states are.
-        state: How far the run has come; says whether the step that is made is one to measure.
+    ``state`` says whether the step that is made is one to measure.
     """
 
     def __init__(
@@ -88,10 +83,7 @@ def scales(sums: Tensor) -> dict[str, float | int | str]:
     """What a record says: by layer the root mean square, and at the end what the authors' code prints.
 
     Layer 0 is the token embeddings, layer n what leaves the n-th decoder layer. ``spread``: standard deviation over the
-    last layer's tokens of their mean absolute value.
-
-    Args:
-        sums: [layers + 1, modalities, sums] of all ranks, on the host.
+    last layer's tokens of their mean absolute value. ``sums`` as ``take`` gives, of all ranks, on the host.
     """
     record: dict[str, float | int | str] = {}
     digits = len(str(len(sums) - 1))

@@ -41,14 +41,14 @@ def generate(
         config: The run.
         session: This rank.
         chunks: Its model chunks.
-        prompts: Samples to continue; together with their new tokens they must fit one row.
+        prompts: Samples to continue.
         pixel_values: [p, patch_dim] patches of all their images, in order of appearance.
         row_format: How rows are laid out.
         end_id: Token that ends a text; it is not part of the result.
-        max_new_tokens: Longest text, in tokens.
+        max_new_tokens: Longest text.
 
     Raises:
-        UserError: The prompts do not fit a row.
+        UserError: The prompts and their new tokens do not fit a row.
     """
     needed = sum(len(prompt.input_ids) + max_new_tokens for prompt in prompts) + row_format.pad_segments_to
     if needed > config.data.seq_length:
@@ -103,7 +103,7 @@ def _next_tokens(
         dataclasses.replace(rows, labels=labels), config.model, place_of(session), pixel_values
     )
     # The interleaved schedule takes microbatches in whole groups of one per stage.
-    copies = session.pp_size if len(chunks) > 1 else 1
+    copies = session.groups.pp.size() if len(chunks) > 1 else 1
     outputs = schedule_over(
         config, session, chunks, [microbatch] * copies, forward_logits, forward_only=True, collect_non_loss_data=True
     )
@@ -113,7 +113,7 @@ def _next_tokens(
         whole = gather_from_tensor_model_parallel_region(logits, group=session.groups.tp)
         tokens[numbers] = whole.argmax(dim=-1)
         torch.distributed.all_reduce(tokens, group=session.groups.cp)
-    last_stage = torch.distributed.get_global_rank(session.groups.pp, session.pp_size - 1)
+    last_stage = torch.distributed.get_global_rank(session.groups.pp, session.groups.pp.size() - 1)
     torch.distributed.broadcast(tokens, src=last_stage, group=session.groups.pp)
     return tokens.tolist()
 

@@ -29,13 +29,7 @@ def part_of(row: Parameter) -> str:
 
 
 class GradNorms:
-    """Which part each parameter of this rank belongs to.
-
-    Args:
-        chunks: This rank's model chunks.
-        optimizer: Their optimizer.
-        model: Their config.
-    """
+    """Which part each parameter of this rank belongs to."""
 
     def __init__(self, chunks: Iterable[nn.Module], optimizer: ChainedOptimizer, model: ModelConfig):
         parts = {
@@ -51,14 +45,10 @@ class GradNorms:
             self._held.append((piece, of_parts))
 
     def take(self, grad_norm: float, device: torch.device) -> dict[str, float]:
-        """Norm of each part in the last update, 0 where it is frozen; their squares sum to that of ``grad_norm``.
+        """Norm of each part in the last update, 0 where it is frozen; their squares sum to that of ``grad_norm``, the
+        global one before clipping. Every rank calls it.
 
-        Clipping has shortened all gradients by one factor, so a part's share of the squares is what it was. Every rank
-        calls it.
-
-        Args:
-            grad_norm: The global one, before clipping.
-            device: Where the gradients are.
+        Clipping has shortened all gradients by one factor, so a part's share of the squares is what it was.
         """
         sums: dict[ProcessGroup, Tensor] = {}
         for piece, of_parts in self._held:
@@ -92,7 +82,6 @@ def _held_by(optimizer: MegatronOptimizer) -> Iterable[tuple[nn.Parameter, nn.Pa
 
 
 def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[] float64."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
     return nn.utils.get_total_norm(gradients).double().square()

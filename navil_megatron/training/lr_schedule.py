@@ -9,13 +9,7 @@ from navil_megatron.config.optimizer import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, train_steps: int) -> float:
-    """The rate of one update.
-
-    Args:
-        step: Number of the update, from 1: the peak is reached at ``warmup_steps``, ``min_lr`` at ``train_steps``.
-        config: Peak, shape and warm-up.
-        train_steps: Updates of the whole run.
-    """
+    """The rate of an update, counted from 1: the peak is reached at ``warmup_steps``, ``min_lr`` at ``train_steps``."""
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.lr_schedule == "constant":

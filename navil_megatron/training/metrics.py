@@ -150,14 +150,14 @@ class StepMeter:
         session.platform.synchronize()
         seconds = time.perf_counter() - self._started - self._paused_seconds
         # Counts are the same on the ranks of one model replica, losses on those of one tensor-parallel group.
-        replica_ranks = session.world_size // session.dp_size
-        losses = torch.stack([result.loss_sum.double() for result in self._results]) / session.tp_size
+        replica_ranks = session.world_size // session.groups.dp.size()
+        losses = torch.stack([result.loss_sum.double() for result in self._results]) / session.groups.tp.size()
         group_losses = torch.stack([result.group_loss_sums.double() for result in self._results]).sum(0)
         counts, group_weights, losses, group_losses, loads, sums_of_scale = self._over_ranks(
             self._counts / replica_ranks,
             self._group_weights / replica_ranks,
             losses,
-            group_losses / session.tp_size,
+            group_losses / session.groups.tp.size(),
             self._expert_load.take(session.device),
             self.feature_scale.take(),
         )

@@ -22,11 +22,7 @@ def wrap_ddp(
 ) -> list[DistributedDataParallel]:
     """The model chunks with FP32 gradient buffers that are summed over the data-parallel ranks.
 
-    Args:
-        config: The run.
-        session: This rank.
-        chunks: Its model chunks.
-        bucket_size: Parameters whose communication overlaps as one; None: as core chooses by the number of ranks.
+    ``bucket_size``: parameters whose communication overlaps as one; None: as core chooses by the number of ranks.
     """
     ours = config.optimizer
     ddp_config = DistributedDataParallelConfig(

@@ -55,16 +55,7 @@ def train_step(
     microbatches: Sequence[Microbatch],
     lr: float,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, update.
-
-    Args:
-        config: The run.
-        session: This rank.
-        chunks: Its model chunks, wrapped by megatron-core's data parallelism.
-        optimizer: megatron-core's optimizer.
-        microbatches: This rank's share of the global batch.
-        lr: Learning rate of this step.
-    """
+    """Forward, backward, reduce, clip, update: one step with this rank's share of the global batch."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -128,7 +119,7 @@ def schedule_over(
 ) -> list[Any]:
     """Run megatron-core's schedule for the layout. -> what the loss functions reported, on the last stage."""
     schedule = get_forward_backward_func(
-        pp_size=session.pp_size, vp_size=config.parallel.virtual_pipeline_model_parallel_size
+        pp_size=session.groups.pp.size(), vp_size=config.parallel.virtual_pipeline_model_parallel_size
     )
     # Each chunk of the model asks for a microbatch at its own time.
     iterators = [

@@ -9,6 +9,7 @@ import logging
 import os
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,23 @@ class WandbRun:
         ours = config.logging
         wait = min(MAX_WAIT_SECONDS, config.runtime.collective_timeout_seconds / 2)
         settings = wandb.Settings(silent=True, console="off", init_timeout=wait, finish_timeout=wait)
-        arguments: dict[str, Any] = {
-            "project": ours.wandb_project,
-            "entity": ours.wandb_entity,
-            "name": ours.wandb_name,
-            "dir": ours.directory,
-            "id": _run_id(Path(ours.directory)),
-            "config": config_to_dict(config),
-            "settings": settings,
-        }
+        init = partial(
+            wandb.init,
+            project=ours.wandb_project,
+            entity=ours.wandb_entity,
+            name=ours.wandb_name,
+            dir=ours.directory,
+            id=_run_id(Path(ours.directory)),
+            config=config_to_dict(config),
+            settings=settings,
+        )
         try:
             # Without a service there is nothing to ask about an earlier part of the run.
-            self._run: Any = wandb.init(**arguments, resume=None if _is_offline() else "allow")
+            self._run: Any = init(resume=None if _is_offline() else "allow")
         except Exception as error:  # mostly CommError; none of them may end a run
             logger.warning("W&B cannot be reached (%s); records stay here, for `wandb sync`", _in_one_line(error))
             wandb.teardown()  # its process would hold the id of the run that did not start
-            self._run = wandb.init(**arguments, mode="offline")
+            self._run = init(mode="offline")
         # A resumed run repeats the steps since its checkpoint, which W&B's own counter would refuse.
         self._run.define_metric("*", step_metric="step")
 

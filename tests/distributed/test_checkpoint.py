@@ -151,7 +151,7 @@ def _with_expert(rank: int, world_size: int, sections: Sections, step: int) -> N
     with start_session(rank, world_size, config) as session:
         run = Run(config, session, num_experts=4)
         manager = manager_of(config, session, num_experts=4)
-        assert len(run.optimizer.chained_optimizers) == session.ep_size
+        assert len(run.optimizer.chained_optimizers) == session.groups.ep.size()
         state = manager.restore_latest(run.chunks, run.optimizer)
         if state is None:
             run.step(1)

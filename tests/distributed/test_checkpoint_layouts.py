@@ -38,8 +38,8 @@ def run(rank: int, world_size: int, sections: dict, source: str | None, target: 
         if state is not None:
             manager.save(step, model, optimizer, {"step": step})
         batch = global_batch(config, BATCH, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         losses = []
         while step < until:
             losses.append(global_loss(train_step(config, session, chunks, optimizer, mine, lr=1e-2), session))

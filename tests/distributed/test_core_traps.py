@@ -78,7 +78,7 @@ FACTORIES: dict[str, tuple] = {
 
 def _meanings(session: Session) -> dict[tuple[str, str], Callable[[], Any]]:
     """For each name that the seam replaces: a use of it as core makes it, true where it did what a CPU can do."""
-    cuda, group, rank = torch.cuda, session.groups.tp, session.tp_rank
+    cuda, group, rank = torch.cuda, session.groups.tp, session.groups.tp.rank()
     share = torch.full((rank + 1, 1), float(rank))
     random = "megatron.core.tensor_parallel.random"
     moe = "megatron.core.transformer.moe"

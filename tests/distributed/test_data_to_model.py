@@ -52,7 +52,7 @@ def learn(rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: 
         optimizer = build_optimizer(config, chunks, session)
         result = train_step(config, session, chunks, optimizer, microbatches, lr=1e-2)
         outcome = Outcome([global_loss(result, session)], [float(result.grad_norm)], [], [])
-        if session.dp_size * session.cp_size == 1:
+        if session.groups.dp.size() * session.groups.cp.size() == 1:
             outcome.gradients = _gradients(chunks)
         outcome.parameters = slices_of([chunk.module for chunk in chunks])
         return outcome, num_failed

@@ -19,8 +19,8 @@ def reported(rank: int, world_size: int, parallel: dict, steps: tuple[tuple[Comp
         load = EncoderLoad(session.device)
         for compositions in steps:
             rows = global_batch(config, compositions, session)
-            share = len(rows) // session.dp_size
-            load.add(rows[session.dp_rank * share : (session.dp_rank + 1) * share])
+            share = len(rows) // session.groups.dp.size()
+            load.add(rows[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share])
         return load.take()
 
 

@@ -46,8 +46,8 @@ def outcome(rank: int, world_size: int, sections: dict) -> tuple[float, list[lis
         model = build_model(config, session.groups, session.device)
         chunks = wrap_ddp(config, session, model)
         batch = global_batch(config, BATCH, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         loss = evaluate(config, session, chunks, mine)
         prompts, pixels = zip(*(prompt_of(config, number) for number in range(len(GRIDS))), strict=True)
         row_format = RowFormat(

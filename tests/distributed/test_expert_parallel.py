@@ -80,14 +80,14 @@ class _InItsPlace(torch.nn.Module):
     def sharded_state_dict(self, metadata: dict) -> dict:
         """As the model's."""
         weights, groups = self.state_dict(keep_vars=True), self.session.groups
-        return shard_weights(weights, self.config.model, groups, 0, self.session.ep_size > 1)
+        return shard_weights(weights, self.config.model, groups, 0, self.session.groups.ep.size() > 1)
 
 
 def _feed_forward(rank: int, world_size: int, parallel: dict) -> list:
     """For every case: outputs, input gradients and weight gradients of the feed-forward layer."""
     config = oracle_config(parallel=parallel, model={"language": {"num_layers": 1}})
     with start_session(rank, world_size, config) as session:
-        kind = ModalityMLP if session.ep_size == 1 else ModalityExperts
+        kind = ModalityMLP if session.groups.ep.size() == 1 else ModalityExperts
         layer = kind(build_transformer_config(config), session.groups, TORCH_KERNELS)
         model = _InItsPlace(layer, config, session)
         load_whole([model], _weights())
@@ -102,14 +102,14 @@ def _case(
         parameter.grad = None
         parameter.requires_grad_(frozen is None or frozen not in name)
     seen = []
-    for replica in range(len(counts)) if session.world_size == 1 else [session.dp_rank]:
+    for replica in range(len(counts)) if session.world_size == 1 else [session.groups.dp.rank()]:
         generator = torch.Generator().manual_seed(replica)
         whole = torch.randn(2, ROWS, 1, HIDDEN, generator=generator) / 4
-        rows, weights = whole.chunk(session.tp_size, 1)[session.tp_rank]
+        rows, weights = whole.chunk(session.groups.tp.size(), 1)[session.groups.tp.rank()]
         rows = rows.clone().requires_grad_()
         output = layer(rows, _plan(counts[replica]))
         (output * weights).sum().backward()
-        seen.append((replica, session.tp_rank, output.detach(), rows.grad))
+        seen.append((replica, session.groups.tp.rank(), output.detach(), rows.grad))
     assert all(parameter.grad is not None for parameter in layer.parameters() if parameter.requires_grad)
     return seen, slices_of([model], "grad")
 
@@ -176,9 +176,9 @@ def _resave(rank: int, world_size: int, sections: dict, steps: int, number: int)
         manager = CheckpointManager(config, session)
         manager.restore_latest(chunks, optimizer)
         batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY, TINY_IMAGE), session)
-        share = len(batch) // session.dp_size
+        share = len(batch) // session.groups.dp.size()
         for _ in range(steps):
-            mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+            mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
             train_step(config, session, chunks, optimizer, mine, lr=1e-2)
         manager.save(number, chunks, optimizer, {})
 

@@ -46,8 +46,8 @@ def save(rank: int, world_size: int, config: NaViLConfig, source: Path | None) -
         wrapped = wrap_ddp(config, session, chunks)
         optimizer = build_optimizer(config, wrapped, session)
         batch = global_batch(config, BATCH, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         for _ in range(SOURCE_STEPS if source is None else 1):
             train_step(config, session, wrapped, optimizer, mine, lr=SOURCE_LR if source is None else 0.0)
         manager.save(1, wrapped, optimizer, {"step": 1})

@@ -28,7 +28,7 @@ def build_head(
         num_attention_heads=2,
         perform_initialization=False,
         params_dtype=dtype,
-        tensor_model_parallel_size=session.tp_size,
+        tensor_model_parallel_size=session.groups.tp.size(),
         gradient_accumulation_fusion=False,
     )
     head = LossHead(
@@ -41,7 +41,7 @@ def build_head(
         tp_group=session.groups.tp,
     )
     whole = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(3))
-    head.weight.data.copy_(whole.chunk(session.tp_size)[session.tp_rank])
+    head.weight.data.copy_(whole.chunk(session.groups.tp.size())[session.groups.tp.rank()])
     head.weight.requires_grad_(not frozen)
     return head
 

@@ -47,12 +47,12 @@ def steps(rank: int, world_size: int, sections: dict) -> dict[str, tuple[float, 
     with start_session(rank, world_size, config) as session:
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         optimizer = build_optimizer(config, chunks, session)
-        share = ROWS // session.dp_size
+        share = ROWS // session.groups.dp.size()
         for kind, composition in KINDS.items():
             for place in (*range(ROWS), None):
                 rows = [composition if place in (None, number) else MIXED for number in range(ROWS)]
                 batch = global_batch(config, tuple(rows), session)
-                mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+                mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
                 result = train_step(config, session, chunks, optimizer, mine, lr=1e-3)
                 for chunk in chunks:
                     assert all(p.main_grad is not None for p in chunk.parameters() if p.requires_grad)

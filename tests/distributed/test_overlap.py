@@ -45,8 +45,8 @@ def three_steps(rank: int, world_size: int, sections: dict, num_steps: int = 3) 
         chunks = wrap_ddp(config, session, model, bucket_size=BUCKET)
         optimizer = build_optimizer(config, chunks, session)
         batch = global_batch(config, BATCH, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         found: Found = {"losses": [], "norms": [], "held_out": []}
         for step in range(num_steps):
             result = train_step(config, session, chunks, optimizer, mine, lr=1e-2)

@@ -37,8 +37,8 @@ def phase(rank: int, world_size: int, sections: dict, before: str | None, folder
         manager.directory = Path(folder)
         manager.save(0, model, optimizer, {})
         batch = global_batch(config, BATCH, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         losses = [
             global_loss(train_step(config, session, chunks, optimizer, mine, lr=1e-2), session) for _ in range(STEPS)
         ]

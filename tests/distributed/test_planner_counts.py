@@ -63,7 +63,7 @@ def built(
             held = [{n: p.numel() for n, p in chunk.named_parameters() if p.requires_grad} for chunk in chunks]
             plan = [
                 {piece.name: piece.numel for piece in chunk if is_trainable(piece.parameter.part, phase)}
-                for chunk in planned(config, session.pp_rank, session.ep_rank)
+                for chunk in planned(config, session.groups.pp.rank(), session.groups.ep.rank())
             ]
             found.append((sections, phase, held, plan))
     return found

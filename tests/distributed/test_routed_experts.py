@@ -161,8 +161,8 @@ def _evaluate(rank: int, world_size: int, sections: dict, weights: Path) -> floa
         model = build_model(config, session.groups, session.device)
         CheckpointManager(config, session).load_weights(weights, model)
         batch = global_batch(config, BATCH, session)
-        share = len(batch) // session.dp_size
-        mine = batch[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(batch) // session.groups.dp.size()
+        mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         return global_loss(evaluate_step(config, session, wrap_ddp(config, session, model), mine), session)
 
 

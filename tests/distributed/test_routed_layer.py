@@ -182,7 +182,7 @@ def _collectives(rank: int, world_size: int, parallel: dict) -> list[dict]:
     found = []
     with start_session(rank, world_size, config) as session:
         layer, rows = _start_layer(config, session)
-        mine = rows.detach().chunk(session.tp_size)[session.tp_rank].requires_grad_()
+        mine = rows.detach().chunk(session.groups.tp.size())[session.groups.tp.rank()].requires_grad_()
         for num_text in (NUM_TEXT, ROWS, 0):
             plan = _plan(num_text)
             plan.router_loss_scale = torch.tensor(SCALES)
@@ -232,7 +232,7 @@ def _output_of_whole_weights(rank: int, world_size: int, parallel: dict) -> tupl
         for name, parameter in layer.named_parameters():
             row = dataclasses.replace(parameter_of(config.model, f"decoder.layers.0.mlp.{name}"), std=0.1)
             parameter.data.copy_(random_slice(row, name, 5, session.groups, parameter.device))
-        mine = rows.detach().chunk(session.tp_size)[session.tp_rank].requires_grad_()
+        mine = rows.detach().chunk(session.groups.tp.size())[session.groups.tp.rank()].requires_grad_()
         output = layer(mine, _plan())
         output.sum().backward()
         assert mine.grad is not None

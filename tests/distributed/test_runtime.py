@@ -42,7 +42,9 @@ def _tensor_parallel(rank: int, world_size: int) -> dict[str, torch.Tensor]:
         up = ColumnParallelLinear(WIDTH, INNER, gather_output=False, tp_group=session.groups.tp, **common)
         down = RowParallelLinear(INNER, WIDTH, input_is_parallel=True, tp_group=session.groups.tp, **common)
         full_up, full_down, tokens = _full_weights()
-        mine = slice(session.tp_rank * TOKENS // world_size, (session.tp_rank + 1) * TOKENS // world_size)
+        mine = slice(
+            session.groups.tp.rank() * TOKENS // world_size, (session.groups.tp.rank() + 1) * TOKENS // world_size
+        )
         up.weight.data.copy_(full_up.chunk(world_size, 0)[rank])
         down.weight.data.copy_(full_down.chunk(world_size, 1)[rank])
         hidden = tokens[mine].clone().requires_grad_()
@@ -76,7 +78,7 @@ class TwoStages(MegatronModule):
         full_up, full_down, _ = _full_weights()
         weights = {(0, 1): (full_up, full_down), (0, 2): (full_up,), (1, 2): (full_down,)}
         self.layers = torch.nn.ParameterList(
-            torch.nn.Parameter(weight.clone()) for weight in weights[session.pp_rank, session.pp_size]
+            torch.nn.Parameter(weight.clone()) for weight in weights[session.groups.pp.rank(), session.groups.pp.size()]
         )
         self.received: torch.Tensor | None = None
 
@@ -183,14 +185,14 @@ def _dispatch_to_experts(rank: int, world_size: int) -> tuple[float, float]:
             moe_token_dispatcher_type="alltoall",
             add_bias_linear=False,
         )
-        dispatcher = MoEAlltoAllTokenDispatcher(1, [session.ep_rank], config, session.groups)
+        dispatcher = MoEAlltoAllTokenDispatcher(1, [session.groups.ep.rank()], config, session.groups)
         tokens = _full_weights(rank)[2].float().requires_grad_()
         expert_of = torch.arange(TOKENS * BATCH) % 3 % 2
         routing = torch.nn.functional.one_hot(expert_of, 2).bool()
         sent, probs = dispatcher.dispatch_preprocess(tokens, routing, routing.float())
         sent, probs = dispatcher.token_dispatch(sent, probs)
         here, _, _ = dispatcher.dispatch_postprocess(sent, probs)
-        back = dispatcher.combine_preprocess(here * (2.0 + session.ep_rank))
+        back = dispatcher.combine_preprocess(here * (2.0 + session.groups.ep.rank()))
         output = dispatcher.combine_postprocess(dispatcher.token_combine(back))
         factor = (2.0 + expert_of).view(TOKENS, BATCH, 1)
         output.sum().backward()
@@ -205,7 +207,13 @@ def test_tokens_travel_to_experts_on_other_ranks_and_back() -> None:
 def _places(rank: int, world_size: int) -> tuple[int, ...]:
     with start_session(rank, world_size, parallel={"tp": 2, "pp": 2}) as session:
         assert session.groups.tp.size() == parallel_state.get_tensor_model_parallel_world_size() == 2
-        return session.tp_rank, session.pp_rank, session.dp_rank, session.is_first_stage, session.is_last_stage
+        return (
+            session.groups.tp.rank(),
+            session.groups.pp.rank(),
+            session.groups.dp.rank(),
+            session.is_first_stage,
+            session.is_last_stage,
+        )
 
 
 def test_ranks_know_their_place_in_the_layout() -> None:
@@ -234,7 +242,7 @@ def _start_and_close_twice(rank: int, world_size: int) -> list[int]:
     sizes = []
     for tp in (1, 2):
         with start_session(rank, world_size, parallel={"tp": tp}) as session:
-            sizes.append(session.dp_size)
+            sizes.append(session.groups.dp.size())
     return sizes
 
 

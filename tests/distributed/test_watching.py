@@ -62,8 +62,8 @@ def watched(rank: int, world_size: int, sections: dict) -> tuple[dict, dict]:
         state = TrainingState()
         meter = StepMeter(config, session, model, optimizer, state)
         rows = rows_of_two_sources(config, session)
-        share = len(rows) // session.dp_size
-        mine = rows[session.dp_rank * share : (session.dp_rank + 1) * share]
+        share = len(rows) // session.groups.dp.size()
+        mine = rows[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
         for state.step in (0, 1):
             result = train_step(config, session, chunks, optimizer, mine, lr=0.0)
             meter.add(result, mine, StepData(tuple(mine), 1.0, 0), 0, 0.0)

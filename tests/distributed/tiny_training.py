@@ -46,9 +46,11 @@ class TinyModel(MegatronModule):
         self.session = session
         self.experts: torch.nn.Parameter | None = None
         if num_experts is not None:
-            self.experts = torch.nn.Parameter(torch.ones(num_experts // session.ep_size, 2, dtype=config.params_dtype))
+            self.experts = torch.nn.Parameter(
+                torch.ones(num_experts // session.groups.ep.size(), 2, dtype=config.params_dtype)
+            )
             # Core's mark of a parameter that is reduced over other ranks than the dense ones.
-            self.experts.allreduce = session.ep_size == 1  # type: ignore[attr-defined]
+            self.experts.allreduce = session.groups.ep.size() == 1  # type: ignore[attr-defined]
         self._draw(session)
         self.requires_grad_(not frozen)
 
@@ -57,8 +59,8 @@ class TinyModel(MegatronModule):
         generator = torch.Generator().manual_seed(7)
         up = torch.randn(INNER, WIDTH, generator=generator)
         down = torch.randn(WIDTH, INNER, generator=generator)
-        self.up.weight.data.copy_(up.chunk(session.tp_size, 0)[session.tp_rank])
-        self.down.weight.data.copy_(down.chunk(session.tp_size, 1)[session.tp_rank])
+        self.up.weight.data.copy_(up.chunk(session.groups.tp.size(), 0)[session.groups.tp.rank()])
+        self.down.weight.data.copy_(down.chunk(session.groups.tp.size(), 1)[session.groups.tp.rank()])
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         output = self.down(torch.nn.functional.gelu(self.up(self.norm(rows))[0]))[0]
@@ -68,7 +70,7 @@ class TinyModel(MegatronModule):
         """Core's own, and the experts split along their first axis."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.experts is not None:
-            offset = (0, self.session.ep_rank, self.session.ep_size)
+            offset = (0, self.session.groups.ep.rank(), self.session.groups.ep.size())
             state[f"{prefix}experts"] = ShardedTensor.from_rank_offsets(f"{prefix}experts", self.experts, offset)
         return state
 
@@ -84,7 +86,7 @@ class Run:
             num_layers=1,
             hidden_size=WIDTH,
             num_attention_heads=2,
-            tensor_model_parallel_size=session.tp_size,
+            tensor_model_parallel_size=session.groups.tp.size(),
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             calculate_per_token_loss=True,
@@ -102,7 +104,7 @@ class Run:
         """One update on this rank's share of the step's rows."""
         generator = torch.Generator().manual_seed(number)
         rows = torch.randn(ROWS, 1, WIDTH, generator=generator).to(self.dtype)
-        mine = rows.chunk(self.session.dp_size)[self.session.dp_rank]
+        mine = rows.chunk(self.session.groups.dp.size())[self.session.groups.dp.rank()]
         (model,) = self.chunks
         model.zero_grad_buffer()
         self.optimizer.zero_grad()

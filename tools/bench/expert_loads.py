@@ -66,8 +66,8 @@ def measure_rank(rank: int, layout: str, options: argparse.Namespace, folder: st
         def count(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
             nonlocal computed
             # Under tensor parallelism a rank computes a part of each row.
-            split = module.tp_group.size() if isinstance(module, ExpertLinear) else session.tp_size
-            rows = inputs[0].shape[0] * (session.tp_size if isinstance(module, ModalityMLP) else 1)
+            split = module.tp_group.size() if isinstance(module, ExpertLinear) else session.groups.tp.size()
+            rows = inputs[0].shape[0] * (session.groups.tp.size() if isinstance(module, ModalityMLP) else 1)
             computed += rows / split
 
         for module in (module for chunk in chunks for module in chunk.modules()):
@@ -75,7 +75,7 @@ def measure_rank(rank: int, layout: str, options: argparse.Namespace, folder: st
             if is_first or isinstance(module, ModalityMLP):
                 module.register_forward_pre_hook(count)
         rows = [mixed_row(config, seed, (16, 16), place_of(session)) for seed in range(NUM_ROWS)]
-        mine = rows[session.dp_rank :: session.dp_size]
+        mine = rows[session.groups.dp.rank() :: session.groups.dp.size()]
         train_step(config, session, chunks, build_optimizer(config, chunks, session), mine, lr=0.0)
         sums = load.take(session.device)
         torch.distributed.all_reduce(sums)

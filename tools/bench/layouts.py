@@ -135,12 +135,14 @@ class Trainer:
         self.config, self.session = config, session
         self.chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         self.optimizer = build_optimizer(config, self.chunks, session)
-        size = len(rows) // session.dp_size
+        size = len(rows) // session.groups.dp.size()
         self.shares = [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def step(self) -> None:
         """One update."""
-        train_step(self.config, self.session, self.chunks, self.optimizer, self.shares[self.session.dp_rank], lr=1e-3)
+        train_step(
+            self.config, self.session, self.chunks, self.optimizer, self.shares[self.session.groups.dp.rank()], lr=1e-3
+        )
 
     def counted_step(self) -> TrafficTable:
         """One update, and what this rank sent in it. In its first one megatron-core also asks around, once, whether any
@@ -154,8 +156,8 @@ class Trainer:
         """What the formula may look at."""
         return RankTraffic(
             config=self.config,
-            pp_rank=self.session.pp_rank,
-            dp_rank=self.session.dp_rank,
+            pp_rank=self.session.groups.pp.rank(),
+            dp_rank=self.session.groups.dp.rank(),
             world_size=self.session.world_size,
             batch=[[sizes_of(row, self.config) for row in share] for share in self.shares],
             parameters=[
@@ -193,7 +195,7 @@ def measure_rank(rank: int, world_size: int, layout: str, options: argparse.Name
             trainer.step()
             if not found:
                 found = measure_once(trainer, before)
-            session.barrier()
+            torch.distributed.barrier()
             together.append(cpu_seconds(trainer))
         with Session.start(alone) as session:
             trainer = Trainer(alone, session, bench_rows(alone))

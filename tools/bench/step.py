@@ -196,11 +196,11 @@ def time_rank(rank: int, world_size: int, options: argparse.Namespace, folder: s
         inputs = build_model_inputs(mixed_row(config, place=place_of(session)))
         seconds = []
         for _ in range(options.rounds + 1):
-            session.barrier()
+            torch.distributed.barrier()
             started = time.perf_counter()
             model.zero_grad()
             model(inputs).mean().backward()
-            session.barrier()
+            torch.distributed.barrier()
             seconds.append(time.perf_counter() - started)
         if rank == 0:
             (Path(folder) / f"seconds-{world_size}").write_text(json.dumps(seconds[1:]))
