@@ -60,11 +60,7 @@ class ImageDecoder(Protocol):
 
 
 def open_image(file: bytes, max_pixels: int) -> Image.Image:
-    """The picture behind the bytes with only its header read.
-
-    Raises:
-        ImageDecodeError: not an image in a known format, or more pixels than allowed.
-    """
+    """The picture with only its header read; ImageDecodeError: no image of these formats, or too many pixels."""
     if not file:
         raise ImageDecodeError("empty file")
     try:

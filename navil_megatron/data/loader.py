@@ -51,11 +51,7 @@ class TrainLoader:
     """Iterates over steps; each gives this rank's microbatches of the global batch."""
 
     def __init__(self, config: NaViLConfig, place: DataPlace, *, start_step: int = 0) -> None:
-        """Opens the sources, plans, and starts preparing ``start_step``, the first to hand out.
-
-        Raises:
-            UserError: sources or tokenizer are missing, damaged or do not fit.
-        """
+        """Opens the sources and starts preparing ``start_step``; UserError where sources or tokenizer do not fit."""
         self._config, self._place = config, place
         tokenizer = load_run_tokenizer(config)
         sources = open_train_sources(config, tokenizer)

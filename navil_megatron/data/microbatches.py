@@ -67,11 +67,7 @@ class MicrobatchBuilder:
         )
 
     def build(self, rows: Sequence[Row]) -> Microbatch:
-        """The microbatch of some rows.
-
-        Raises:
-            UserError: a shard cannot be read, or an index does not fit it.
-        """
+        """The microbatch of some rows; UserError where a shard cannot be read, or an index does not fit it."""
         sequences = self.encode(rows)
         microbatch = plan_microbatch(assemble(sequences, self.row_format), self._model, self._place)
         microbatch = replace(microbatch, num_shrunk=sum(int((row.dropped > 0).sum()) for row in rows))

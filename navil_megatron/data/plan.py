@@ -66,11 +66,7 @@ class DataPlan:
     def __init__(
         self, indexes: Sequence[SourceIndex], weights: Sequence[float], ruler: Ruler, seed: int, batch_rows: int
     ) -> None:
-        """Reads no record yet; ``weights`` are the sources' shares of the samples, in any unit.
-
-        Raises:
-            UserError: a source is empty.
-        """
+        """Reads no record yet; ``weights`` are the sources' shares, in any unit. UserError where a source is empty."""
         for index in indexes:
             if not len(index):
                 raise UserError(f"index {index.path} holds no sample: take it out of the sources or build it anew")

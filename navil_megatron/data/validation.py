@@ -27,11 +27,7 @@ class ValidationLoader:
     """Iterates over this rank's microbatches of one held-out source; every iteration starts from the front."""
 
     def __init__(self, config: NaViLConfig, index: str, place: DataPlace, *, swap_images: bool = False) -> None:
-        """Opens an index.
-
-        Raises:
-            UserError: index, shards or tokenizer are missing, damaged or do not fit.
-        """
+        """Opens an index; UserError where index, shards or tokenizer are missing, damaged or do not fit."""
         tokenizer = load_run_tokenizer(config)
         (source,) = sources = open_sources([index], tokenizer)
         source.check_shards()

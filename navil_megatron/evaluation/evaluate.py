@@ -51,14 +51,9 @@ class Settings:
 def evaluate(
     folder: Path, data: Path, output: Path, settings: Settings, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Evaluates an exported folder on a set and gives the report, which is also left as ``report.json``.
+    """Evaluates an exported folder on a set and gives the report, which is also left as ``report.json`` in ``output``.
 
-    Args:
-        folder: What ``convert to-hf`` wrote; the code in it is run.
-        data: The set, as JSON lines.
-        output: Folder of predictions, report and page; a run that was stopped goes on from what is there.
-        settings: How the model is asked.
-        on_progress: Told (samples done, samples).
+    The code in ``folder`` is run. A run that was stopped goes on from what is in ``output``.
 
     Raises:
         UserError: Folder, set or earlier predictions cannot be used, or no sample can be answered.

@@ -36,11 +36,7 @@ class Predictions:
             os.truncate(path, len(whole))
 
     def get(self, sample_id: str, pictures: str) -> str | None:
-        """The answer to a sample, if there is one.
-
-        Raises:
-            UserError: It was given for other pictures.
-        """
+        """The answer to a sample, if there is one; UserError where it was given for other pictures."""
         text, seen = self._text_of.get(sample_id, (None, None))
         if text is not None and seen != pictures:
             raise UserError(

@@ -68,11 +68,7 @@ class Fit:
 
 
 def choose_points(study: Study, held: dict[str, float]) -> Points:
-    """The points of a study with some axes held at a value.
-
-    Raises:
-        UserError: Nothing is there, or nothing varies.
-    """
+    """The points of a study with some axes held at a value; UserError: nothing is there, or nothing varies."""
     cells = [
         cell
         for cell in study.cells()
@@ -90,17 +86,7 @@ def choose_points(study: Study, held: dict[str, float]) -> Points:
 
 
 def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit:
-    """Fits one law.
-
-    Args:
-        name: A key of ``LAWS``.
-        points: Enough for the law.
-        seed: Of the bootstrap.
-        draws: Of the bootstrap.
-
-    Raises:
-        UserError: The points are too few for this law.
-    """
+    """Fits the law of this name; UserError where the points are too few for it."""
     law = LAWS[name]
     _require_enough(law, points)
     best, scale = _fit_robustly(law, points)

@@ -88,11 +88,8 @@ def _height(llms: Sequence[float], llm: float) -> np.ndarray:
 
 
 def grid_factor(llms: Sequence[float], halves: Sequence[float], llm: float) -> float:
-    """The log of the factor by which a recommendation can be off because the optima are known to grid cells only.
+    """The log of the factor by which a recommendation for ``llm`` can be off because of the grids.
 
-    Args:
-        llms: LLM sizes with a curve, at least two.
-        halves: Half the step of each curve's grid, in log size.
-        llm: For which an encoder is recommended.
+    ``halves`` are half the step of the grid of each of ``llms``, two or more, in log size.
     """
     return float(np.abs(_height(llms, llm)) @ np.asarray(halves))

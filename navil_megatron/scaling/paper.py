@@ -20,13 +20,10 @@ LLM_FIGURE_ENCODER, LLM_FIGURE_DATA = 600e6, 120e6
 
 
 def read_curves(curves: Mapping[str, Any], file: str, name: str) -> Study:
-    """The study of a curves file.
+    """The study of a curves file; ``file`` names it in messages, ``name`` in reports.
 
-    Args:
-        curves: ``{"fig6_encoder_scaling": {LLM size: {"enc_M": [millions, ...], amount of data: [loss, ...]}}}``; a
-            loss that could not be read is null. Other figures may be there or not.
-        file: Where it was read, for messages.
-        name: What reports call it.
+    ``curves`` are ``{"fig6_encoder_scaling": {LLM size: {"enc_M": [millions, ...], amount of data: [loss, ...]}}}``; a
+    loss that could not be read is null. Other figures may be there or not.
 
     Raises:
         ConfigError: A curve is wrong; one problem each.

@@ -29,13 +29,7 @@ _ROOM = 1.35
 
 
 def draw_study(optima: Optima, path: Path, llm: float | None = None) -> None:
-    """Writes the picture; its format follows the file's suffix.
-
-    Args:
-        optima: Of every LLM.
-        path: A .svg or .png file.
-        llm: One more LLM to mark on the line.
-    """
+    """Writes the picture, an .svg or .png file; ``llm`` is one more LLM to mark on the line."""
     with matplotlib.rc_context(_STYLE):
         panels = 1 if optima.line is None else 2
         figure = Figure(figsize=(5.6 * panels, 4.4), layout="constrained")

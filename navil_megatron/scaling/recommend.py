@@ -63,13 +63,8 @@ def find_optima(
 ) -> Optima:
     """Applies the 1% rule to every LLM of a study.
 
-    Args:
-        study: The results.
-        threshold: The rule's.
-        data: Samples or tokens at which to compare. If left out: the most that ``llm`` was given where it was
-            measured, else the most that every LLM was given.
-        seed: Of the noisy copies.
-        llm: For which an encoder is to be recommended.
+    Compares at ``data`` samples or tokens. If left out: the most that ``llm``, the LLM that is asked for, was given
+    where it was measured, else the most that every LLM was given.
 
     Raises:
         UserError: No LLM has a curve.

@@ -104,11 +104,7 @@ def find_optimum(curve: Curve, threshold: float = THRESHOLD) -> Optimum:
 def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int = 0) -> tuple[int, ...]:
     """The index that the rule chooses on each noisy copy of a curve.
 
-    Args:
-        found: On the measured curve.
-        noise: Relative standard deviation of one run's loss; a mean over seeds has less.
-        threshold: The rule's.
-        seed: Of the draws.
+    ``noise`` is the relative standard deviation of one run's loss; a mean over seeds has less.
     """
     generator = np.random.default_rng([seed, int(found.llm) % 2**32])
     scale = np.array([noise / math.sqrt(len(cell.runs)) for cell in found.curve.cells])
@@ -117,14 +113,9 @@ def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int
 
 
 def _gains(curve: Curve, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What doubling each encoder gains, and where the loss of the doubled one is interpolated in log size.
+    """What doubling each encoder gains, and where the loss of the doubled one is interpolated in log size, [encoders].
 
-    Args:
-        curve: Its encoders.
-        losses: ``[copies, encoders]``.
-
-    Returns:
-        Gains in parts of the smallest encoder's loss, ``[copies, encoders]``, NaN beyond the curve; ``[encoders]``.
+    Of losses [copies, encoders] the gains, alike, in parts of the smallest encoder's loss; NaN beyond the curve.
     """
     logs = np.log(curve.encoders)
     doubled = logs + math.log(2)

@@ -86,10 +86,8 @@ class Sweep:
 def plan_sweep(line: Line, wanted: Wanted, is_measured: bool) -> Sweep:
     """Chooses the runs, at the most data at which the budget buys a line of three LLMs.
 
-    Args:
-        line: From LLM to the encoder expected to be best: that of the study so far, or the paper's.
-        wanted: Target, budget, and what can be trained.
-        is_measured: Whether the line's own curves are there and need not be bought.
+    ``line``, of the study so far or the paper's, gives the encoder expected to be best; ``is_measured``: its own curves
+    are there and need not be bought.
 
     Raises:
         UserError: The budget buys no line, or nothing that narrows the one that is there.

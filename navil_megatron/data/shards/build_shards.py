@@ -47,19 +47,12 @@ def build_shards(
 ) -> dict[str, Any]:
     """Writes tar shards and the index over them, and reports what it holds and what was left out why.
 
-    What an unfinished run did is not done again.
+    What an unfinished run did is not done again. Shards are called ``<prefix>-000000.tar`` and so on, the index
+    ``<prefix>.index``. ``counter`` pickles where ``jobs``, the processes, are more than 1.
 
-    Args:
-        manifest: JSON lines, or parquet for pure text. A line has a ``caption`` or ``text``, or ``conversations`` or
-            ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the
-            manifest's folder. Image files are stored as they are.
-        output: folder of the shards, made if needed.
-        counter: counts tokens; pickles where ``jobs``, the processes, are more than 1.
-        prefix: shards are called ``<prefix>-000000.tar`` and so on, the index ``<prefix>.index``.
-        samples_per_shard: lines of a shard; those that are left out are missing from it.
-        text_column: of parquet.
-        jobs: processes that share the shards.
-        on_progress: called with (done, total) after every shard.
+    A line of ``manifest``, JSON lines or parquet of texts alone, has a ``caption`` or ``text``, or ``conversations`` or
+    ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the manifest's
+    folder. Image files are stored as they are. Lines that are left out are missing from their shard.
 
     Raises:
         UserError: the manifest cannot be read, the output holds other shards of this name, or no sample is any good.

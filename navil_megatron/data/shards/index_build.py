@@ -104,11 +104,7 @@ def _good_samples(
 
 
 def check_image(file: bytes, decode: bool) -> tuple[int, int]:
-    """(height, width) of an image; ``decode`` reads all of it instead of the header.
-
-    Raises:
-        RejectedSample: it cannot be trained on.
-    """
+    """(height, width) of an image, read whole if ``decode``; RejectedSample: it cannot be trained on."""
     try:
         height, width = read_image_size(file, MAX_PIXELS)
         if decode:

@@ -13,11 +13,7 @@ _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def report_index(path: Path, reasons: Counter[str] | None = None, rejected: Path | None = None) -> dict[str, Any]:
-    """Counts, sizes and histograms of an index; after a build also what was left out.
-
-    Raises:
-        UserError: the index is missing or damaged.
-    """
+    """Counts and histograms of an index, after a build what was left out; UserError where it cannot be read."""
     index = SourceIndex(path)
     report = {
         "index": str(path),

@@ -34,11 +34,7 @@ class Manifest:
     """A file of lines."""
 
     def __init__(self, path: Path, text_column: str) -> None:
-        """Looks at the file.
-
-        Raises:
-            UserError: it is missing, or parquet that cannot be read.
-        """
+        """Looks at the file; UserError where it is missing, or parquet that cannot be read."""
         self.path, self._text_column = path, text_column
         self._is_parquet = path.suffix == ".parquet"
         try:

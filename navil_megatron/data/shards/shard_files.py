@@ -76,11 +76,7 @@ def reaching(
     unreadable: str = "check the path and its rights",
     errors: type[Exception] = OSError,
 ) -> Iterator[None]:
-    """Around access to a shard; ``missing`` and ``unreadable`` say what to do.
-
-    Raises:
-        UserError: it cannot be opened or read.
-    """
+    """Around access to a shard: a UserError where it fails; ``missing`` and ``unreadable`` say what to do."""
     try:
         yield
     except FileNotFoundError:

@@ -135,11 +135,7 @@ class SourceIndex:
     """An open index. Nothing is read until it is asked for, so a billion samples open as fast as ten."""
 
     def __init__(self, path: str | Path) -> None:
-        """Maps the file.
-
-        Raises:
-            UserError: it is missing, damaged or of another version.
-        """
+        """Maps the file; UserError where it is missing, damaged or of another version."""
         self.path = Path(path)
         rebuild = "make it with: navil-megatron data index"
         try:

@@ -63,11 +63,7 @@ class Source:
         return self._parse_key(number, header)
 
     def read(self, index: int, *, images: bool = True) -> RawSample:
-        """One sample's bytes; without ``images`` its text alone.
-
-        Raises:
-            UserError: the shard is gone or not the one that was indexed.
-        """
+        """One sample's bytes, or its text alone; UserError: the shard is gone or not the one that was indexed."""
         number, record = self.index.shard_number(index), self.index.samples[index]
         start, text, end = self._text_place(index)
         pictures = [self._image_place(index, image) for image in range(int(record["num_images"]) if images else 0)]

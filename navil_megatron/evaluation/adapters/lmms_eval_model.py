@@ -38,15 +38,10 @@ class NaViL(lmms):
         prompts: PromptStyle = "auto",
         max_batch_size: int | str | None = None,
     ) -> None:
-        """Loads the folder.
+        """Loads ``pretrained``, what ``convert to-hf`` wrote; the code in it is run.
 
-        Args:
-            pretrained: What ``convert to-hf`` wrote; the code in it is run.
-            device: ``cpu`` or ``cuda``.
-            batch_size: Conversations at a time.
-            dtype: Type of weights and activations.
-            prompts: ``plain`` for a model of a phase that has not seen turns yet.
-            max_batch_size: Handed in by lmms-eval; not used.
+        ``prompts``: ``plain`` for a model of a phase that has not seen turns yet. lmms-eval hands in
+        ``max_batch_size``; it is not used.
         """
         super().__init__()
         self._batch_size, self._prompts = int(batch_size), prompts

@@ -22,12 +22,8 @@ def answer_chats(
 ) -> list[str]:
     """The next turn of each conversation, by greedy decoding of one batch.
 
-    Args:
-        captioner: The model.
-        chats: The conversations.
-        max_new_tokens: Longest answer, in tokens.
-        style: ``plain`` gives images and text one after another, without turns: for a model of a phase that has not
-            seen turns yet, and what ``auto`` does where the folder has no chat template.
+    ``plain`` gives images and text one after another, without turns: for a model of a phase that has not seen turns
+    yet, and what ``auto`` does where the folder has no chat template.
 
     Raises:
         UserError: A part is neither text nor picture, or a picture cannot be read.
