@@ -19,12 +19,7 @@ from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.choose_decoder import build_image_decoder
 from navil_megatron.data.encode import encode_sample
-from navil_megatron.data.image_decode import (
-    DecodeJob,
-    ImageDecodeError,
-    ImageDecoder,
-    blank_patches,
-)
+from navil_megatron.data.image_decode import DecodeJob, ImageDecodeError, ImageDecoder, blank_patches
 from navil_megatron.data.plan import Row
 from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.shards.source import Source

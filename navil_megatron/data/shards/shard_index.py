@@ -88,10 +88,7 @@ class ShardEntries:
 
 
 def save_index(
-    path: Path,
-    read: Callable[[], "Iterable[ShardEntries | SourceIndex]"],
-    shards: Sequence[Shard],
-    tokenizer: bytes,
+    path: Path, read: Callable[[], "Iterable[ShardEntries | SourceIndex]"], shards: Sequence[Shard], tokenizer: bytes
 ) -> None:
     """Writes an index; a reader sees the old one or the new one, never a piece.
 
