@@ -57,7 +57,6 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
 
 
 def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank of a run on one machine."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     return {name: str(n) for name, n in numbers.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 

@@ -115,10 +115,9 @@ def _turn(name: Any, content: Any) -> Turn:
 
 def _split_at_marks(text: str) -> tuple[str | None, ...]:
     """Text and images; the newline after an image that begins the turn belongs to its mark."""
-    parts: list[str | None] = []
     first, *others = text.split(PLACEHOLDER)
+    parts: list[str | None] = [first]
     leading = not first
-    parts.append(first)
     for other in others:
         behind = other.removeprefix("\n") if leading else other
         leading = leading and not behind

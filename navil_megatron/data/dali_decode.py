@@ -27,8 +27,6 @@ from navil_megatron.data.image_decode import (
 
 _ONLY_PILLOW = ("GIF", "AVIF")
 """Formats that would make DALI refuse the whole batch."""
-
-
 _started_threads: list[int] = []
 
 

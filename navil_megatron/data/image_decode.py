@@ -20,7 +20,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the raster formats that are read; its other plugins run interpreters or need tools."""
 
 SIZE_DIFFERS = "size differs from the index"
-"""Reason to fail a file whose sides are not the promised ones."""
 
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
@@ -131,7 +130,6 @@ class PillowDecoder:
     patch_size: int
     merge_size: int
     max_pixels: int
-    """Largest picture that is decoded."""
 
     def decode(self, jobs: Sequence[DecodeJob]) -> list[Decoded]:
         """See ``ImageDecoder``."""

@@ -141,9 +141,9 @@ class TrainLoader:
         return Prefetch(self._make_step, step, None, num_threads=data.num_workers, num_ahead=data.prefetch_steps)
 
     def _make_step(self, step: int) -> StepData:
-        plan = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
-        microbatches = tuple(map(self._builder.build, batched(plan.rows, self._config.training.micro_batch_size)))
-        return StepData(microbatches, plan.imbalance, plan.num_refused)
+        rows, imbalance, num_refused = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
+        microbatches = tuple(map(self._builder.build, batched(rows, self._config.training.micro_batch_size)))
+        return StepData(microbatches, imbalance, num_refused)
 
 
 def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:

@@ -94,7 +94,6 @@ class MicrobatchBuilder:
         return encoded
 
     def _pictures(self, samples: Sequence[EncodedSample], is_mine: np.ndarray) -> Iterator[_Picture]:
-        """The images of which this rank decodes a scale."""
         wanted = iter(is_mine.tolist())
         for position, sample in enumerate(samples):
             shown = self._pictures_of(sample.sample) if self._pictures_of else sample.sample

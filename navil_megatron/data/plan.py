@@ -48,18 +48,6 @@ class Row:
         return tuple(map(SampleId, self.sources.tolist(), self.indices.tolist()))
 
 
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """What one data-parallel rank does in a step."""
-
-    rows: tuple[Row, ...]
-    """In the order of the global batch."""
-    imbalance: float
-    """Most work of a rank over the mean work, all ranks counted."""
-    num_refused: int
-    """Samples that fit no row, of the windows that begin in this step."""
-
-
 class DataPlan:
     """The order of all training data: a pure function of (seed, step)."""
 
@@ -77,16 +65,12 @@ class DataPlan:
         self._first_window, self._first_rows = 0, [0]
         self._lock = Lock()
 
-    def rank_step(self, step: int, dp_rank: int, dp_size: int) -> RankStep:
-        """One rank's share of a step."""
+    def rank_step(self, step: int, dp_rank: int, dp_size: int) -> tuple[list[Row], float, int]:
+        """(rows of one rank, in the order of the global batch; ``imbalance`` of all ranks; samples that fit no row)."""
         rows = self.step_rows(step)
         costs = np.array([row.cost for row in rows])
         ranks = deal_rows(costs, dp_size)
-        return RankStep(
-            rows=tuple(rows[row] for row in ranks[dp_rank]),
-            imbalance=imbalance(costs, ranks),
-            num_refused=sum(row.num_refused for row in rows),
-        )
+        return [rows[row] for row in ranks[dp_rank]], imbalance(costs, ranks), sum(row.num_refused for row in rows)
 
     def step_rows(self, step: int) -> list[Row]:
         """Every row of the global batch of a step."""
@@ -156,12 +140,12 @@ def plan_rows(
     parts = [ruler.measure(index, samples[sources == number]) for number, index in enumerate(indexes)]
     for index in indexes:
         index.release()
-    measures = Measures.concatenate(parts)
+    measures = Measures(*map(np.concatenate, zip(*parts, strict=True)))
     fits = np.flatnonzero(measures.dropped != REFUSED)
-    num_text, num_visual, cost = (array[fits] for array in (measures.num_text, measures.num_visual, measures.cost))
+    num_text, num_visual, cost, dropped = (array[fits] for array in measures)
     rows = []
     for positions in pack_rows(num_text, num_visual, cost, ruler.seq_length, ruler.pad_segments_to):
         row = fits[positions]
-        rows.append(Row(sources[row], samples[row], measures.dropped[row], int(cost[positions].sum())))
+        rows.append(Row(sources[row], samples[row], dropped[positions], int(cost[positions].sum())))
     refused = np.flatnonzero(measures.dropped == REFUSED)
     return rows, list(map(SampleId, sources[refused].tolist(), samples[refused].tolist()))

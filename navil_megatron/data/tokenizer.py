@@ -60,7 +60,6 @@ class SampleTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         """Smallest number of embedding rows that holds every id."""
         self.hugging_face = tokenizer
-        """The tokenizer itself, for decoding and export."""
         self._folder = folder
         # a copy: the switch below must not leak into other users, nor their padding into the fingerprint
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

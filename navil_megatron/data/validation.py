@@ -50,11 +50,9 @@ class ValidationLoader:
         self._data = config.data
 
     def __len__(self) -> int:
-        """Microbatches of one iteration."""
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Microbatch]:
-        """This rank's microbatches, first to last."""
         threads = {"num_threads": self._data.num_workers, "num_ahead": self._data.prefetch_steps}
         with closing(Prefetch(lambda n: self._builder.build(self._groups[n]), 0, len(self._groups), **threads)) as made:
             yield from made

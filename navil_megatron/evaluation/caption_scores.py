@@ -23,7 +23,6 @@ class CaptionScores(NamedTuple):
     bleu: float
     """Of 1 to 4 words at a time, over the whole set."""
     ciders: list[float]
-    """CIDEr of each caption."""
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:

@@ -81,7 +81,6 @@ def _points(points: Mapping[str, float]) -> str:
 
 
 def _thumbnail(path: Path) -> str:
-    """The picture as an address that holds it."""
     picture = open_picture(path)
     picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     return address_of(picture)

@@ -24,7 +24,6 @@ class CostAssumptions:
     visual_tokens: int = 256
     """Of a sample's image, at one scale: 512 x 512 pixels."""
     text_tokens: int = 64
-    """Of a sample."""
 
     def gpu_hours(self, flops: float) -> float:
         """Time of one GPU."""

@@ -50,7 +50,6 @@ class Outlier:
     where: str
     loss: float
     expected: float
-    """By the law."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,13 +22,10 @@ class Run:
     """One trained model, or one of its checkpoints."""
 
     llm: float
-    """Parameters of the LLM."""
     encoder: float
-    """Parameters of the visual encoder."""
     data: float
     """Samples or tokens seen (``Study.data_unit``)."""
     loss: float
-    """Validation loss."""
     where: str
     """File and line, or file and key."""
     seed: int | None = None

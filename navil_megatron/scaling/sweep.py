@@ -31,7 +31,6 @@ class Wanted:
     target: float
     """LLM whose encoder is to be known."""
     budget: float
-    """GPU-hours."""
     llms: tuple[float, ...]
     """LLM sizes that can be trained, ``MOST_LLMS`` at most."""
     samples: tuple[float, ...]

@@ -30,7 +30,6 @@ class Outcome(NamedTuple):
     text: str
     """For a person; empty where all is told already."""
     status: int = 0
-    """The exit code."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Verb:
     words: str
     """What is typed: ``train``, ``convert to-hf``."""
     what: str
-    """One line of help."""
     example: str
     """The lines under ``example:``."""
     arguments: tuple[Argument, ...]

@@ -29,7 +29,6 @@ IMAGE_EXTENSIONS = (
 MAX_TEXT_BYTES = 2**20
 """Largest text member that is read; nothing longer fits a row."""
 MAX_IMAGE_BYTES = 2**30
-"""Largest image file that is read."""
 MAX_PIXELS = 2**26
 """Largest picture, as ``data.max_source_pixels`` has it by default."""
 MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1
@@ -233,7 +232,6 @@ def _read_text(
 
 
 def _read_member(file: IO[bytes], member: tarfile.TarInfo, max_bytes: int, what: str) -> bytes:
-    """The bytes of a member, if there are not too many."""
     if member.size > max_bytes:
         raise RejectedSample(f"{what} of more than {max_bytes} bytes")
     file.seek(member.offset_data)

@@ -14,7 +14,6 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import RejectedSample
 
 MAX_LINE_BYTES = 2**22
-"""Longest JSON line that is read."""
 _BYTES_AT_ONCE = 2**24
 
 
@@ -24,7 +23,6 @@ class Chunk:
 
     number: int
     first: int
-    """The first line, from 0."""
     num_lines: int
     offset: int
     """Bytes of the manifest in front of it; 0 in parquet."""

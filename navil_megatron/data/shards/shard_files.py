@@ -39,7 +39,6 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 
 def _find(pattern: str) -> list[str]:
-    """Absolute paths or URLs."""
     for url in pattern.split("::"):
         about = known_implementations.get(get_protocol(url), {})
         package = about["class"].partition(".")[0] if about else "fsspec"

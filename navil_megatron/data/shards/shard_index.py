@@ -20,7 +20,6 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_file import new_file
 
 BLOCK = 512
-"""Bytes of a tar block."""
 HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -88,11 +87,11 @@ class ShardEntries:
 
 
 def save_index(
-    path: Path, read: Callable[[], "Iterable[ShardEntries | SourceIndex]"], shards: Sequence[Shard], tokenizer: bytes
+    path: Path, read: Callable[[], "Iterable[ShardEntries | SourceIndex]"], shards: Sequence[Shard], tokenizer: str
 ) -> None:
     """Writes an index; a reader sees the old one or the new one, never a piece.
 
-    ``read`` gives the entries of each shard, as often as it is called; ``tokenizer`` are 16 bytes of its fingerprint.
+    ``read`` gives the entries of each shard, as often as it is called; ``tokenizer`` is its fingerprint.
 
     Raises:
         UserError: more images than an index can hold.
@@ -105,7 +104,7 @@ def save_index(
     header["magic"], header["version"], header["num_shards"] = MAGIC, VERSION, len(shards)
     header["num_samples"], header["num_images"] = sum(shard.num_samples for shard in shards), num_images
     header["shard_list_bytes"] = len(names)
-    header["tokenizer"], header["content"] = np.void(tokenizer), np.void(digest_shards(shards))
+    header["tokenizer"], header["content"] = np.void(bytes.fromhex(tokenizer)), np.void(digest_shards(shards))
     with new_file(path) as file:
         file.write(header.tobytes())
         first_image = 0

@@ -63,7 +63,6 @@ class ShownRow(NamedTuple):
     title: str
     cost: str
     counts: dict[int, int]
-    """Tokens of each kind."""
     lines: list[Line]
     samples: list[ShownSample]
 
