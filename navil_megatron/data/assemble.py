@@ -36,8 +36,7 @@ class _Piece:
     labels: np.ndarray
     loss_weights: np.ndarray
     visual: np.ndarray
-    is_sample: bool = False
-    """Not padding."""
+    is_sample: bool = False  # not padding
 
 
 def assemble(rows: Sequence[PackedSequence], row_format: RowFormat) -> PackedRows:

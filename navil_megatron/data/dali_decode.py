@@ -25,8 +25,7 @@ from navil_megatron.data.image_decode import (
     upright,
 )
 
-_ONLY_PILLOW = ("GIF", "AVIF")
-"""Formats that would make DALI refuse the whole batch."""
+_ONLY_PILLOW = ("GIF", "AVIF")  # formats that would make DALI refuse the whole batch
 _started_threads: list[int] = []
 
 

@@ -121,11 +121,7 @@ class TrainLoader:
         return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken, at any data-parallel size.
-
-        Raises:
-            UserError: something changed under which the steps would hold other samples.
-        """
+        """Goes on where ``state`` was taken; UserError where steps would now hold other samples, and why."""
         for key, name in _DECISIVE.items():
             if saved.get(key) != self._decisive[key]:
                 raise UserError(

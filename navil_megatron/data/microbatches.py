@@ -30,10 +30,8 @@ from navil_megatron.data.types import DataPlace, EncodedSample, FailedSample, Mi
 class _Picture(NamedTuple):
     """One image of a microbatch of which this rank decodes a scale."""
 
-    position: int
-    """Its sample's place in the microbatch."""
-    shown: SampleId
-    """Whose picture it is."""
+    position: int  # its sample's place in the microbatch
+    shown: SampleId  # whose picture it is
     job: DecodeJob
 
 

@@ -22,8 +22,7 @@ from navil_megatron.data.packing import deal_rows, imbalance, pack_rows
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.types import SampleId
 
-_ORDER, _ROWS = range(2)
-"""Purposes that get random numbers of their own."""
+_ORDER, _ROWS = range(2)  # purposes that get random numbers of their own
 _WINDOWS_KEPT = 3
 
 logger = logging.getLogger(__name__)

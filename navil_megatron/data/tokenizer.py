@@ -21,8 +21,7 @@ from navil_megatron.files.hashes import fingerprint
 
 PAD_TOKEN = "<pad>"
 
-_SPANS_AT_ONCE = 4096
-"""Bounds the memory of the encodings while tokens are counted."""
+_SPANS_AT_ONCE = 4096  # bounds the memory of the encodings while tokens are counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 
-_NEIGHBOURS = 64
-"""Samples of the next larger pictures among which a swap is looked for."""
+_NEIGHBOURS = 64  # samples of the next larger pictures among which a swap is looked for
 
 
 class ValidationLoader:

@@ -20,8 +20,7 @@ from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.hf.generate import Captioner
 
 CONTEXT = SPECIAL_TOKENS.index("<IMG_CONTEXT>")
-_QUERIES_AT_ONCE = 256
-"""Rows of the softmax that exist at once, over all keys and heads."""
+_QUERIES_AT_ONCE = 256  # rows of the softmax that exist at once, over all keys and heads
 
 
 @dataclass(frozen=True)

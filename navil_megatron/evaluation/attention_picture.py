@@ -14,8 +14,7 @@ from PIL import Image
 from navil_megatron.evaluation.attention import ImageAttention
 
 _INK, _HEAT = "#263238", "#d8260b"
-_STRONGEST = 0.8
-"""Opacity where a map has most."""
+_STRONGEST = 0.8  # opacity where a map has most
 _MAPS_IN_A_ROW = 4
 
 

@@ -42,11 +42,6 @@ class Settings:
     num_worst: int = 24
     """Samples of each task on the page."""
 
-    def digest(self) -> str:
-        """Hash of what decides the answers; batches of any size give the same."""
-        decisive = (self.max_new_tokens, self.prompts, self.dtype)
-        return digest(json.dumps(decisive).encode())
-
 
 def evaluate(
     folder: Path, data: Path, output: Path, settings: Settings, on_progress: Callable[[int, int], None]
@@ -61,7 +56,9 @@ def evaluate(
     samples = read_samples(data)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give what `convert to-hf` made with a tokenizer")
-    marks = {"model": digest_of_model(folder), "data": digest_of_files([data]), "settings": settings.digest()}
+    decisive = (settings.max_new_tokens, settings.prompts, settings.dtype)  # batches of any size give the same answers
+    asked = digest(json.dumps(decisive).encode())
+    marks = {"model": digest_of_model(folder), "data": digest_of_files([data]), "settings": asked}
     predictions = Predictions(output / "predictions.jsonl", marks)
     texts, damaged = _answer(samples, predictions, folder, settings, on_progress)
     answered = [sample for sample in samples if sample.id in texts]

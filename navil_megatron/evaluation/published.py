@@ -63,8 +63,7 @@ def figures_of(model: str) -> dict[str, str]:
 
 def average(model: str, names: Iterable[str]) -> float | None:
     """The mean over some benchmarks as the paper takes it, MME / 28 and OCRBench / 10; ``None`` if one is missing."""
-    points = {benchmark.name: benchmark.points for benchmark in BENCHMARKS}
-    found = figures_of(model)
+    found, points = figures_of(model), {benchmark.name: benchmark.points for benchmark in BENCHMARKS}
     figures = [(found[name].rstrip("*"), points[name]) for name in names]
     if any(figure == "-" for figure, _ in figures):
         return None

@@ -25,10 +25,6 @@ class CostAssumptions:
     """Of a sample's image, at one scale: 512 x 512 pixels."""
     text_tokens: int = 64
 
-    def gpu_hours(self, flops: float) -> float:
-        """Time of one GPU."""
-        return flops / (self.tflops * 1e12 * self.mfu * 3600)
-
 
 def sample_flops(llm: float, encoder: float, assumed: CostAssumptions) -> float:
     """Training FLOPs of one sample, everything trained: 3 (2 N tokens + 2 V patches + 4 d w patches^2)."""
@@ -41,4 +37,4 @@ def sample_flops(llm: float, encoder: float, assumed: CostAssumptions) -> float:
 
 def run_hours(llm: float, encoder: float, samples: float, assumed: CostAssumptions) -> float:
     """GPU-hours of a run."""
-    return assumed.gpu_hours(samples * sample_flops(llm, encoder, assumed))
+    return samples * sample_flops(llm, encoder, assumed) / (assumed.tflops * 1e12 * assumed.mfu * 3600)

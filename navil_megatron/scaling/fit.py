@@ -25,10 +25,8 @@ LETTERS = {"llm": "N", "encoder": "V", "data": "D"}
 OUTLIER = 4.0
 """Robust standard deviations from the law at which a point is named."""
 _MAD = 1.4826
-_NOTHING = 0.002
-"""A deviation below this share of the loss is none."""
-_MANY = 4
-"""Points beyond the parameters from which on one point can be told to be off."""
+_NOTHING = 0.002  # A deviation below this share of the loss is none
+_MANY = 4  # points beyond the parameters from which on one point can be told to be off
 
 
 @dataclass(frozen=True, slots=True)

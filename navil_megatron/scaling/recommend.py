@@ -116,7 +116,7 @@ def _find_noise(study: Study, curves: list[Curve]) -> tuple[str, float | None, l
     return "unknown", None, ["every point is a single run and no curve has 4 sizes: intervals leave the noise out"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Recommendation:
     """An encoder for an LLM."""
 
@@ -154,16 +154,8 @@ def recommend(optima: Optima, llm: float) -> Recommendation:
             f"{', '.join(format_size(each.llm) for each in optima.found)}"
         )
     shape, of_shape = choose_shape(encoder)
-    return Recommendation(
-        llm=llm,
-        encoder=encoder,
-        relation=relation,
-        method=method,
-        interval=interval,
-        shape=shape,
-        is_extrapolated=is_extrapolated,
-        warnings=(*optima.warnings, *warnings, *of_shape),
-    )
+    every = (*optima.warnings, *warnings, *of_shape)
+    return Recommendation(llm, encoder, relation, method, interval, shape, is_extrapolated, every)
 
 
 def _warn_of_rule(optima: Optima, found: Optimum) -> list[str]:

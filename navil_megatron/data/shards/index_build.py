@@ -34,8 +34,7 @@ MAX_PIXELS = 2**26
 MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1
 """What an index can count."""
 _MAX_HEADER_BYTES = 2**20
-_SAMPLES_AT_ONCE = 1024
-"""Texts that wait for their tokens to be counted together."""
+_SAMPLES_AT_ONCE = 1024  # texts that wait for their tokens to be counted together
 
 
 class TokenCounter(Protocol):
@@ -53,8 +52,7 @@ class _Sample(NamedTuple):
 
     text: tarfile.TarInfo
     kind: int
-    images: list[tuple[int, ...]]
-    """Entries of ``IMAGE``."""
+    images: list[tuple[int, ...]]  # entries of ``IMAGE``
     content: Content
 
     @property

@@ -56,11 +56,7 @@ def pieces_folder(index: Path) -> Path:
 
 
 def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: str) -> dict[str, Any]:
-    """Writes the index and its list of rejected samples, removes the pieces, and reports what the index holds.
-
-    Raises:
-        UserError: no sample is any good.
-    """
+    """Writes the index and the list of rejected samples, removes the pieces, and reports; UserError: none is good."""
     reasons: Counter[str] = Counter()
     listed = Path(f"{index}.rejected.jsonl")
     with new_file(listed) as file:
@@ -81,11 +77,7 @@ def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: str) -> d
 def run_tasks[T](
     work: Work[T, None], tasks: Sequence[T], total: int, jobs: int, on_progress: OnProgress | None
 ) -> None:
-    """Does the tasks that are left of ``total``, here or in so many processes; ``work`` does one and tells of it.
-
-    Raises:
-        UserError: a process was killed.
-    """
+    """Does the tasks that are left of ``total``, here or in so many processes; UserError where one was killed."""
     meter = Meter(total, on_progress)
     meter.add(total - len(tasks))
     try:

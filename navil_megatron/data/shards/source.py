@@ -23,8 +23,7 @@ from navil_megatron.data.types import RawSample
 
 MAX_OPEN_FILES = 64
 """Shards of one source that are kept open."""
-_NEAR_BYTES = 8 * BLOCK
-"""Stretches of a shard that lie no farther apart are read in one go."""
+_NEAR_BYTES = 8 * BLOCK  # stretches of a shard that lie no farther apart are read in one go
 
 type Span = tuple[int, int]
 """First byte, and the one after the last."""

@@ -19,13 +19,11 @@ from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence,
 LINE_WIDTH = 1184
 """Pixels of the longest line of cells."""
 CELL_HEIGHT = 22
-_CELL_WIDTHS = (3, 12)
-"""Narrowest and widest cell; short rows get wide cells."""
+_CELL_WIDTHS = (3, 12)  # narrowest and widest cell; short rows get wide cells
 _LOSS_HEIGHT = 8
 _THUMBNAIL = (320, 220)
 """Largest width and height of an image's largest scale; its others are drawn to the same measure."""
-_MOST_GROWN = 3.0
-"""Small images are drawn larger, to so many times their size."""
+_MOST_GROWN = 3.0  # small images are drawn larger, to so many times their size
 _TRACK: Colour = (236, 239, 243)
 WEIGHT_COLOUR: Colour = (18, 96, 64)
 _ABSENT: Colour = (212, 217, 226)

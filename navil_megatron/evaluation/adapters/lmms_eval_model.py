@@ -20,8 +20,7 @@ from navil_megatron.evaluation.adapters.turns import answer_chats
 from navil_megatron.evaluation.prompts import PromptStyle
 from navil_megatron.hf.generate import load_for_generation
 
-_MAX_NEW_TOKENS = 1024
-"""Where a task sets no limit."""
+_MAX_NEW_TOKENS = 1024  # where a task sets no limit
 
 
 class NaViL(lmms):
@@ -69,8 +68,7 @@ class NaViL(lmms):
         chats = []
         for request in requests:
             _, messages_of, _, document, task, split = request.args
-            messages = ChatMessages(messages=messages_of(self.task_dict[task][split][document]))
-            chats.append(messages.to_hf_messages())
+            chats.append(ChatMessages(messages=messages_of(self.task_dict[task][split][document])).to_hf_messages())
         limit = int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
         texts = answer_chats(self._captioner, chats, limit, self._prompts)
         until = settings.get("until") or []

@@ -45,12 +45,9 @@ def _split(chat: Chat) -> tuple[list[dict[str, Any]], list[Image.Image]]:
                 parts.append({"type": "text", "text": part["text"].replace(PLACEHOLDER, "")})
             elif part["type"] == "image":
                 parts.append({"type": "image"})
-                pictures.append(_upright(part["image"]))
+                picture = part["image"]
+                pictures.append(picture.convert("RGB") if isinstance(picture, Image.Image) else open_picture(picture))
             else:
                 raise UserError(f"NaViL reads text and images, not {part['type']!r}: leave this task out")
         messages.append({"role": message["role"], "content": parts})
     return messages, pictures
-
-
-def _upright(picture: Any) -> Image.Image:
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_picture(picture)
