@@ -61,13 +61,10 @@ def dump_content(content: Content) -> tuple[str, bytes]:
     """(extension, bytes) of a text member that parses to this content."""
     if isinstance(content, str):
         return "txt", content.encode()
-    messages = [
-        {
-            "role": turn.role,
-            "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts],
-        }
-        for turn in content
-    ]
+    messages = []
+    for turn in content:
+        parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
+        messages.append({"role": turn.role, "content": parts})
     return "json", json.dumps({"messages": messages}, ensure_ascii=False, separators=(",", ":")).encode()
 
 

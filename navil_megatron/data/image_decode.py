@@ -34,12 +34,9 @@ class DecodeJob:
     """One image file and what is wanted of it."""
 
     file: bytes
-    size: tuple[int, int]
-    """(height, width) that the index promised, upright."""
-    scales: tuple[ScalePlan, ...]
-    """Small to large."""
-    wanted: tuple[bool, ...]
-    """Which of the scales."""
+    size: tuple[int, int]  # (height, width) that the index promised, upright
+    scales: tuple[ScalePlan, ...]  # small to large
+    wanted: tuple[bool, ...]  # which of the scales
 
     @property
     def wanted_scales(self) -> list[ScalePlan]:

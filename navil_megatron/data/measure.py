@@ -13,8 +13,7 @@ from navil_megatron.blueprint.image_plan import ImagePlanner, Pyramids
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.shards.shard_index import SourceIndex
 
-REFUSED = -1
-"""In place of the number of dropped scales: the sample fits no row."""
+REFUSED = -1  # in place of the number of dropped scales: the sample fits no row
 
 
 class Measures(NamedTuple):

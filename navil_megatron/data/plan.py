@@ -34,12 +34,9 @@ class Row:
 
     sources: np.ndarray
     indices: np.ndarray
-    dropped: np.ndarray
-    """Largest scales that each sample's images do without."""
-    cost: int
-    """Forward FLOPs."""
-    num_refused: int = 0
-    """Samples that fit no row, of the window that this row begins."""
+    dropped: np.ndarray  # largest scales that each sample's images do without
+    cost: int  # forward FLOPs
+    num_refused: int = 0  # samples that fit no row, of the window that this row begins
 
     @property
     def samples(self) -> tuple[SampleId, ...]:

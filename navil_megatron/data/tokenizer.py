@@ -28,23 +28,16 @@ _SPANS_AT_ONCE = 4096  # bounds the memory of the encodings while tokens are cou
 class Piece:
     """Token ids of one stretch of a sample."""
 
-    ids: list[int]
-    """Empty for an image."""
-    loss: bool
-    """The model learns to predict them."""
-    image: bool = False
-    """The next image stands here."""
+    ids: list[int]  # empty for an image
+    loss: bool  # the model learns to predict them
+    image: bool = False  # the next image stands here
 
 
 class SampleTokenizer:
     """Turns samples into tokens under one tokenizer folder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-        """Wraps a loaded tokenizer; ``folder`` names it in messages.
-
-        Raises:
-            UserError: a special token, end token or pad token is missing, or would be read out of a text.
-        """
+        """Wraps a tokenizer; UserError: a special, end or pad token is missing, or would be read out of a text."""
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer {folder} has no tokenizer.json: save it as a fast tokenizer")
         vocabulary = tokenizer.get_vocab()

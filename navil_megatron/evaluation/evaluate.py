@@ -35,12 +35,10 @@ class Settings:
 
     max_new_tokens: int = 64
     prompts: PromptStyle = "auto"
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """``None``: as stored."""
+    dtype: Literal["float32", "bfloat16"] | None = None  # ``None``: as stored
     batch_size: int = 8
     device: str = "cpu"
-    num_worst: int = 24
-    """Samples of each task on the page."""
+    num_worst: int = 24  # samples of each task on the page
 
 
 def evaluate(

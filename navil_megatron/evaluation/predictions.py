@@ -13,8 +13,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_file import append
 from navil_megatron.files.hashes import digest_of_files
 
-MARKS = ("model", "data", "settings")
-"""What all lines of a file share, each as a hash."""
+MARKS = ("model", "data", "settings")  # what all lines of a file share, each as a hash
 
 
 class Predictions:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from navil_megatron.scaling.shape import choose_shape
 
-PATCHES_PER_TOKEN = 4
-"""2 x 2 patches become one visual token."""
+PATCHES_PER_TOKEN = 4  # 2 x 2 patches become one visual token
 BACKWARD = 2
 
 
@@ -17,12 +16,9 @@ BACKWARD = 2
 class CostAssumptions:
     """What a sample holds and what a GPU does; every field is an assumption that the plan prints."""
 
-    tflops: float = 989.0
-    """Dense BF16 peak of a GPU, in TFLOP/s; H100 SXM."""
-    mfu: float = 0.4
-    """Share of the peak that training reaches."""
-    visual_tokens: int = 256
-    """Of a sample's image, at one scale: 512 x 512 pixels."""
+    tflops: float = 989.0  # dense BF16 peak of a GPU, in TFLOP/s; H100 SXM
+    mfu: float = 0.4  # share of the peak that training reaches
+    visual_tokens: int = 256  # of a sample's image, at one scale: 512 x 512 pixels
     text_tokens: int = 64
 
 

@@ -22,8 +22,7 @@ DRAWS = 300
 UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}
 """Parameters in billions, samples or tokens in millions."""
 LETTERS = {"llm": "N", "encoder": "V", "data": "D"}
-OUTLIER = 4.0
-"""Robust standard deviations from the law at which a point is named."""
+OUTLIER = 4.0  # robust standard deviations from the law at which a point is named
 _MAD = 1.4826
 _NOTHING = 0.002  # A deviation below this share of the loss is none
 _MANY = 4  # points beyond the parameters from which on one point can be told to be off
@@ -35,8 +34,7 @@ class Points:
 
     cells: tuple[Cell, ...]
     axes: tuple[str, ...]
-    x: Array
-    """``[points, axes]``, divided by ``means``."""
+    x: Array  # ``[points, axes]``, divided by ``means``
     means: Array
     losses: Array
 

@@ -13,8 +13,7 @@ from scipy.stats import t as student
 
 from navil_megatron.scaling.study import CONFIDENCE
 
-UNIT = 1e9
-"""Sizes of the line's formula are in billions."""
+UNIT = 1e9  # sizes of the line's formula are in billions
 
 
 @dataclass(frozen=True, slots=True)

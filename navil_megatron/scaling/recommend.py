@@ -12,8 +12,7 @@ from navil_megatron.scaling.shape import Shape, choose_shape
 from navil_megatron.scaling.sizes import format_size
 from navil_megatron.scaling.study import CONFIDENCE, Curve, Study, curves_at
 
-SAME_LLM = 0.01
-"""Relative difference within which an asked LLM is a measured one."""
+SAME_LLM = 0.01  # relative difference within which an asked LLM is a measured one
 _NOISES = {
     "seeds": "the spread of seeds",
     "curves": "noise as guessed from the curves",
@@ -123,8 +122,7 @@ class Recommendation:
     llm: float
     encoder: float
     relation: str
-    method: str
-    """``rule`` for a measured LLM, ``line`` for another."""
+    method: str  # ``rule`` for a measured LLM, ``line`` for another
     interval: Interval
     shape: Shape
     is_extrapolated: bool

@@ -11,12 +11,9 @@ import numpy as np
 
 from navil_megatron.scaling.study import CONFIDENCE, SAME_SIZE, Curve
 
-THRESHOLD = 0.01
-"""The paper's lambda."""
-DRAWS = 1_000
-"""Noisy copies of a curve to which the rule is applied again."""
-Interval = tuple[float | None, float | None]
-"""Encoder sizes; ``None``: no bound."""
+THRESHOLD = 0.01  # the paper's lambda
+DRAWS = 1_000  # noisy copies of a curve to which the rule is applied again
+Interval = tuple[float | None, float | None]  # encoder sizes; ``None``: no bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +84,8 @@ def find_optimum(curve: Curve, threshold: float = THRESHOLD) -> Optimum:
     """Applies the rule to a curve."""
     gains, is_between = _gains(curve, np.array([curve.losses]))
     index = int(_choose(gains, threshold)[0])
-    found = Optimum(
-        curve=curve, index=index, gains=tuple(None if math.isnan(gain) else gain for gain in gains[0].tolist())
-    )
+    measured = tuple(None if math.isnan(gain) else gain for gain in gains[0].tolist())
+    found = Optimum(curve=curve, index=index, gains=measured)
     notes = []
     if is_between[max(index - 1, 0) : index + 1].any():
         notes.append("an encoder of twice the size was not trained: its loss is interpolated in log size")

@@ -11,8 +11,7 @@ from typing import Any
 
 from navil_megatron.scaling.sizes import format_size
 
-CONFIDENCE = 0.95
-"""Of every interval."""
+CONFIDENCE = 0.95  # of every interval
 SAME_SIZE = 1.1
 """Sizes closer than this ratio are one size: the shapes that a depth and width study gives one encoder differ by 5%."""
 
@@ -38,8 +37,7 @@ class Cell:
     """Runs that differ by their seed alone."""
 
     runs: tuple[Run, ...]
-    loss: float
-    """Mean over the runs."""
+    loss: float  # mean over the runs
 
     @property
     def spread(self) -> float | None:

@@ -26,13 +26,10 @@ IMAGE_EXTENSIONS = (
     *("heic", "heif", "jp2", "jxl", "svg"),  # not readable, but without its image a caption is no sample
 )
 """Members that are meant to be images; their content decides whether they can be read."""
-MAX_TEXT_BYTES = 2**20
-"""Largest text member that is read; nothing longer fits a row."""
+MAX_TEXT_BYTES = 2**20  # largest text member that is read; nothing longer fits a row
 MAX_IMAGE_BYTES = 2**30
-MAX_PIXELS = 2**26
-"""Largest picture, as ``data.max_source_pixels`` has it by default."""
-MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1
-"""What an index can count."""
+MAX_PIXELS = 2**26  # largest picture, as ``data.max_source_pixels`` has it by default
+MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1  # what an index can count
 _MAX_HEADER_BYTES = 2**20
 _SAMPLES_AT_ONCE = 1024  # texts that wait for their tokens to be counted together
 
@@ -40,8 +37,7 @@ _SAMPLES_AT_ONCE = 1024  # texts that wait for their tokens to be counted togeth
 class TokenCounter(Protocol):
     """What an index asks of a tokenizer."""
 
-    fingerprint: str
-    """32 hexadecimal digits that name it."""
+    fingerprint: str  # 32 hexadecimal digits that name it
 
     def count(self, contents: Sequence[Content], num_images: Sequence[int]) -> np.ndarray:
         """[n] int64: tokens of each sample that do not stand for an image."""
@@ -61,10 +57,9 @@ class _Sample(NamedTuple):
 
 
 def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardEntries:
-    """Reads one tar, a path or URL, from front to back; a tar that is damaged counts up to the damage.
+    """Reads one tar, a path or URL, front to back and up to any damage; the index calls it by ``name``.
 
-    Without ``decode`` only headers of pictures are read, and damage shows up during training. The index calls the shard
-    by ``name``.
+    Without ``decode`` only headers of pictures are read, and damage shows up during training.
 
     Raises:
         UserError: the tar cannot be read.

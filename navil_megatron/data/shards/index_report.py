@@ -27,11 +27,8 @@ def report_index(path: Path, reasons: Counter[str] | None = None, rejected: Path
         "shards": [shard.path for shard in index.shards],
     }
     if reasons is not None:
-        report |= {
-            "num_rejected": reasons.total(),
-            "rejected_reasons": dict(reasons.most_common()),
-            "rejected": str(rejected),
-        }
+        report |= {"num_rejected": reasons.total(), "rejected_reasons": dict(reasons.most_common())}
+        report["rejected"] = str(rejected)
     return report
 
 

@@ -23,9 +23,8 @@ def index_shards(
 ) -> dict[str, Any]:
     """Makes or renews an index, and reports what it holds and what was left out why.
 
-    Shards, given as paths, URLs or glob patterns of tars, that an unfinished run did are not done again. Without
-    ``decode`` only headers of pictures are read (faster; damage then shows up in training). ``counter`` pickles where
-    ``jobs``, the processes, are more than 1.
+    Shards, given as paths, URLs or glob patterns, that an unfinished run did are not done again. ``decode``: as of
+    ``index_shard``. ``counter`` pickles where ``jobs``, the processes, are more than 1.
 
     Raises:
         UserError: a shard is missing or cannot be read, or no sample is any good.

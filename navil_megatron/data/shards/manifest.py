@@ -24,8 +24,7 @@ class Chunk:
     number: int
     first: int
     num_lines: int
-    offset: int
-    """Bytes of the manifest in front of it; 0 in parquet."""
+    offset: int  # bytes of the manifest in front of it; 0 in parquet
 
 
 class Manifest:

@@ -55,35 +55,27 @@ KIND_TEXT, KIND_JSON, KIND_CONVERSATION = range(3)
 """A text member is the caption itself, JSON with a ``caption``, or JSON with ``conversations`` or ``messages``."""
 MAGIC = b"NAVILIDX"
 VERSION = 2
-MAX_IMAGES = 2**32 - 1
-"""Images that one index can hold; a source with more is indexed in two."""
+MAX_IMAGES = 2**32 - 1  # images that one index can hold; a source with more is indexed in two
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One shard of a source."""
 
-    path: str
-    """Path or URL; a relative path is relative to the folder of the index."""
-    num_samples: int
-    """Samples that the index holds of it."""
-    num_bytes: int
-    """Size of the tar when it was indexed."""
-    content: str
-    """32 hexadecimal digits: digest of its samples' keys and bytes."""
+    path: str  # path or URL; a relative path is relative to the folder of the index
+    num_samples: int  # samples that the index holds of it
+    num_bytes: int  # size of the tar when it was indexed
+    content: str  # 32 hexadecimal digits: digest of its samples' keys and bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEntries:
     """What one tar adds to an index."""
 
-    samples: np.ndarray
-    """[n] of ``SAMPLE``; ``first_image`` counts from the shard's first image."""
-    images: np.ndarray
-    """[m] of ``IMAGE``."""
+    samples: np.ndarray  # [n] of ``SAMPLE``; ``first_image`` counts from the shard's first image
+    images: np.ndarray  # [m] of ``IMAGE``
     shard: Shard
-    rejected: list[tuple[str, str]]
-    """(key, reason) of every sample that was left out."""
+    rejected: list[tuple[str, str]]  # (key, reason) of every sample that was left out
 
 
 def save_index(

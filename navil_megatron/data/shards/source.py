@@ -21,8 +21,7 @@ from navil_megatron.data.shards.shard_files import is_url, reaching, resolve_pat
 from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
 from navil_megatron.data.types import RawSample
 
-MAX_OPEN_FILES = 64
-"""Shards of one source that are kept open."""
+MAX_OPEN_FILES = 64  # shards of one source that are kept open
 _NEAR_BYTES = 8 * BLOCK  # stretches of a shard that lie no farther apart are read in one go
 
 type Span = tuple[int, int]

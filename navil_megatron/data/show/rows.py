@@ -16,8 +16,7 @@ from navil_megatron.data.show.tokens import KINDS, Colour, TokenKind, token_kind
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
 
-LINE_WIDTH = 1184
-"""Pixels of the longest line of cells."""
+LINE_WIDTH = 1184  # pixels of the longest line of cells
 CELL_HEIGHT = 22
 _CELL_WIDTHS = (3, 12)  # narrowest and widest cell; short rows get wide cells
 _LOSS_HEIGHT = 8
@@ -38,20 +37,17 @@ class TextRun(NamedTuple):
 
     text: str
     is_learned: bool
-    is_mark: bool
-    """A control token, or an image."""
+    is_mark: bool  # A control token, or an image
 
 
 class ShownSample(NamedTuple):
     """One sample."""
 
-    number: int
-    """From 1, over all rows."""
+    number: int  # from 1, over all rows
     name: str
     num_tokens: int
     num_learned: int
-    images: list[list[Image.Image]]
-    """Each at its scales, small to large."""
+    images: list[list[Image.Image]]  # each at its scales, small to large
     texts: list[TextRun]
 
 
