@@ -49,12 +49,9 @@ class Check:
     """What was found about one thing."""
 
     name: str
-    status: str
-    """``ok``; ``absent``: not there and not needed; ``missing`` or ``wrong``: mend it first."""
-    found: str
-    """Its version, or what it is."""
-    advice: str = ""
-    """What to do, with the line to type; empty when nothing is needed."""
+    status: str  # ``ok``; ``absent``: not there and not needed; ``missing`` or ``wrong``: mend it first
+    found: str  # its version, or what it is
+    advice: str = ""  # what to do, with the line to type; empty when nothing is needed
 
     @property
     def is_problem(self) -> bool:

@@ -21,11 +21,9 @@ class RowFormat:
     """What the arrays of a row depend on besides its samples."""
 
     seq_length: int
-    pad_segments_to: int
-    """Each modality's segment is padded to a multiple of this many tokens."""
+    pad_segments_to: int  # each modality's segment is padded to a multiple of this many tokens
     pad_id: int
-    special_token_ids: tuple[int, ...]
-    """Ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``."""
+    special_token_ids: tuple[int, ...]  # ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,10 +41,8 @@ class StepData:
     """What one rank works on in one step."""
 
     microbatches: tuple[Microbatch, ...]
-    imbalance: float
-    """Work of the busiest data-parallel rank over the mean."""
-    num_refused: int
-    """Samples of the global order that fit no row and were left out on the way here."""
+    imbalance: float  # work of the busiest data-parallel rank over the mean
+    num_refused: int  # samples of the global order that fit no row and were left out on the way here
 
 
 class TrainLoader:
@@ -73,10 +71,8 @@ class TrainLoader:
         }
         self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place)
         self.step = start_step
-        self.num_samples = 0
-        """Samples that this rank has handed out since it was opened."""
-        self.num_failed = 0
-        """Samples that failed to decode since it was opened, on any rank of the replica."""
+        self.num_samples = 0  # samples that this rank has handed out since it was opened
+        self.num_failed = 0  # samples that failed to decode since then, on any rank of the replica
         self._prefetch = self._start_at(start_step)
 
     def __iter__(self) -> "TrainLoader":

@@ -13,8 +13,7 @@ import numpy as np
 GROUP_SAMPLES = 2**17
 """Samples of neighbouring shards that are shuffled together; a larger shard is a group by itself."""
 WINDOW_SAMPLES = 2**16  # most samples that are planned at once
-SMALLEST_WINDOW = 2**10
-"""Fewest samples that are planned at once: a smaller set is taken several times over."""
+SMALLEST_WINDOW = 2**10  # fewest samples that are planned at once: a smaller set is taken several times over
 _GROUPS_KEPT = 4
 
 

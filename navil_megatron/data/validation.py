@@ -34,10 +34,8 @@ class ValidationLoader:
         rows, refused = plan_rows(Ruler(config), [source.index], np.zeros_like(every), every)
         if not rows:
             raise UserError(f"no sample of {index} fits a row of {config.data.seq_length} tokens, or it holds none")
-        self.num_samples = len(every) - len(refused)
-        """Held-out samples, over all ranks."""
-        self.num_refused = len(refused)
-        """Samples that fit no row."""
+        self.num_samples = len(every) - len(refused)  # held-out samples, over all ranks
+        self.num_refused = len(refused)  # samples that fit no row
         # every rank must run the same number of forward passes: empty rows, all padding and no loss, even them out
         at_once = config.training.micro_batch_size
         empty = Row(every[:0], every[:0], every[:0], 0)

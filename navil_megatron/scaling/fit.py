@@ -19,8 +19,7 @@ from navil_megatron.scaling.laws import LAWS, Array, LogLinear, Parameters
 from navil_megatron.scaling.study import CONFIDENCE, Cell, Curve, Study
 
 DRAWS = 300
-UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}
-"""Parameters in billions, samples or tokens in millions."""
+UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}  # parameters in billions, samples or tokens in millions
 LETTERS = {"llm": "N", "encoder": "V", "data": "D"}
 OUTLIER = 4.0  # robust standard deviations from the law at which a point is named
 _MAD = 1.4826

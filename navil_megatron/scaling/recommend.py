@@ -27,8 +27,7 @@ class Optima:
     study: Study
     threshold: float
     found: tuple[Optimum, ...]
-    noise: str
-    """Where the noise of a loss is known from: ``seeds``, ``curves``, ``reading`` or ``unknown``."""
+    noise: str  # where the noise of a loss is known from: ``seeds``, ``curves``, ``reading`` or ``unknown``
     warnings: tuple[str, ...]
 
     @property

@@ -19,7 +19,7 @@ COARSE, FINE = (-2.0, -1.0, 0.0, 1.0), (-0.5, 0.5, 1.5)
 """Doublings from the expected optimum: the paper's own choice for 1.8B, and the sizes around the optimum between them.
 The rule needs an encoder of twice the size of each."""
 MOST_LLMS = 8
-NEXT_TO = 1.01  # A factor within 1% of the narrowest is as good
+NEXT_TO = 1.01  # a factor within 1% of the narrowest is as good
 _HALF = math.log(2) / 2
 
 
