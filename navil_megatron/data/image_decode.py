@@ -18,9 +18,7 @@ from navil_megatron.blueprint.image_plan import ScalePlan
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the raster formats that are read; its other plugins run interpreters or need tools."""
-
 SIZE_DIFFERS = "size differs from the index"
-
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
 

@@ -58,8 +58,7 @@ def attention_to_image(captioner: Captioner, image: Image.Image, prompt: str, ma
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     special = torch.tensor(model.config.special_token_ids, device=ids.device)
     places = torch.arange(ids.shape[1], device=ids.device)
-    is_visual = (ids[0] == special[CONTEXT]) & (places < prompt_length)
-    visual = is_visual.nonzero().flatten()
+    visual = ((ids[0] == special[CONTEXT]) & (places < prompt_length)).nonzero().flatten()
     text = ((places > visual[-1]) & ~torch.isin(ids[0], special)).nonzero().flatten()
     if not len(text):
         raise UserError("no text follows the image: give a --prompt that goes on after <image>, or --max-new-tokens")

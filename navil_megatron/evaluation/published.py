@@ -81,5 +81,4 @@ def render_table() -> str:
         means = (average(model, names) for model in FIGURES)
         rows.append([f"mean of {title}", *("-" if mean is None else f"{mean:.1f}" for mean in means), "", ""])
     header = ["benchmark (split)", *FIGURES, "lmms-eval", "VLMEvalKit"]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

@@ -27,7 +27,6 @@ _TRACK: Colour = (236, 239, 243)
 WEIGHT_COLOUR: Colour = (18, 96, 64)
 _ABSENT: Colour = (212, 217, 226)
 
-
 type Line = tuple[Image.Image, list[tuple[int, int]]]
 """Cells, and the samples that begin among them: pixels from the left, number."""
 

@@ -47,8 +47,7 @@ class NaViL(lmms):
         place = device or "cuda"
         if place == "cuda" and "LOCAL_RANK" in os.environ:  # lmms-eval starts a process for each GPU
             place = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = torch.device(place)
-        """Where lmms-eval puts what the processes exchange."""
+        self.device = torch.device(place)  # where lmms-eval puts what the processes exchange
         self._captioner = load_for_generation(Path(pretrained), getattr(torch, dtype), place)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
