@@ -31,12 +31,9 @@ class Requirement:
     """A distribution that setup.py lists."""
 
     name: str
-    parts: str
-    """Extras of its own, such as ``[pytorch]``."""
-    bounds: str
-    """Versions that were tried, such as ``>=2.11,<2.16``; empty: any."""
-    extra: str
-    """The extra of ours that asks for it; empty: always needed."""
+    parts: str  # extras of its own, such as ``[pytorch]``
+    bounds: str  # versions that were tried, such as ``>=2.11,<2.16``; empty: any
+    extra: str  # the extra of ours that asks for it; empty: always needed
 
     @property
     def install(self) -> str:
@@ -52,12 +49,9 @@ class Check:
     """What was found about one thing."""
 
     name: str
-    status: str
-    """``ok``; ``absent``: not there and not needed; ``missing`` or ``wrong``: mend it first."""
-    found: str
-    """Its version, or what it is."""
-    advice: str = ""
-    """What to do, with the line to type; empty when nothing is needed."""
+    status: str  # ``ok``; ``absent``: not there and not needed; ``missing`` or ``wrong``: mend it first
+    found: str  # its version, or what it is
+    advice: str = ""  # what to do, with the line to type; empty when nothing is needed
 
     @property
     def is_problem(self) -> bool:
@@ -145,13 +139,10 @@ def check_cuda() -> Check:
     path = metadata.distribution("torch").locate_file("torch/version.py") if installed_version("torch") else None
     if path is None or not Path(str(path)).is_file():
         return Check("cuda", "absent", "no torch to ask")
-    for node in ast.parse(Path(str(path)).read_text(encoding="utf-8")).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = getattr(node, "value", None)
-        version = value.value if isinstance(value, ast.Constant) else None
-        if getattr(target, "id", None) == "cuda" and isinstance(version, str):
-            return Check("cuda", "ok", f"{version} (torch's build)")
-    return Check("cuda", "absent", 'torch is a CPU build: runtime.device = "cpu" only')
+    version = re.search(r"^cuda\b.*= *['\"](.+)['\"]", Path(str(path)).read_text(encoding="utf-8"), re.MULTILINE)
+    if version is None:
+        return Check("cuda", "absent", 'torch is a CPU build: runtime.device = "cpu" only')
+    return Check("cuda", "ok", f"{version[1]} (torch's build)")
 
 
 def check_gpu(torch: Requirement) -> Check:

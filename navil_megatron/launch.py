@@ -16,8 +16,7 @@ from types import FrameType
 from navil_megatron.config.errors import EXIT_CODE, HANG_EXIT_CODE
 
 _POLL_SECONDS = 0.05
-_HANG_GRACE_SECONDS = 3.0
-"""Ranks that end a hung run have asked all others to stop: who is still there now never will."""
+_HANG_GRACE_SECONDS = 3.0  # ranks that end a hung run have asked all others to stop: who is still there now never will
 
 
 def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_seconds: float = 15.0) -> int:
@@ -31,7 +30,8 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
         (3: the run hung), with 128 added to the number of a signal, as a shell reports it.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that nothing listens on
-        port: int = listener.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listener.getsockname()[1]}
+    command = [sys.executable, "-m", module, *arguments]
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -42,9 +42,9 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(num_ranks):
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+            environment = os.environ | {name: str(number) for name, number in (numbers | address).items()}
             # A session of its own: the terminal's Ctrl-C reaches a rank once, through pass_on.
-            environment = os.environ | _rank_environment(rank, num_ranks, port)
-            command = [sys.executable, "-m", module, *arguments]
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(ranks, grace_seconds)
     finally:
@@ -54,12 +54,6 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
                 process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank of a run on one machine."""
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    return {name: str(n) for name, n in numbers.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:

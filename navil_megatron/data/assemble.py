@@ -21,13 +21,9 @@ class RowFormat:
     """What the arrays of a row depend on besides its samples."""
 
     seq_length: int
-    """Tokens of a row."""
-    pad_segments_to: int
-    """Each modality's segment is padded to a multiple of this many tokens."""
+    pad_segments_to: int  # each modality's segment is padded to a multiple of this many tokens
     pad_id: int
-    """Token id of padding."""
-    special_token_ids: tuple[int, ...]
-    """Ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``."""
+    special_token_ids: tuple[int, ...]  # ids of the 12 special tokens, in the order of ``SPECIAL_TOKENS``
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +34,7 @@ class _Piece:
     labels: np.ndarray
     loss_weights: np.ndarray
     visual: np.ndarray
-    is_sample: bool = False
-    """Not padding."""
+    is_sample: bool = False  # not padding
 
 
 def assemble(rows: Sequence[PackedSequence], row_format: RowFormat) -> PackedRows:

@@ -20,8 +20,7 @@ class Span(NamedTuple):
 
     kind: Literal["text", "image", "turn_start", "turn_end", "end"]
     text: str = ""
-    learned: bool = False
-    """The model learns to say it."""
+    learned: bool = False  # the model learns to say it
 
 
 _KINDS: dict[str, Literal["image", "turn_start", "turn_end"]] = {

@@ -10,11 +10,7 @@ from navil_megatron.data.image_decode import ImageDecoder, PillowDecoder
 
 
 def build_image_decoder(config: NaViLConfig) -> ImageDecoder:
-    """The decoder of a run.
-
-    Raises:
-        UserError: the config asks for DALI and it is not installed.
-    """
+    """The decoder of a run; UserError where the config asks for DALI and it is not installed."""
     vision, data = config.model.vision, config.data
     sizes = (vision.patch_size, vision.merge_size, data.max_source_pixels)
     if data.image_decoder == "pillow":

@@ -61,13 +61,10 @@ def dump_content(content: Content) -> tuple[str, bytes]:
     """(extension, bytes) of a text member that parses to this content."""
     if isinstance(content, str):
         return "txt", content.encode()
-    messages = [
-        {
-            "role": turn.role,
-            "content": [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts],
-        }
-        for turn in content
-    ]
+    messages = []
+    for turn in content:
+        parts = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
+        messages.append({"role": turn.role, "content": parts})
     return "json", json.dumps({"messages": messages}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -115,10 +112,9 @@ def _turn(name: Any, content: Any) -> Turn:
 
 def _split_at_marks(text: str) -> tuple[str | None, ...]:
     """Text and images; the newline after an image that begins the turn belongs to its mark."""
-    parts: list[str | None] = []
     first, *others = text.split(PLACEHOLDER)
+    parts: list[str | None] = [first]
     leading = not first
-    parts.append(first)
     for other in others:
         behind = other.removeprefix("\n") if leading else other
         leading = leading and not behind

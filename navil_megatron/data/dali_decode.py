@@ -25,10 +25,7 @@ from navil_megatron.data.image_decode import (
     upright,
 )
 
-_ONLY_PILLOW = ("GIF", "AVIF")
-"""Formats that would make DALI refuse the whole batch."""
-
-
+_ONLY_PILLOW = ("GIF", "AVIF")  # formats that would make DALI refuse the whole batch
 _started_threads: list[int] = []
 
 
@@ -45,10 +42,7 @@ class DaliDecoder:
     def __init__(
         self, patch_size: int, merge_size: int, max_pixels: int, *, device: torch.device, num_threads: int
     ) -> None:
-        """Of more than ``max_pixels`` no picture is decoded, nor several at a time.
-
-        The first decoder's ``num_threads`` decide how many DALI decodes with in the whole process.
-        """
+        """Decodes ``max_pixels`` at most at a time; the first decoder's ``num_threads`` hold for the whole process."""
         self.device = device
         self._patch_size, self._merge_size, self._max_pixels = patch_size, merge_size, max_pixels
         self._dali_device = ndd.device(device)

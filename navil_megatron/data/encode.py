@@ -25,7 +25,6 @@ def encode_sample(
         raise ValueError(f"{len(scales)} images for {sum(piece.image for piece in pieces)} places")
     images = (image_token_ids(image, merge_size, tokenizer.special_token_ids) for image in scales)
     parts = [next(images) if piece.image else np.array(piece.ids, dtype=np.int64) for piece in pieces]
-    loss = np.repeat([piece.loss for piece in pieces], [len(part) for part in parts])
-    loss_weights = loss.astype(np.float32)
+    loss_weights = np.repeat([piece.loss for piece in pieces], [len(part) for part in parts]).astype(np.float32)
     loss_weights[:1] = 0.0  # nothing predicts the first token
     return EncodedSample(sample=sample, input_ids=np.concatenate(parts), loss_weights=loss_weights, scales=scales)

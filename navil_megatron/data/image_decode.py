@@ -18,10 +18,7 @@ from navil_megatron.blueprint.image_plan import ScalePlan
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """Pillow's names of the raster formats that are read; its other plugins run interpreters or need tools."""
-
 SIZE_DIFFERS = "size differs from the index"
-"""Reason to fail a file whose sides are not the promised ones."""
-
 _ORIENTATION_TAG = 0x0112
 _SIDEWAYS_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -35,12 +32,9 @@ class DecodeJob:
     """One image file and what is wanted of it."""
 
     file: bytes
-    size: tuple[int, int]
-    """(height, width) that the index promised, upright."""
-    scales: tuple[ScalePlan, ...]
-    """Small to large."""
-    wanted: tuple[bool, ...]
-    """Which of the scales."""
+    size: tuple[int, int]  # (height, width) that the index promised, upright
+    scales: tuple[ScalePlan, ...]  # small to large
+    wanted: tuple[bool, ...]  # which of the scales
 
     @property
     def wanted_scales(self) -> list[ScalePlan]:
@@ -60,11 +54,7 @@ class ImageDecoder(Protocol):
 
 
 def open_image(file: bytes, max_pixels: int) -> Image.Image:
-    """The picture behind the bytes with only its header read.
-
-    Raises:
-        ImageDecodeError: not an image in a known format, or more pixels than allowed.
-    """
+    """The picture with only its header read; ImageDecodeError: no image of these formats, or too many pixels."""
     if not file:
         raise ImageDecodeError("empty file")
     try:
@@ -135,7 +125,6 @@ class PillowDecoder:
     patch_size: int
     merge_size: int
     max_pixels: int
-    """Largest picture that is decoded."""
 
     def decode(self, jobs: Sequence[DecodeJob]) -> list[Decoded]:
         """See ``ImageDecoder``."""

@@ -41,21 +41,15 @@ class StepData:
     """What one rank works on in one step."""
 
     microbatches: tuple[Microbatch, ...]
-    imbalance: float
-    """Work of the busiest data-parallel rank over the mean."""
-    num_refused: int
-    """Samples of the global order that fit no row and were left out on the way here."""
+    imbalance: float  # work of the busiest data-parallel rank over the mean
+    num_refused: int  # samples of the global order that fit no row and were left out on the way here
 
 
 class TrainLoader:
     """Iterates over steps; each gives this rank's microbatches of the global batch."""
 
     def __init__(self, config: NaViLConfig, place: DataPlace, *, start_step: int = 0) -> None:
-        """Opens the sources, plans, and starts preparing ``start_step``, the first to hand out.
-
-        Raises:
-            UserError: sources or tokenizer are missing, damaged or do not fit.
-        """
+        """Opens the sources and starts preparing ``start_step``; UserError where sources or tokenizer do not fit."""
         self._config, self._place = config, place
         tokenizer = load_run_tokenizer(config)
         sources = open_train_sources(config, tokenizer)
@@ -77,10 +71,8 @@ class TrainLoader:
         }
         self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place)
         self.step = start_step
-        self.num_samples = 0
-        """Samples that this rank has handed out since it was opened."""
-        self.num_failed = 0
-        """Samples that failed to decode since it was opened, on any rank of the replica."""
+        self.num_samples = 0  # samples that this rank has handed out since it was opened
+        self.num_failed = 0  # samples that failed to decode since then, on any rank of the replica
         self._prefetch = self._start_at(start_step)
 
     def __iter__(self) -> "TrainLoader":
@@ -125,11 +117,7 @@ class TrainLoader:
         return {"step": self.step, "window": window, "window_first_row": first_row, **self._decisive}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken, at any data-parallel size.
-
-        Raises:
-            UserError: something changed under which the steps would hold other samples.
-        """
+        """Goes on where ``state`` was taken; UserError where steps would now hold other samples, and why."""
         for key, name in _DECISIVE.items():
             if saved.get(key) != self._decisive[key]:
                 raise UserError(
@@ -145,9 +133,9 @@ class TrainLoader:
         return Prefetch(self._make_step, step, None, num_threads=data.num_workers, num_ahead=data.prefetch_steps)
 
     def _make_step(self, step: int) -> StepData:
-        plan = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
-        microbatches = tuple(map(self._builder.build, batched(plan.rows, self._config.training.micro_batch_size)))
-        return StepData(microbatches, plan.imbalance, plan.num_refused)
+        rows, imbalance, num_refused = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
+        microbatches = tuple(map(self._builder.build, batched(rows, self._config.training.micro_batch_size)))
+        return StepData(microbatches, imbalance, num_refused)
 
 
 def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:

@@ -26,8 +26,7 @@ def num_loss_groups(config: NaViLConfig) -> int:
 def groups_of(rows: PackedRows) -> np.ndarray:
     """[t] int64: the group of each token's sample; 0 on padding, which predicts nothing."""
     groups = np.zeros(rows.input_ids.size, dtype=np.int64)
-    samples = zip(rows.samples, rows.sample_starts, rows.sample_lengths, strict=True)
-    for sample, start, length in samples:
+    for sample, start, length in zip(rows.samples, rows.sample_starts, rows.sample_lengths, strict=True):
         tokens = slice(start, start + length)
         groups[tokens] = len(KINDS) * sample.source + int(rows.visual_token_mask[tokens].any())
     return groups
@@ -46,8 +45,7 @@ def losses_by_group(indexes: Sequence[str], loss_sums: Tensor, weights: Tensor) 
 
     ``indexes`` are the sources' index files, ``loss_sums`` and ``weights`` [groups] of all ranks, on the host.
     """
-    shape = (len(indexes), len(KINDS))
-    sums = torch.stack([loss_sums, weights]).view(2, *shape)
+    sums = torch.stack([loss_sums, weights]).view(2, len(indexes), len(KINDS))
     named = {f"loss_{kind}": sums[:, :, number].sum(1) for number, kind in enumerate(KINDS)}
     if len(indexes) > 1:
         named |= {f"loss/{name}": sums[:, number].sum(1) for number, name in enumerate(source_names(indexes))}

@@ -4,9 +4,7 @@ A sample that does not fit does without its images' largest scales, one after an
 smallest scale of each is refused and counted. Nothing is ever cut.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +13,10 @@ from navil_megatron.blueprint.image_plan import ImagePlanner, Pyramids
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.shards.shard_index import SourceIndex
 
-REFUSED = -1
-"""In place of the number of dropped scales: the sample fits no row."""
+REFUSED = -1  # in place of the number of dropped scales: the sample fits no row
 
 
-@dataclass(frozen=True, slots=True)
-class Measures:
+class Measures(NamedTuple):
     """What planning knows of n samples."""
 
     num_text: np.ndarray
@@ -31,11 +27,6 @@ class Measures:
     """[n] int64: forward FLOPs."""
     dropped: np.ndarray
     """[n] int64: largest scales that the sample's images do without, or ``REFUSED``."""
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """The measures of several sources, one after another."""
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 class Ruler:

@@ -19,12 +19,7 @@ from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.choose_decoder import build_image_decoder
 from navil_megatron.data.encode import encode_sample
-from navil_megatron.data.image_decode import (
-    DecodeJob,
-    ImageDecodeError,
-    ImageDecoder,
-    blank_patches,
-)
+from navil_megatron.data.image_decode import DecodeJob, ImageDecodeError, ImageDecoder, blank_patches
 from navil_megatron.data.plan import Row
 from navil_megatron.data.rank_share import plan_microbatch
 from navil_megatron.data.shards.source import Source
@@ -35,10 +30,8 @@ from navil_megatron.data.types import DataPlace, EncodedSample, FailedSample, Mi
 class _Picture(NamedTuple):
     """One image of a microbatch of which this rank decodes a scale."""
 
-    position: int
-    """Its sample's place in the microbatch."""
-    shown: SampleId
-    """Whose picture it is."""
+    position: int  # its sample's place in the microbatch
+    shown: SampleId  # whose picture it is
     job: DecodeJob
 
 
@@ -67,11 +60,7 @@ class MicrobatchBuilder:
         )
 
     def build(self, rows: Sequence[Row]) -> Microbatch:
-        """The microbatch of some rows.
-
-        Raises:
-            UserError: a shard cannot be read, or an index does not fit it.
-        """
+        """The microbatch of some rows; UserError where a shard cannot be read, or an index does not fit it."""
         sequences = self.encode(rows)
         microbatch = plan_microbatch(assemble(sequences, self.row_format), self._model, self._place)
         microbatch = replace(microbatch, num_shrunk=sum(int((row.dropped > 0).sum()) for row in rows))
@@ -103,7 +92,6 @@ class MicrobatchBuilder:
         return encoded
 
     def _pictures(self, samples: Sequence[EncodedSample], is_mine: np.ndarray) -> Iterator[_Picture]:
-        """The images of which this rank decodes a scale."""
         wanted = iter(is_mine.tolist())
         for position, sample in enumerate(samples):
             shown = self._pictures_of(sample.sample) if self._pictures_of else sample.sample

@@ -12,10 +12,8 @@ import numpy as np
 
 GROUP_SAMPLES = 2**17
 """Samples of neighbouring shards that are shuffled together; a larger shard is a group by itself."""
-WINDOW_SAMPLES = 2**16
-"""Most samples that are planned at once."""
-SMALLEST_WINDOW = 2**10
-"""Fewest samples that are planned at once: a smaller set is taken several times over."""
+WINDOW_SAMPLES = 2**16  # most samples that are planned at once
+SMALLEST_WINDOW = 2**10  # fewest samples that are planned at once: a smaller set is taken several times over
 _GROUPS_KEPT = 4
 
 
@@ -36,7 +34,6 @@ class SourceOrder:
         self._starts, self._seed = starts, seed
         self._counts = np.diff(starts)
         self.num_samples = int(starts[-1])
-        """Samples of an epoch."""
         self._epoch, self._group = lru_cache(2)(self._make_epoch), lru_cache(_GROUPS_KEPT)(self._make_group)
 
     def take(self, first: int, end: int) -> np.ndarray:
@@ -72,14 +69,12 @@ class SourceOrder:
 
 
 class Mixture:
-    """Several sources by share. Window w holds each source's next samples; its share is exact to within one."""
+    """Sources mixed by share, in any unit. Window w holds each one's next samples; its share is exact to within one."""
 
     def __init__(self, orders: Sequence[SourceOrder], weights: Sequence[float]) -> None:
-        """Mixes streams; ``weights`` are their shares of the samples, in any unit."""
         self._orders = tuple(orders)
         total = sum(map(Fraction, weights))
         self.shares = tuple(Fraction(weight) / total for weight in weights)
-        """Each source's share of the samples."""
         num_samples = sum(order.num_samples for order in orders)
         self.window_samples = min(-(-SMALLEST_WINDOW // num_samples) * num_samples, WINDOW_SAMPLES)
         """Samples of a window, to within one for each source."""

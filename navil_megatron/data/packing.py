@@ -13,16 +13,12 @@ from math import ceil
 
 import numpy as np
 
-_TARGET_FILL = 0.998
-"""Share of a row that packing aims at; what does not fit then goes to rows of its own."""
-_GOOD_FILL = 0.985
-"""Share of the rows' tokens under which other ways are tried too."""
+_TARGET_FILL = 0.998  # share of a row that packing aims at; what does not fit then goes to rows of its own
+_GOOD_FILL = 0.985  # share of the rows' tokens under which other ways are tried too
 _WAITING = (0.2, 0.5)
 """Shares of the tokens that wait to fill gaps, tried in turn: more fill better where rows hold few samples."""
-_WORTH = 0.98
-"""Best fit alone has to do with this share of the rows."""
-_BLOCK = 128
-"""Rows of about equal fill, and samples of about equal length, among which costs are evened out."""
+_WORTH = 0.98  # best fit alone has to do with this share of the rows
+_BLOCK = 128  # rows of about equal fill, and samples of about equal length, among which costs are evened out
 
 
 def pack_rows(
@@ -62,10 +58,8 @@ def _count(row_of: np.ndarray) -> int:
 class _Packer:
     """The ways to pack n samples."""
 
-    loads: np.ndarray
-    """[3, n] int64: text tokens, visual tokens and cost of each sample."""
-    tokens: np.ndarray
-    """[n] int64."""
+    loads: np.ndarray  # [3, n] int64: text tokens, visual tokens and cost of each sample
+    tokens: np.ndarray  # [n] int64
     seq_length: int
     pad_segments_to: int
 

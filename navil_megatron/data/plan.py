@@ -22,8 +22,7 @@ from navil_megatron.data.packing import deal_rows, imbalance, pack_rows
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.types import SampleId
 
-_ORDER, _ROWS = range(2)
-"""Purposes that get random numbers of their own."""
+_ORDER, _ROWS = range(2)  # purposes that get random numbers of their own
 _WINDOWS_KEPT = 3
 
 logger = logging.getLogger(__name__)
@@ -35,29 +34,14 @@ class Row:
 
     sources: np.ndarray
     indices: np.ndarray
-    dropped: np.ndarray
-    """Largest scales that each sample's images do without."""
-    cost: int
-    """Forward FLOPs."""
-    num_refused: int = 0
-    """Samples that fit no row, of the window that this row begins."""
+    dropped: np.ndarray  # largest scales that each sample's images do without
+    cost: int  # forward FLOPs
+    num_refused: int = 0  # samples that fit no row, of the window that this row begins
 
     @property
     def samples(self) -> tuple[SampleId, ...]:
         """Which samples, in order."""
         return tuple(map(SampleId, self.sources.tolist(), self.indices.tolist()))
-
-
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """What one data-parallel rank does in a step."""
-
-    rows: tuple[Row, ...]
-    """In the order of the global batch."""
-    imbalance: float
-    """Most work of a rank over the mean work, all ranks counted."""
-    num_refused: int
-    """Samples that fit no row, of the windows that begin in this step."""
 
 
 class DataPlan:
@@ -66,11 +50,7 @@ class DataPlan:
     def __init__(
         self, indexes: Sequence[SourceIndex], weights: Sequence[float], ruler: Ruler, seed: int, batch_rows: int
     ) -> None:
-        """Reads no record yet; ``weights`` are the sources' shares of the samples, in any unit.
-
-        Raises:
-            UserError: a source is empty.
-        """
+        """Reads no record yet; ``weights`` are the sources' shares, in any unit. UserError where a source is empty."""
         for index in indexes:
             if not len(index):
                 raise UserError(f"index {index.path} holds no sample: take it out of the sources or build it anew")
@@ -81,16 +61,12 @@ class DataPlan:
         self._first_window, self._first_rows = 0, [0]
         self._lock = Lock()
 
-    def rank_step(self, step: int, dp_rank: int, dp_size: int) -> RankStep:
-        """One rank's share of a step."""
+    def rank_step(self, step: int, dp_rank: int, dp_size: int) -> tuple[list[Row], float, int]:
+        """(rows of one rank, in the order of the global batch; ``imbalance`` of all ranks; samples that fit no row)."""
         rows = self.step_rows(step)
         costs = np.array([row.cost for row in rows])
         ranks = deal_rows(costs, dp_size)
-        return RankStep(
-            rows=tuple(rows[row] for row in ranks[dp_rank]),
-            imbalance=imbalance(costs, ranks),
-            num_refused=sum(row.num_refused for row in rows),
-        )
+        return [rows[row] for row in ranks[dp_rank]], imbalance(costs, ranks), sum(row.num_refused for row in rows)
 
     def step_rows(self, step: int) -> list[Row]:
         """Every row of the global batch of a step."""
@@ -160,12 +136,12 @@ def plan_rows(
     parts = [ruler.measure(index, samples[sources == number]) for number, index in enumerate(indexes)]
     for index in indexes:
         index.release()
-    measures = Measures.concatenate(parts)
+    measures = Measures(*map(np.concatenate, zip(*parts, strict=True)))
     fits = np.flatnonzero(measures.dropped != REFUSED)
-    num_text, num_visual, cost = (array[fits] for array in (measures.num_text, measures.num_visual, measures.cost))
+    num_text, num_visual, cost, dropped = (array[fits] for array in measures)
     rows = []
     for positions in pack_rows(num_text, num_visual, cost, ruler.seq_length, ruler.pad_segments_to):
         row = fits[positions]
-        rows.append(Row(sources[row], samples[row], measures.dropped[row], int(cost[positions].sum())))
+        rows.append(Row(sources[row], samples[row], dropped[positions], int(cost[positions].sum())))
     refused = np.flatnonzero(measures.dropped == REFUSED)
     return rows, list(map(SampleId, sources[refused].tolist(), samples[refused].tolist()))

@@ -19,8 +19,7 @@ class Prefetch[T]:
         self._make, self._next, self._stop = make, start, stop
         self._threads = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="data")
         self._pending: deque[Future[T]] = deque()
-        self.wait_seconds = 0.0
-        """How long the last item kept its consumer waiting."""
+        self.wait_seconds = 0.0  # how long the last item kept its consumer waiting
         for _ in range(max(1, num_ahead)):
             self._submit()
 

@@ -21,31 +21,23 @@ from navil_megatron.files.hashes import fingerprint
 
 PAD_TOKEN = "<pad>"
 
-_SPANS_AT_ONCE = 4096
-"""Bounds the memory of the encodings while tokens are counted."""
+_SPANS_AT_ONCE = 4096  # bounds the memory of the encodings while tokens are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Token ids of one stretch of a sample."""
 
-    ids: list[int]
-    """Empty for an image."""
-    loss: bool
-    """The model learns to predict them."""
-    image: bool = False
-    """The next image stands here."""
+    ids: list[int]  # empty for an image
+    loss: bool  # the model learns to predict them
+    image: bool = False  # the next image stands here
 
 
 class SampleTokenizer:
     """Turns samples into tokens under one tokenizer folder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, folder: str) -> None:
-        """Wraps a loaded tokenizer; ``folder`` names it in messages.
-
-        Raises:
-            UserError: a special token, end token or pad token is missing, or would be read out of a text.
-        """
+        """Wraps a tokenizer; UserError: a special, end or pad token is missing, or would be read out of a text."""
         if not tokenizer.is_fast:
             raise UserError(f"tokenizer {folder} has no tokenizer.json: save it as a fast tokenizer")
         vocabulary = tokenizer.get_vocab()
@@ -60,7 +52,6 @@ class SampleTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         """Smallest number of embedding rows that holds every id."""
         self.hugging_face = tokenizer
-        """The tokenizer itself, for decoding and export."""
         self._folder = folder
         # a copy: the switch below must not leak into other users, nor their padding into the fingerprint
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

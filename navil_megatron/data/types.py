@@ -15,7 +15,6 @@ from navil_megatron.blueprint.vision_plan import VisionPlan
 from navil_megatron.blueprint.workload import Workload
 
 IGNORED_LABEL = -100
-"""Label of a token that predicts nothing."""
 
 
 class SampleId(NamedTuple):
@@ -42,7 +41,6 @@ class DataPlace:
 
 
 ALONE = DataPlace()
-"""A run's only rank."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,19 +19,14 @@ from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 
-_NEIGHBOURS = 64
-"""Samples of the next larger pictures among which a swap is looked for."""
+_NEIGHBOURS = 64  # samples of the next larger pictures among which a swap is looked for
 
 
 class ValidationLoader:
     """Iterates over this rank's microbatches of one held-out source; every iteration starts from the front."""
 
     def __init__(self, config: NaViLConfig, index: str, place: DataPlace, *, swap_images: bool = False) -> None:
-        """Opens an index.
-
-        Raises:
-            UserError: index, shards or tokenizer are missing, damaged or do not fit.
-        """
+        """Opens an index; UserError where index, shards or tokenizer are missing, damaged or do not fit."""
         tokenizer = load_run_tokenizer(config)
         (source,) = sources = open_sources([index], tokenizer)
         source.check_shards()
@@ -39,10 +34,8 @@ class ValidationLoader:
         rows, refused = plan_rows(Ruler(config), [source.index], np.zeros_like(every), every)
         if not rows:
             raise UserError(f"no sample of {index} fits a row of {config.data.seq_length} tokens, or it holds none")
-        self.num_samples = len(every) - len(refused)
-        """Held-out samples, over all ranks."""
-        self.num_refused = len(refused)
-        """Samples that fit no row."""
+        self.num_samples = len(every) - len(refused)  # held-out samples, over all ranks
+        self.num_refused = len(refused)  # samples that fit no row
         # every rank must run the same number of forward passes: empty rows, all padding and no loss, even them out
         at_once = config.training.micro_batch_size
         empty = Row(every[:0], every[:0], every[:0], 0)
@@ -54,11 +47,9 @@ class ValidationLoader:
         self._data = config.data
 
     def __len__(self) -> int:
-        """Microbatches of one iteration."""
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Microbatch]:
-        """This rank's microbatches, first to last."""
         threads = {"num_threads": self._data.num_workers, "num_ahead": self._data.prefetch_steps}
         with closing(Prefetch(lambda n: self._builder.build(self._groups[n]), 0, len(self._groups), **threads)) as made:
             yield from made

@@ -20,8 +20,7 @@ from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.hf.generate import Captioner
 
 CONTEXT = SPECIAL_TOKENS.index("<IMG_CONTEXT>")
-_QUERIES_AT_ONCE = 256
-"""Rows of the softmax that exist at once, over all keys and heads."""
+_QUERIES_AT_ONCE = 256  # rows of the softmax that exist at once, over all keys and heads
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,7 @@ class ImageAttention:
 def attention_to_image(captioner: Captioner, image: Image.Image, prompt: str, max_new_tokens: int) -> ImageAttention:
     """Looks at one picture.
 
-    Args:
-        captioner: What ``load_for_generation`` gave.
-        image: The picture.
-        prompt: Text with one ``<image>``, or none: then the picture comes first.
-        max_new_tokens: Longest answer that is read too, in tokens; 0: none.
+    Without an ``<image>`` in the prompt the picture comes first. An answer of ``max_new_tokens`` at most is read too.
 
     Raises:
         UserError: There is no text after the image.
@@ -63,8 +58,7 @@ def attention_to_image(captioner: Captioner, image: Image.Image, prompt: str, ma
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     special = torch.tensor(model.config.special_token_ids, device=ids.device)
     places = torch.arange(ids.shape[1], device=ids.device)
-    is_visual = (ids[0] == special[CONTEXT]) & (places < prompt_length)
-    visual = is_visual.nonzero().flatten()
+    visual = ((ids[0] == special[CONTEXT]) & (places < prompt_length)).nonzero().flatten()
     text = ((places > visual[-1]) & ~torch.isin(ids[0], special)).nonzero().flatten()
     if not len(text):
         raise UserError("no text follows the image: give a --prompt that goes on after <image>, or --max-new-tokens")
@@ -115,16 +109,10 @@ class _Watch(TorchFunctionMode):
 
 
 def mean_attention(query: Tensor, key: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Causal attention of the tokens ``queries`` to the tokens ``keys``, mean over the former and all heads.
+    """[b] float32: causal attention of the tokens at ``queries`` to those at ``keys``, a mean over queries and heads.
 
-    Args:
-        query: [n, s, d] of one sample, rotated.
-        key: [g, s, d].
-        queries: [a] positions.
-        keys: [b] positions.
-
-    Returns:
-        [b] float32.
+    ``query`` [n, s, d] and ``key`` [g, s, d] are of one sample, rotated; ``queries`` [a] and ``keys`` [b] are
+    positions.
     """
     heads, _, width = query.shape
     key = key.float().repeat_interleave(heads // key.shape[0], dim=0)

@@ -14,24 +14,14 @@ from PIL import Image
 from navil_megatron.evaluation.attention import ImageAttention
 
 _INK, _HEAT = "#263238", "#d8260b"
-_STRONGEST = 0.8
-"""Opacity where a map has most."""
+_STRONGEST = 0.8  # opacity where a map has most
 _MAPS_IN_A_ROW = 4
 
 
 def draw_attention(
     found: ImageAttention, image: Image.Image, layers: Sequence[int], scales: Sequence[int], title: str, output: Path
 ) -> None:
-    """A curve over all layers, and a heat map over the image for each chosen layer and scale.
-
-    Args:
-        found: What ``attention_to_image`` gave.
-        image: The picture.
-        layers: Which layers are shown, from 0.
-        scales: Which scales.
-        title: A line on top.
-        output: An ``.svg`` or ``.png`` file.
-    """
+    """A curve over all layers, and a heat map over the image for each chosen layer and scale, as .svg or .png."""
     columns = min(_MAPS_IN_A_ROW, len(layers))
     lines = -(-len(layers) // columns)
     height = 2.7 * min(max(image.height / image.width, 0.3), 2) + 0.3

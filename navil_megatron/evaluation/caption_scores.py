@@ -20,10 +20,8 @@ class CaptionScores(NamedTuple):
     """Scores of a set of captions, in points: 100 times the fraction."""
 
     cider: float
-    bleu: float
-    """Of 1 to 4 words at a time, over the whole set."""
+    bleu: float  # of 1 to 4 words at a time, over the whole set
     ciders: list[float]
-    """CIDEr of each caption."""
 
 
 def score_captions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:

@@ -35,30 +35,18 @@ class Settings:
 
     max_new_tokens: int = 64
     prompts: PromptStyle = "auto"
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """``None``: as stored."""
+    dtype: Literal["float32", "bfloat16"] | None = None  # ``None``: as stored
     batch_size: int = 8
     device: str = "cpu"
-    num_worst: int = 24
-    """Samples of each task on the page."""
-
-    def digest(self) -> str:
-        """Hash of what decides the answers; batches of any size give the same."""
-        decisive = (self.max_new_tokens, self.prompts, self.dtype)
-        return digest(json.dumps(decisive).encode())
+    num_worst: int = 24  # samples of each task on the page
 
 
 def evaluate(
     folder: Path, data: Path, output: Path, settings: Settings, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Evaluates an exported folder on a set and gives the report, which is also left as ``report.json``.
+    """Evaluates an exported folder on a set and gives the report, which is also left as ``report.json`` in ``output``.
 
-    Args:
-        folder: What ``convert to-hf`` wrote; the code in it is run.
-        data: The set, as JSON lines.
-        output: Folder of predictions, report and page; a run that was stopped goes on from what is there.
-        settings: How the model is asked.
-        on_progress: Told (samples done, samples).
+    The code in ``folder`` is run. A run that was stopped goes on from what is in ``output``.
 
     Raises:
         UserError: Folder, set or earlier predictions cannot be used, or no sample can be answered.
@@ -66,7 +54,9 @@ def evaluate(
     samples = read_samples(data)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give what `convert to-hf` made with a tokenizer")
-    marks = {"model": digest_of_model(folder), "data": digest_of_files([data]), "settings": settings.digest()}
+    decisive = (settings.max_new_tokens, settings.prompts, settings.dtype)  # batches of any size give the same answers
+    asked = digest(json.dumps(decisive).encode())
+    marks = {"model": digest_of_model(folder), "data": digest_of_files([data]), "settings": asked}
     predictions = Predictions(output / "predictions.jsonl", marks)
     texts, damaged = _answer(samples, predictions, folder, settings, on_progress)
     answered = [sample for sample in samples if sample.id in texts]

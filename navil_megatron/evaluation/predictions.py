@@ -13,19 +13,14 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_file import append
 from navil_megatron.files.hashes import digest_of_files
 
-MARKS = ("model", "data", "settings")
-"""What all lines of a file share, each as a hash."""
+MARKS = ("model", "data", "settings")  # what all lines of a file share, each as a hash
 
 
 class Predictions:
     """The file of predictions of one run: sample id -> answer."""
 
     def __init__(self, path: Path, marks: Mapping[str, str]) -> None:
-        """Reads what is there; a torn last line is cut off.
-
-        Raises:
-            UserError: The lines are damaged, or not of this model, data and settings.
-        """
+        """Reads what is there, but a torn last line; UserError: lines are damaged, or not of these marks."""
         self.path, self._marks = path, {name: marks[name] for name in MARKS}
         self._text_of: dict[str, tuple[str, str]] = {}
         content = path.read_bytes() if path.is_file() else b""
@@ -36,11 +31,7 @@ class Predictions:
             os.truncate(path, len(whole))
 
     def get(self, sample_id: str, pictures: str) -> str | None:
-        """The answer to a sample, if there is one.
-
-        Raises:
-            UserError: It was given for other pictures.
-        """
+        """The answer to a sample, if there is one; UserError where it was given for other pictures."""
         text, seen = self._text_of.get(sample_id, (None, None))
         if text is not None and seen != pictures:
             raise UserError(
@@ -78,10 +69,9 @@ class Predictions:
 
 def digest_of_model(folder: Path) -> str:
     """Hash of what decides the answers of an exported folder: all its files but the README and hidden ones."""
-    parts = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    used = [part for part in parts if part.name != "README.md" and not _is_scratch(part)]
-    return digest_of_files((folder / part for part in used), folder)
-
-
-def _is_scratch(part: Path) -> bool:
-    return any(name.startswith((".", "__pycache__")) for name in part.parts)
+    used = []
+    for path in sorted(folder.rglob("*")):
+        is_scratch = any(name.startswith((".", "__pycache__")) for name in path.relative_to(folder).parts)
+        if path.is_file() and path.name != "README.md" and not is_scratch:
+            used.append(path)
+    return digest_of_files(used, folder)

@@ -12,11 +12,7 @@ PromptStyle = Literal["auto", "plain", "chat"]
 
 
 def prompt_of(sample: Sample, processor: Any, style: PromptStyle) -> str:
-    """The prompt with an ``<image>`` for each image.
-
-    Raises:
-        UserError: Turns are asked for and the folder has no chat template.
-    """
+    """The prompt with an ``<image>`` for each image; errors as of ``write_prompt``."""
     style = "plain" if style == "auto" and not sample.question else style
     return write_prompt([{"role": "user", "content": content_of(sample)}], processor, style)
 

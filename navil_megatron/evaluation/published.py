@@ -63,8 +63,7 @@ def figures_of(model: str) -> dict[str, str]:
 
 def average(model: str, names: Iterable[str]) -> float | None:
     """The mean over some benchmarks as the paper takes it, MME / 28 and OCRBench / 10; ``None`` if one is missing."""
-    points = {benchmark.name: benchmark.points for benchmark in BENCHMARKS}
-    found = figures_of(model)
+    found, points = figures_of(model), {benchmark.name: benchmark.points for benchmark in BENCHMARKS}
     figures = [(found[name].rstrip("*"), points[name]) for name in names]
     if any(figure == "-" for figure, _ in figures):
         return None
@@ -82,5 +81,4 @@ def render_table() -> str:
         means = (average(model, names) for model in FIGURES)
         rows.append([f"mean of {title}", *("-" if mean is None else f"{mean:.1f}" for mean in means), "", ""])
     header = ["benchmark (split)", *FIGURES, "lmms-eval", "VLMEvalKit"]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

@@ -13,8 +13,7 @@ from typing import Any, Literal
 from navil_megatron.blueprint.chat_template import PLACEHOLDER
 from navil_megatron.config.errors import ConfigError, UserError
 
-MAX_PROBLEMS = 20
-"""Problems that are told one by one."""
+MAX_PROBLEMS = 20  # problems that are told one by one
 _FIELDS = ("id", "image", "images", "question", "answers", "caption", "task")
 
 
@@ -24,10 +23,8 @@ class Sample:
 
     id: str
     images: tuple[Path, ...]
-    question: str | None
-    """Holds no ``<image>``, or one for every image."""
-    answers: tuple[str, ...]
-    """What would be right: one is enough."""
+    question: str | None  # holds no ``<image>``, or one for every image
+    answers: tuple[str, ...]  # what would be right: one is enough
     task: Literal["caption", "qa"]
 
 

@@ -9,8 +9,7 @@ from navil_megatron.files.html_page import address_of, render_page
 from navil_megatron.hf.generate import open_picture
 
 _THUMBNAIL_SIDE = 240
-_MAX_PICTURES = 4
-"""Of one sample; further ones are counted."""
+_MAX_PICTURES = 4  # of one sample; further ones are counted
 _NAMES = {"cider": "CIDEr", "bleu": "BLEU", "anls": "ANLS"}
 _TITLES = {"caption": "Captions", "qa": "Answers"}
 
@@ -81,7 +80,6 @@ def _points(points: Mapping[str, float]) -> str:
 
 
 def _thumbnail(path: Path) -> str:
-    """The picture as an address that holds it."""
     picture = open_picture(path)
     picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     return address_of(picture)

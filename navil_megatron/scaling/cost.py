@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from navil_megatron.scaling.shape import choose_shape
 
-PATCHES_PER_TOKEN = 4
-"""2 x 2 patches become one visual token."""
+PATCHES_PER_TOKEN = 4  # 2 x 2 patches become one visual token
 BACKWARD = 2
 
 
@@ -17,18 +16,10 @@ BACKWARD = 2
 class CostAssumptions:
     """What a sample holds and what a GPU does; every field is an assumption that the plan prints."""
 
-    tflops: float = 989.0
-    """Dense BF16 peak of a GPU, in TFLOP/s; H100 SXM."""
-    mfu: float = 0.4
-    """Share of the peak that training reaches."""
-    visual_tokens: int = 256
-    """Of a sample's image, at one scale: 512 x 512 pixels."""
+    tflops: float = 989.0  # dense BF16 peak of a GPU, in TFLOP/s; H100 SXM
+    mfu: float = 0.4  # share of the peak that training reaches
+    visual_tokens: int = 256  # of a sample's image, at one scale: 512 x 512 pixels
     text_tokens: int = 64
-    """Of a sample."""
-
-    def gpu_hours(self, flops: float) -> float:
-        """Time of one GPU."""
-        return flops / (self.tflops * 1e12 * self.mfu * 3600)
 
 
 def sample_flops(llm: float, encoder: float, assumed: CostAssumptions) -> float:
@@ -42,4 +33,4 @@ def sample_flops(llm: float, encoder: float, assumed: CostAssumptions) -> float:
 
 def run_hours(llm: float, encoder: float, samples: float, assumed: CostAssumptions) -> float:
     """GPU-hours of a run."""
-    return assumed.gpu_hours(samples * sample_flops(llm, encoder, assumed))
+    return samples * sample_flops(llm, encoder, assumed) / (assumed.tflops * 1e12 * assumed.mfu * 3600)

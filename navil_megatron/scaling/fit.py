@@ -19,16 +19,12 @@ from navil_megatron.scaling.laws import LAWS, Array, LogLinear, Parameters
 from navil_megatron.scaling.study import CONFIDENCE, Cell, Curve, Study
 
 DRAWS = 300
-UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}
-"""Parameters in billions, samples or tokens in millions."""
+UNITS = {"llm": 1e9, "encoder": 1e9, "data": 1e6}  # parameters in billions, samples or tokens in millions
 LETTERS = {"llm": "N", "encoder": "V", "data": "D"}
-OUTLIER = 4.0
-"""Robust standard deviations from the law at which a point is named."""
+OUTLIER = 4.0  # robust standard deviations from the law at which a point is named
 _MAD = 1.4826
-_NOTHING = 0.002
-"""A deviation below this share of the loss is none."""
-_MANY = 4
-"""Points beyond the parameters from which on one point can be told to be off."""
+_NOTHING = 0.002  # A deviation below this share of the loss is none
+_MANY = 4  # points beyond the parameters from which on one point can be told to be off
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +33,7 @@ class Points:
 
     cells: tuple[Cell, ...]
     axes: tuple[str, ...]
-    x: Array
-    """``[points, axes]``, divided by ``means``."""
+    x: Array  # ``[points, axes]``, divided by ``means``
     means: Array
     losses: Array
 
@@ -50,7 +45,6 @@ class Outlier:
     where: str
     loss: float
     expected: float
-    """By the law."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +62,7 @@ class Fit:
 
 
 def choose_points(study: Study, held: dict[str, float]) -> Points:
-    """The points of a study with some axes held at a value.
-
-    Raises:
-        UserError: Nothing is there, or nothing varies.
-    """
+    """The points of a study with some axes held at a value; UserError: nothing is there, or nothing varies."""
     cells = [
         cell
         for cell in study.cells()
@@ -90,17 +80,7 @@ def choose_points(study: Study, held: dict[str, float]) -> Points:
 
 
 def fit_law(name: str, points: Points, seed: int = 0, draws: int = DRAWS) -> Fit:
-    """Fits one law.
-
-    Args:
-        name: A key of ``LAWS``.
-        points: Enough for the law.
-        seed: Of the bootstrap.
-        draws: Of the bootstrap.
-
-    Raises:
-        UserError: The points are too few for this law.
-    """
+    """Fits the law of this name; UserError where the points are too few for it."""
     law = LAWS[name]
     _require_enough(law, points)
     best, scale = _fit_robustly(law, points)

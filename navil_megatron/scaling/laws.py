@@ -47,51 +47,43 @@ class LogLinear:
         return {"constant": float(p[0] - p[1:] @ np.log(means)), **slopes}
 
 
-class Power(LogLinear):
+class _Power(LogLinear):
     """L = A N^-a V^-b D^-c: log-linear in ln L."""
 
     name = "power"
     formula = "L = factor * product of axis^-exponent"
 
     def predict(self, p: Array, x: Array) -> Array:
-        """Losses, ``[points]``."""
         return np.asarray(np.exp(_design(x) @ p))
 
     def jacobian(self, p: Array, x: Array) -> Array:
-        """Of the losses."""
         return np.asarray(self.predict(p, x)[:, None] * _design(x))
 
     def weights(self, losses: Array) -> Array:
-        """Residuals are relative."""
         return losses
 
     def starts(self, x: Array, losses: Array) -> list[Array]:
-        """Least squares in ln L."""
         return super().starts(x, np.log(losses))
 
     def report(self, p: Array, means: Array, letters: list[str]) -> Parameters:
-        """Factor and exponents."""
         exponents = {f"exponent_{letter}": float(-slope) for letter, slope in zip(letters, p[1:], strict=True)}
         return {"factor": float(np.exp(p[0] - p[1:] @ np.log(means))), **exponents}
 
 
-class PowerIrreducible(Power):
+class _PowerIrreducible(_Power):
     """L = E + A N^-a + B V^-b + C D^-c, what no size and no data takes away being E; ``p`` is E, A, B, C, a, b, c."""
 
     name = "power-irreducible"
     formula = "L = irreducible + sum of factor * axis^-exponent"
 
     def num_parameters(self, axes: int) -> int:
-        """A factor and an exponent of each axis, and E."""
         return 1 + 2 * axes
 
     def predict(self, p: Array, x: Array) -> Array:
-        """Losses, ``[points]``."""
         factors, exponents = np.split(p[1:], 2)
         return np.asarray(p[0] + x**-exponents @ factors)
 
     def jacobian(self, p: Array, x: Array) -> Array:
-        """Of the losses."""
         factors, exponents = np.split(p[1:], 2)
         powers = x**-exponents
         return np.column_stack([np.ones(len(x)), powers, -factors * powers * np.log(x)])
@@ -105,11 +97,9 @@ class PowerIrreducible(Power):
         return found
 
     def bounds(self, axes: int) -> tuple[Array, Array]:
-        """Nothing is negative."""
         return np.zeros(1 + 2 * axes), np.array([np.inf] * (1 + axes) + [LARGEST_EXPONENT] * axes)
 
     def report(self, p: Array, means: Array, letters: list[str]) -> Parameters:
-        """E, factors and exponents."""
         named = {"irreducible": float(p[0])}
         for letter, factor, exponent, mean in zip(letters, *np.split(p[1:], 2), means, strict=True):
             named |= {f"factor_{letter}": float(factor * mean**exponent), f"exponent_{letter}": float(exponent)}
@@ -120,4 +110,4 @@ def _design(x: Array) -> Array:
     return np.column_stack([np.ones(len(x)), np.log(x)])
 
 
-LAWS = {law.name: law for law in (LogLinear(), Power(), PowerIrreducible())}
+LAWS = {law.name: law for law in (LogLinear(), _Power(), _PowerIrreducible())}

@@ -13,8 +13,7 @@ from scipy.stats import t as student
 
 from navil_megatron.scaling.study import CONFIDENCE
 
-UNIT = 1e9
-"""Sizes of the line's formula are in billions."""
+UNIT = 1e9  # sizes of the line's formula are in billions
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +87,8 @@ def _height(llms: Sequence[float], llm: float) -> np.ndarray:
 
 
 def grid_factor(llms: Sequence[float], halves: Sequence[float], llm: float) -> float:
-    """The log of the factor by which a recommendation can be off because the optima are known to grid cells only.
+    """The log of the factor by which a recommendation for ``llm`` can be off because of the grids.
 
-    Args:
-        llms: LLM sizes with a curve, at least two.
-        halves: Half the step of each curve's grid, in log size.
-        llm: For which an encoder is recommended.
+    ``halves`` are half the step of the grid of each of ``llms``, two or more, in log size.
     """
     return float(np.abs(_height(llms, llm)) @ np.asarray(halves))

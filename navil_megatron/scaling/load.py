@@ -111,11 +111,7 @@ def _read_lines(text: str, file: str) -> Study:
 
 
 def _read_line(line: str, where: str) -> tuple[Run, str]:
-    """The run of a line and the unit of its data.
-
-    Raises:
-        ConfigError: Every problem of the line.
-    """
+    """The run of a line and the unit of its data; ConfigError with every problem of the line."""
     try:
         fields = json.loads(line)
     except ValueError as error:

@@ -15,18 +15,14 @@ from navil_megatron.scaling.study import Run, Study
 PAPER_FILE = Path(__file__).with_name("paper_curves.json")
 FIGURE = "fig6_encoder_scaling"
 LLM_FIGURE = "fig5_llm_scaling_600M_encoder_120M"
-LLM_FIGURE_ENCODER, LLM_FIGURE_DATA = 600e6, 120e6
-"""Of every point of figure 5, as its caption says."""
+LLM_FIGURE_ENCODER, LLM_FIGURE_DATA = 600e6, 120e6  # of every point of figure 5, as its caption says
 
 
 def read_curves(curves: Mapping[str, Any], file: str, name: str) -> Study:
-    """The study of a curves file.
+    """The study of a curves file; ``file`` names it in messages, ``name`` in reports.
 
-    Args:
-        curves: ``{"fig6_encoder_scaling": {LLM size: {"enc_M": [millions, ...], amount of data: [loss, ...]}}}``; a
-            loss that could not be read is null. Other figures may be there or not.
-        file: Where it was read, for messages.
-        name: What reports call it.
+    ``curves`` are ``{"fig6_encoder_scaling": {LLM size: {"enc_M": [millions, ...], amount of data: [loss, ...]}}}``; a
+    loss that could not be read is null. Other figures may be there or not.
 
     Raises:
         ConfigError: A curve is wrong; one problem each.

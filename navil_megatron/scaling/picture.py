@@ -17,25 +17,13 @@ from navil_megatron.scaling.recommend import Optima
 from navil_megatron.scaling.sizes import format_size
 
 _COLORS = ("#1f6fb4", "#d9730d", "#2e8b57", "#8e44ad", "#b03a48", "#607d8b")
-_STYLE: Any = {
-    "svg.hashsalt": "navil",
-    "svg.fonttype": "path",
-    "font.size": 10.0,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-}
+_STYLE: Any = {"svg.hashsalt": "navil", "svg.fonttype": "path", "font.size": 10, "axes.grid": True, "grid.alpha": 0.25}
 _INK = "#263238"
 _ROOM = 1.35
 
 
 def draw_study(optima: Optima, path: Path, llm: float | None = None) -> None:
-    """Writes the picture; its format follows the file's suffix.
-
-    Args:
-        optima: Of every LLM.
-        path: A .svg or .png file.
-        llm: One more LLM to mark on the line.
-    """
+    """Writes the picture, an .svg or .png file; ``llm`` is one more LLM to mark on the line."""
     with matplotlib.rc_context(_STYLE):
         panels = 1 if optima.line is None else 2
         figure = Figure(figsize=(5.6 * panels, 4.4), layout="constrained")
@@ -52,26 +40,12 @@ def _draw_curves(axes: Axes, optima: Optima) -> None:
     for color, found in zip(cycle(_COLORS), optima.found, strict=False):
         curve, loss = found.curve, found.curve.losses[found.index]
         spreads = [cell.spread or 0.0 for cell in curve.cells]
-        axes.errorbar(
-            curve.encoders,
-            curve.losses,
-            yerr=spreads if any(spreads) else None,
-            color=color,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            label=f"LLM {format_size(found.llm)}",
-        )
+        bars, label = spreads if any(spreads) else None, f"LLM {format_size(found.llm)}"
+        axes.errorbar(curve.encoders, curve.losses, bars, color=color, marker="o", markersize=4, capsize=3, label=label)
         axes.plot([found.encoder], [loss], "o", color=color, markersize=12, fillstyle="none", markeredgewidth=1.6)
         sign = {"equal": "", "at least": "≥ ", "at most": "≤ "}[found.relation]
-        axes.annotate(
-            f"{sign}{format_size(found.encoder)}",
-            (found.encoder, loss),
-            xytext=(0, 10),
-            textcoords="offset points",
-            ha="center",
-            color=color,
-        )
+        name, at = f"{sign}{format_size(found.encoder)}", (found.encoder, loss)
+        axes.annotate(name, at, xytext=(0, 10), textcoords="offset points", ha="center", color=color)
     amounts = " to ".join(dict.fromkeys(format_size(amount) for amount in (optima.data[0], optima.data[-1])))
     title = f"loss at {amounts} {optima.study.data_unit}; ring: optimum by the {optima.threshold:.0%} rule"
     axes.set(xscale="log", yscale="log", xlabel="encoder parameters", ylabel="validation loss")

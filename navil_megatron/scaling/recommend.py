@@ -12,8 +12,7 @@ from navil_megatron.scaling.shape import Shape, choose_shape
 from navil_megatron.scaling.sizes import format_size
 from navil_megatron.scaling.study import CONFIDENCE, Curve, Study, curves_at
 
-SAME_LLM = 0.01
-"""Relative difference within which an asked LLM is a measured one."""
+SAME_LLM = 0.01  # relative difference within which an asked LLM is a measured one
 _NOISES = {
     "seeds": "the spread of seeds",
     "curves": "noise as guessed from the curves",
@@ -28,8 +27,7 @@ class Optima:
     study: Study
     threshold: float
     found: tuple[Optimum, ...]
-    noise: str
-    """Where the noise of a loss is known from: ``seeds``, ``curves``, ``reading`` or ``unknown``."""
+    noise: str  # where the noise of a loss is known from: ``seeds``, ``curves``, ``reading`` or ``unknown``
     warnings: tuple[str, ...]
 
     @property
@@ -63,13 +61,8 @@ def find_optima(
 ) -> Optima:
     """Applies the 1% rule to every LLM of a study.
 
-    Args:
-        study: The results.
-        threshold: The rule's.
-        data: Samples or tokens at which to compare. If left out: the most that ``llm`` was given where it was
-            measured, else the most that every LLM was given.
-        seed: Of the noisy copies.
-        llm: For which an encoder is to be recommended.
+    Compares at ``data`` samples or tokens. If left out: the most that ``llm``, the LLM that is asked for, was given
+    where it was measured, else the most that every LLM was given.
 
     Raises:
         UserError: No LLM has a curve.
@@ -121,15 +114,14 @@ def _find_noise(study: Study, curves: list[Curve]) -> tuple[str, float | None, l
     return "unknown", None, ["every point is a single run and no curve has 4 sizes: intervals leave the noise out"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Recommendation:
     """An encoder for an LLM."""
 
     llm: float
     encoder: float
     relation: str
-    method: str
-    """``rule`` for a measured LLM, ``line`` for another."""
+    method: str  # ``rule`` for a measured LLM, ``line`` for another
     interval: Interval
     shape: Shape
     is_extrapolated: bool
@@ -159,16 +151,8 @@ def recommend(optima: Optima, llm: float) -> Recommendation:
             f"{', '.join(format_size(each.llm) for each in optima.found)}"
         )
     shape, of_shape = choose_shape(encoder)
-    return Recommendation(
-        llm=llm,
-        encoder=encoder,
-        relation=relation,
-        method=method,
-        interval=interval,
-        shape=shape,
-        is_extrapolated=is_extrapolated,
-        warnings=(*optima.warnings, *warnings, *of_shape),
-    )
+    every = (*optima.warnings, *warnings, *of_shape)
+    return Recommendation(llm, encoder, relation, method, interval, shape, is_extrapolated, every)
 
 
 def _warn_of_rule(optima: Optima, found: Optimum) -> list[str]:

@@ -11,12 +11,9 @@ import numpy as np
 
 from navil_megatron.scaling.study import CONFIDENCE, SAME_SIZE, Curve
 
-THRESHOLD = 0.01
-"""The paper's lambda."""
-DRAWS = 1_000
-"""Noisy copies of a curve to which the rule is applied again."""
-Interval = tuple[float | None, float | None]
-"""Encoder sizes; ``None``: no bound."""
+THRESHOLD = 0.01  # the paper's lambda
+DRAWS = 1_000  # noisy copies of a curve to which the rule is applied again
+Interval = tuple[float | None, float | None]  # encoder sizes; ``None``: no bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +84,8 @@ def find_optimum(curve: Curve, threshold: float = THRESHOLD) -> Optimum:
     """Applies the rule to a curve."""
     gains, is_between = _gains(curve, np.array([curve.losses]))
     index = int(_choose(gains, threshold)[0])
-    found = Optimum(
-        curve=curve, index=index, gains=tuple(None if math.isnan(gain) else gain for gain in gains[0].tolist())
-    )
+    measured = tuple(None if math.isnan(gain) else gain for gain in gains[0].tolist())
+    found = Optimum(curve=curve, index=index, gains=measured)
     notes = []
     if is_between[max(index - 1, 0) : index + 1].any():
         notes.append("an encoder of twice the size was not trained: its loss is interpolated in log size")
@@ -104,11 +100,7 @@ def find_optimum(curve: Curve, threshold: float = THRESHOLD) -> Optimum:
 def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int = 0) -> tuple[int, ...]:
     """The index that the rule chooses on each noisy copy of a curve.
 
-    Args:
-        found: On the measured curve.
-        noise: Relative standard deviation of one run's loss; a mean over seeds has less.
-        threshold: The rule's.
-        seed: Of the draws.
+    ``noise`` is the relative standard deviation of one run's loss; a mean over seeds has less.
     """
     generator = np.random.default_rng([seed, int(found.llm) % 2**32])
     scale = np.array([noise / math.sqrt(len(cell.runs)) for cell in found.curve.cells])
@@ -117,14 +109,9 @@ def redraw(found: Optimum, noise: float, threshold: float = THRESHOLD, seed: int
 
 
 def _gains(curve: Curve, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What doubling each encoder gains, and where the loss of the doubled one is interpolated in log size.
+    """What doubling each encoder gains, and where the loss of the doubled one is interpolated in log size, [encoders].
 
-    Args:
-        curve: Its encoders.
-        losses: ``[copies, encoders]``.
-
-    Returns:
-        Gains in parts of the smallest encoder's loss, ``[copies, encoders]``, NaN beyond the curve; ``[encoders]``.
+    Of losses [copies, encoders] the gains, alike, in parts of the smallest encoder's loss; NaN beyond the curve.
     """
     logs = np.log(curve.encoders)
     doubled = logs + math.log(2)

@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass
 
 HEAD_SIZE = 64
-SMALLEST_WIDTH = 768
-"""A patch of 16 x 16 pixels has so many channels; the paper wants no less width."""
+SMALLEST_WIDTH = 768  # a patch of 16 x 16 pixels has so many channels; the paper wants no less width
 _RELEASED = ((24, 1472), (32, 1792))
 SOURCE = (
     "12 d w^2 parameters; depth on the log-log line through the paper's 24 x 1472 and 32 x 1792, even; width a "

@@ -5,8 +5,7 @@ import re
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _SIZE = re.compile(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)([KMBT]?)", re.IGNORECASE)
-SMALLEST_MODEL = 1_000.0
-"""A model of fewer parameters is a number without its unit."""
+SMALLEST_MODEL = 1_000.0  # a model of fewer parameters is a number without its unit
 
 
 def parse_size(value: object, smallest: float = 0.0) -> float:

@@ -11,8 +11,7 @@ from typing import Any
 
 from navil_megatron.scaling.sizes import format_size
 
-CONFIDENCE = 0.95
-"""Of every interval."""
+CONFIDENCE = 0.95  # of every interval
 SAME_SIZE = 1.1
 """Sizes closer than this ratio are one size: the shapes that a depth and width study gives one encoder differ by 5%."""
 
@@ -22,13 +21,10 @@ class Run:
     """One trained model, or one of its checkpoints."""
 
     llm: float
-    """Parameters of the LLM."""
     encoder: float
-    """Parameters of the visual encoder."""
     data: float
     """Samples or tokens seen (``Study.data_unit``)."""
     loss: float
-    """Validation loss."""
     where: str
     """File and line, or file and key."""
     seed: int | None = None
@@ -41,8 +37,7 @@ class Cell:
     """Runs that differ by their seed alone."""
 
     runs: tuple[Run, ...]
-    loss: float
-    """Mean over the runs."""
+    loss: float  # mean over the runs
 
     @property
     def spread(self) -> float | None:

@@ -19,8 +19,7 @@ COARSE, FINE = (-2.0, -1.0, 0.0, 1.0), (-0.5, 0.5, 1.5)
 """Doublings from the expected optimum: the paper's own choice for 1.8B, and the sizes around the optimum between them.
 The rule needs an encoder of twice the size of each."""
 MOST_LLMS = 8
-NEXT_TO = 1.01
-"""A factor within 1% of the narrowest is as good."""
+NEXT_TO = 1.01  # a factor within 1% of the narrowest is as good
 _HALF = math.log(2) / 2
 
 
@@ -28,14 +27,10 @@ _HALF = math.log(2) / 2
 class Wanted:
     """What to plan for."""
 
-    target: float
-    """LLM whose encoder is to be known."""
+    target: float  # LLM whose encoder is to be known
     budget: float
-    """GPU-hours."""
-    llms: tuple[float, ...]
-    """LLM sizes that can be trained, ``MOST_LLMS`` at most."""
-    samples: tuple[float, ...]
-    """Amounts of data, any of them."""
+    llms: tuple[float, ...]  # LLM sizes that can be trained, ``MOST_LLMS`` at most
+    samples: tuple[float, ...]  # amounts of data, any of them
     seeds: int = 1
     assumed: CostAssumptions = field(default_factory=CostAssumptions)
 
@@ -57,10 +52,8 @@ class Plan:
 
     samples: float
     runs: tuple[PlannedRun, ...]
-    num_curves: int
-    """LLMs on the line, those measured before included."""
-    factor: float
-    """By how much the recommendation is then off at most because of the grid."""
+    num_curves: int  # LLMs on the line, those measured before included
+    factor: float  # by how much the recommendation is then off at most because of the grid
 
     @property
     def gpu_hours(self) -> float:
@@ -73,23 +66,17 @@ class Sweep:
     """The plan, and what was passed over for it."""
 
     plan: Plan
-    also_at: tuple[float, ...]
-    """Less data at which the same runs are evaluated on their way."""
-    factor_before: float | None
-    """``None`` without a study."""
-    cheaper: tuple[Plan, ...]
-    """Plans that cost less than all that are as narrow, cheapest first."""
-    on_other_data: tuple[Plan, ...]
-    """What the budget buys at the other amounts of data."""
+    also_at: tuple[float, ...]  # less data at which the same runs are evaluated on their way
+    factor_before: float | None  # ``None`` without a study
+    cheaper: tuple[Plan, ...]  # plans that cost less than all that are as narrow, cheapest first
+    on_other_data: tuple[Plan, ...]  # what the budget buys at the other amounts of data
 
 
 def plan_sweep(line: Line, wanted: Wanted, is_measured: bool) -> Sweep:
     """Chooses the runs, at the most data at which the budget buys a line of three LLMs.
 
-    Args:
-        line: From LLM to the encoder expected to be best: that of the study so far, or the paper's.
-        wanted: Target, budget, and what can be trained.
-        is_measured: Whether the line's own curves are there and need not be bought.
+    ``line``, of the study so far or the paper's, gives the encoder expected to be best; ``is_measured``: its own curves
+    are there and need not be bought.
 
     Raises:
         UserError: The budget buys no line, or nothing that narrows the one that is there.

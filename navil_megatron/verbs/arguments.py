@@ -64,11 +64,7 @@ def file_size(text: str) -> int:
 
 
 def require_picture_name(path: Path) -> None:
-    """Refuses a picture that matplotlib is not to write.
-
-    Raises:
-        UserError: The name ends in neither ``.svg`` nor ``.png``.
-    """
+    """Refuses, with a UserError, a picture whose name ends in neither ``.svg`` nor ``.png``."""
     if path.suffix not in (".svg", ".png"):
         raise UserError(f"--output {path}: found {path.suffix or 'no suffix'}, expected .svg or .png")
 

@@ -59,8 +59,7 @@ def from_hf(options: Namespace) -> Outcome:
     if kind == "checkpoint":
         raise UserError(f"{options.folder} is a checkpoint already; from-hf reads a Hugging Face folder")
     if kind == "LLM folder":
-        settings = chosen(options, "config", "overrides", "seed")
-        return _convert(convert_llm, options, "folder", "checkpoint", **settings)
+        return _convert(convert_llm, options, "folder", "checkpoint", **chosen(options, "config", "overrides", "seed"))
     if options.config or options.overrides or options.seed is not None:
         raise UserError(f"{options.folder} holds a whole NaViL; --config, --seed and settings are for a bare LLM")
     return _convert(convert_from_hf, options, "folder", "checkpoint")

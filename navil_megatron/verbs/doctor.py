@@ -6,9 +6,7 @@ from navil_megatron.verbs.verb import Outcome, verb
 
 
 @verb(
-    "doctor",
-    "show versions and GPUs, what is missing or wrong, and the line that installs it",
-    "navil-megatron doctor",
+    "doctor", "show versions and GPUs, what is missing or wrong, and the line that installs it", "navil-megatron doctor"
 )
 def doctor(options: Namespace) -> Outcome:
     """The checks; 1 if something must be mended before a run."""

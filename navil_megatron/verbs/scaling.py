@@ -166,12 +166,8 @@ def plot(options: Namespace) -> Outcome:
 
     optima = find_optima(load_study(_study_file(options)), **chosen(options, "threshold", "data", "seed"))
     draw_study(optima, options.output, options.llm)
-    report = {
-        "study": optima.study.name,
-        "output": str(options.output),
-        **optima_json(optima),
-        "warnings": list(optima.warnings),
-    }
+    report = {"study": optima.study.name, "output": str(options.output), **optima_json(optima)}
+    report["warnings"] = list(optima.warnings)
     text = "\n".join([*optima_lines(optima), *(f"warning: {w}" for w in optima.warnings), f"wrote {options.output}"])
     return Outcome(report, text)
 

@@ -16,21 +16,16 @@ class Argument(NamedTuple):
 class Extra(NamedTuple):
     """Packages that not every installation has."""
 
-    name: str
-    """Of the extra in setup.py that installs them."""
-    modules: tuple[str, ...]
-    """What is imported of them."""
+    name: str  # of the extra in setup.py that installs them
+    modules: tuple[str, ...]  # what is imported of them
 
 
 class Outcome(NamedTuple):
     """What a verb came to."""
 
-    report: dict[str, Any]
-    """For a program: what ``--json`` prints."""
-    text: str
-    """For a person; empty where all is told already."""
+    report: dict[str, Any]  # for a program: what ``--json`` prints
+    text: str  # for a person; empty where all is told already
     status: int = 0
-    """The exit code."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,6 @@ class Verb:
     words: str
     """What is typed: ``train``, ``convert to-hf``."""
     what: str
-    """One line of help."""
     example: str
     """The lines under ``example:``."""
     arguments: tuple[Argument, ...]

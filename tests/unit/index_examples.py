@@ -20,5 +20,5 @@ def random_index(path: Path, shard_sizes: list[int], seed: int = 0, *, most_imag
         images["height"], images["width"] = random.integers(20, 400, (2, len(images)))
         shard = Shard(f"{number:05d}.tar", size, 512, f"{seed:016x}{number:016x}")
         entries.append(ShardEntries(samples, images, shard, []))
-    save_index(path, lambda: entries, [of_shard.shard for of_shard in entries], bytes(16))
+    save_index(path, lambda: entries, [of_shard.shard for of_shard in entries], "00" * 16)
     return SourceIndex(path)

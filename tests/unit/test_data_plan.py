@@ -54,7 +54,7 @@ def test_a_step_holds_the_same_rows_for_any_number_of_ranks(
     alone, ranks = make_plan(indexes), [make_plan(indexes) for _ in range(dp_size)]
     for step in steps:
         whole = content(alone.step_rows(step))
-        shares = [content(plan.rank_step(step, rank, dp_size).rows) for rank, plan in enumerate(ranks)]
+        shares = [content(plan.rank_step(step, rank, dp_size)[0]) for rank, plan in enumerate(ranks)]
         assert [len(share) for share in shares] == [BATCH // dp_size] * dp_size
         assert sorted(repr(row) for share in shares for row in share) == sorted(map(repr, whole))
 
@@ -127,7 +127,7 @@ def test_samples_that_fit_no_row_are_left_out_counted_and_named(
     with caplog.at_level(logging.WARNING):
         num_rows = len(plan.window(0))
     times = plan.mixture.window_samples // 743
-    assert sum(plan.rank_step(step, 0, 1).num_refused for step in range(num_rows)) == times * refused
+    assert sum(plan.rank_step(step, 0, 1)[2] for step in range(num_rows)) == times * refused
     assert f"{times * refused} of {times * 743} samples do not fit a row of 96 tokens" in caplog.text
 
 

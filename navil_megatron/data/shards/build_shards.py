@@ -21,9 +21,8 @@ from navil_megatron.data.shards.index_build import (
     check_image,
     index_shard,
 )
-from navil_megatron.data.shards.index_report import report_index
 from navil_megatron.data.shards.manifest import Chunk, Manifest
-from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, run_tasks
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.shards.shard_writer import tar_sample, write_tar
 from navil_megatron.files.atomic_file import new_file
@@ -47,19 +46,12 @@ def build_shards(
 ) -> dict[str, Any]:
     """Writes tar shards and the index over them, and reports what it holds and what was left out why.
 
-    What an unfinished run did is not done again.
+    What an unfinished run did is not done again. Shards are called ``<prefix>-000000.tar`` and so on, the index
+    ``<prefix>.index``. ``counter`` pickles where ``jobs``, the processes, are more than 1.
 
-    Args:
-        manifest: JSON lines, or parquet for pure text. A line has a ``caption`` or ``text``, or ``conversations`` or
-            ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the
-            manifest's folder. Image files are stored as they are.
-        output: folder of the shards, made if needed.
-        counter: counts tokens; pickles where ``jobs``, the processes, are more than 1.
-        prefix: shards are called ``<prefix>-000000.tar`` and so on, the index ``<prefix>.index``.
-        samples_per_shard: lines of a shard; those that are left out are missing from it.
-        text_column: of parquet.
-        jobs: processes that share the shards.
-        on_progress: called with (done, total) after every shard.
+    A line of ``manifest``, JSON lines or parquet of texts alone, has a ``caption`` or ``text``, or ``conversations`` or
+    ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the manifest's
+    folder. Image files are stored as they are. Lines that are left out are missing from their shard.
 
     Raises:
         UserError: the manifest cannot be read, the output holds other shards of this name, or no sample is any good.
@@ -72,8 +64,7 @@ def build_shards(
         tasks.append((chunk, output / f"{prefix}-{chunk.number:06d}.tar", files))
     left = [task for task in tasks if not _is_done(task)]
     run_tasks(partial(_build_one, manifest=lines, counter=counter), left, len(tasks), jobs, on_progress)
-    reasons = merge_pieces(index, [files for _, _, files in tasks], bytes.fromhex(counter.fingerprint))
-    return report_index(index, reasons, rejected_path(index))
+    return merge_pieces(index, [files for _, _, files in tasks], counter.fingerprint)
 
 
 def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[Chunk]:
@@ -122,7 +113,7 @@ def _build_one(_: int, task: Task, tell: Tell, *, manifest: Manifest, counter: T
                 rejected.append((f"line {number + 1}", str(rejection)))
     entries = index_shard(str(path), counter, decode=False, name=path.name)
     entries.rejected[:0] = rejected
-    files.save(entries, str(manifest.path), bytes.fromhex(counter.fingerprint))
+    files.save(entries, str(manifest.path), counter.fingerprint)
     if not len(entries.samples):
         path.unlink()
     tell(1)
@@ -143,7 +134,6 @@ def _read_line(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def _text_member(fields: dict[str, Any]) -> tuple[str, bytes]:
-    """(extension, bytes) of what the line says."""
     try:
         for name in ("conversations", "messages"):
             if name in fields:

@@ -26,24 +26,18 @@ IMAGE_EXTENSIONS = (
     *("heic", "heif", "jp2", "jxl", "svg"),  # not readable, but without its image a caption is no sample
 )
 """Members that are meant to be images; their content decides whether they can be read."""
-MAX_TEXT_BYTES = 2**20
-"""Largest text member that is read; nothing longer fits a row."""
+MAX_TEXT_BYTES = 2**20  # largest text member that is read; nothing longer fits a row
 MAX_IMAGE_BYTES = 2**30
-"""Largest image file that is read."""
-MAX_PIXELS = 2**26
-"""Largest picture, as ``data.max_source_pixels`` has it by default."""
-MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1
-"""What an index can count."""
+MAX_PIXELS = 2**26  # largest picture, as ``data.max_source_pixels`` has it by default
+MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1  # what an index can count
 _MAX_HEADER_BYTES = 2**20
-_SAMPLES_AT_ONCE = 1024
-"""Texts that wait for their tokens to be counted together."""
+_SAMPLES_AT_ONCE = 1024  # texts that wait for their tokens to be counted together
 
 
 class TokenCounter(Protocol):
     """What an index asks of a tokenizer."""
 
-    fingerprint: str
-    """32 hexadecimal digits that name it."""
+    fingerprint: str  # 32 hexadecimal digits that name it
 
     def count(self, contents: Sequence[Content], num_images: Sequence[int]) -> np.ndarray:
         """[n] int64: tokens of each sample that do not stand for an image."""
@@ -54,8 +48,7 @@ class _Sample(NamedTuple):
 
     text: tarfile.TarInfo
     kind: int
-    images: list[tuple[int, ...]]
-    """Entries of ``IMAGE``."""
+    images: list[tuple[int, ...]]  # entries of ``IMAGE``
     content: Content
 
     @property
@@ -64,10 +57,9 @@ class _Sample(NamedTuple):
 
 
 def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardEntries:
-    """Reads one tar, a path or URL, from front to back; a tar that is damaged counts up to the damage.
+    """Reads one tar, a path or URL, front to back and up to any damage; the index calls it by ``name``.
 
-    Without ``decode`` only headers of pictures are read, and damage shows up during training. The index calls the shard
-    by ``name``.
+    Without ``decode`` only headers of pictures are read, and damage shows up during training.
 
     Raises:
         UserError: the tar cannot be read.
@@ -104,11 +96,7 @@ def _good_samples(
 
 
 def check_image(file: bytes, decode: bool) -> tuple[int, int]:
-    """(height, width) of an image; ``decode`` reads all of it instead of the header.
-
-    Raises:
-        RejectedSample: it cannot be trained on.
-    """
+    """(height, width) of an image, read whole if ``decode``; RejectedSample: it cannot be trained on."""
     try:
         height, width = read_image_size(file, MAX_PIXELS)
         if decode:
@@ -237,7 +225,6 @@ def _read_text(
 
 
 def _read_member(file: IO[bytes], member: tarfile.TarInfo, max_bytes: int, what: str) -> bytes:
-    """The bytes of a member, if there are not too many."""
     if member.size > max_bytes:
         raise RejectedSample(f"{what} of more than {max_bytes} bytes")
     file.seek(member.offset_data)

@@ -13,11 +13,7 @@ _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def report_index(path: Path, reasons: Counter[str] | None = None, rejected: Path | None = None) -> dict[str, Any]:
-    """Counts, sizes and histograms of an index; after a build also what was left out.
-
-    Raises:
-        UserError: the index is missing or damaged.
-    """
+    """Counts and histograms of an index, after a build what was left out; UserError where it cannot be read."""
     index = SourceIndex(path)
     report = {
         "index": str(path),
@@ -31,11 +27,8 @@ def report_index(path: Path, reasons: Counter[str] | None = None, rejected: Path
         "shards": [shard.path for shard in index.shards],
     }
     if reasons is not None:
-        report |= {
-            "num_rejected": reasons.total(),
-            "rejected_reasons": dict(reasons.most_common()),
-            "rejected": str(rejected),
-        }
+        report |= {"num_rejected": reasons.total(), "rejected_reasons": dict(reasons.most_common())}
+        report["rejected"] = str(rejected)
     return report
 
 

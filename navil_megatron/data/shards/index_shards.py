@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.data.shards.index_build import TokenCounter, index_shard
-from navil_megatron.data.shards.index_report import report_index
-from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, rejected_path, run_tasks
+from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, run_tasks
 from navil_megatron.data.shards.shard_files import expand_shards, stored_path, version_of
 from navil_megatron.files.hashes import fingerprint
 from navil_megatron.files.worker_pool import OnProgress, Tell
@@ -24,27 +23,21 @@ def index_shards(
 ) -> dict[str, Any]:
     """Makes or renews an index, and reports what it holds and what was left out why.
 
-    Shards, given as paths, URLs or glob patterns of tars, that an unfinished run did are not done again. Without
-    ``decode`` only headers of pictures are read (faster; damage then shows up in training). ``counter`` pickles where
-    ``jobs``, the processes, are more than 1.
+    Shards, given as paths, URLs or glob patterns, that an unfinished run did are not done again. ``decode``: as of
+    ``index_shard``. ``counter`` pickles where ``jobs``, the processes, are more than 1.
 
     Raises:
         UserError: a shard is missing or cannot be read, or no sample is any good.
     """
-    shards = expand_shards(patterns)
+    tasks = []
+    for shard in expand_shards(patterns):
+        made_from = "\0".join([shard, version_of(shard), counter.fingerprint, str(decode)])
+        tasks.append((shard, PieceFiles(pieces_folder(index) / f"{fingerprint(made_from)}.index")))
     index.parent.mkdir(parents=True, exist_ok=True)
-    tasks = [(shard, _piece_files(index, shard, counter, decode)) for shard in shards]
     left = [task for task in tasks if not task[1].is_complete()]
     work = partial(_index_one, folder=index.parent, counter=counter, decode=decode)
     run_tasks(work, left, len(tasks), jobs, on_progress)
-    reasons = merge_pieces(index, [files for _, files in tasks], bytes.fromhex(counter.fingerprint))
-    return report_index(index, reasons, rejected_path(index))
-
-
-def _piece_files(index: Path, shard: str, counter: TokenCounter, decode: bool) -> PieceFiles:
-    """The piece of a shard as it is now, under this tokenizer."""
-    made_from = "\0".join([shard, version_of(shard), counter.fingerprint, str(decode)])
-    return PieceFiles(pieces_folder(index) / f"{fingerprint(made_from)}.index")
+    return merge_pieces(index, [files for _, files in tasks], counter.fingerprint)
 
 
 def _index_one(
@@ -52,5 +45,5 @@ def _index_one(
 ) -> None:
     shard, files = task
     name = stored_path(shard, folder)
-    files.save(index_shard(shard, counter, decode=decode, name=name), name, bytes.fromhex(counter.fingerprint))
+    files.save(index_shard(shard, counter, decode=decode, name=name), name, counter.fingerprint)
     tell(1)

@@ -14,7 +14,6 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import RejectedSample
 
 MAX_LINE_BYTES = 2**22
-"""Longest JSON line that is read."""
 _BYTES_AT_ONCE = 2**24
 
 
@@ -24,21 +23,15 @@ class Chunk:
 
     number: int
     first: int
-    """The first line, from 0."""
     num_lines: int
-    offset: int
-    """Bytes of the manifest in front of it; 0 in parquet."""
+    offset: int  # bytes of the manifest in front of it; 0 in parquet
 
 
 class Manifest:
     """A file of lines."""
 
     def __init__(self, path: Path, text_column: str) -> None:
-        """Looks at the file.
-
-        Raises:
-            UserError: it is missing, or parquet that cannot be read.
-        """
+        """Looks at the file; UserError where it is missing, or parquet that cannot be read."""
         self.path, self._text_column = path, text_column
         self._is_parquet = path.suffix == ".parquet"
         try:

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.data.shards.index_report import report_index
 from navil_megatron.data.shards.shard_index import ShardEntries, SourceIndex, save_index
 from navil_megatron.files.atomic_file import new_file
 from navil_megatron.files.worker_pool import Meter, OnProgress, Work, run_shares
@@ -39,7 +41,7 @@ class PieceFiles:
             return False
         return self.rejected.exists()
 
-    def save(self, entries: ShardEntries, where: str, tokenizer: bytes) -> None:
+    def save(self, entries: ShardEntries, where: str, tokenizer: str) -> None:
         """Writes the piece; ``where`` names the shard in the list of rejected samples."""
         self.index.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"shard": where, "key": key, "reason": reason}) for key, reason in entries.rejected]
@@ -53,19 +55,10 @@ def pieces_folder(index: Path) -> Path:
     return Path(f"{index}.parts")
 
 
-def rejected_path(index: Path) -> Path:
-    """Where all rejected samples of an index are listed."""
-    return Path(f"{index}.rejected.jsonl")
-
-
-def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: bytes) -> Counter[str]:
-    """Writes the index and its list of rejected samples, removes the pieces, and counts the rejected by reason.
-
-    Raises:
-        UserError: no sample is any good.
-    """
+def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: str) -> dict[str, Any]:
+    """Writes the index and the list of rejected samples, removes the pieces, and reports; UserError: none is good."""
     reasons: Counter[str] = Counter()
-    listed = rejected_path(index)
+    listed = Path(f"{index}.rejected.jsonl")
     with new_file(listed) as file:
         for piece in pieces:
             for line in piece.rejected.read_bytes().splitlines(keepends=True):
@@ -78,17 +71,13 @@ def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: bytes) ->
         raise UserError(f"no sample is any good ({told}): check paths and format, see {listed}")
     save_index(index, lambda: (SourceIndex(piece.index) for piece in filled), list(filled.values()), tokenizer)
     shutil.rmtree(pieces_folder(index))
-    return reasons
+    return report_index(index, reasons, listed)
 
 
 def run_tasks[T](
     work: Work[T, None], tasks: Sequence[T], total: int, jobs: int, on_progress: OnProgress | None
 ) -> None:
-    """Does the tasks that are left of ``total``, here or in so many processes; ``work`` does one and tells of it.
-
-    Raises:
-        UserError: a process was killed.
-    """
+    """Does the tasks that are left of ``total``, here or in so many processes; UserError where one was killed."""
     meter = Meter(total, on_progress)
     meter.add(total - len(tasks))
     try:
@@ -98,6 +87,5 @@ def run_tasks[T](
 
 
 def _prepare() -> None:
-    """Of a process that shares the tasks."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     torch.set_num_threads(1)

@@ -39,7 +39,6 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 
 def _find(pattern: str) -> list[str]:
-    """Absolute paths or URLs."""
     for url in pattern.split("::"):
         about = known_implementations.get(get_protocol(url), {})
         package = about["class"].partition(".")[0] if about else "fsspec"
@@ -76,11 +75,7 @@ def reaching(
     unreadable: str = "check the path and its rights",
     errors: type[Exception] = OSError,
 ) -> Iterator[None]:
-    """Around access to a shard; ``missing`` and ``unreadable`` say what to do.
-
-    Raises:
-        UserError: it cannot be opened or read.
-    """
+    """Around access to a shard: a UserError where it fails; ``missing`` and ``unreadable`` say what to do."""
     try:
         yield
     except FileNotFoundError:

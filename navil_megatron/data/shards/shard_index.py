@@ -20,7 +20,6 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_file import new_file
 
 BLOCK = 512
-"""Bytes of a tar block."""
 HEADER = np.dtype(
     [
         ("magic", "S8"),
@@ -56,46 +55,35 @@ KIND_TEXT, KIND_JSON, KIND_CONVERSATION = range(3)
 """A text member is the caption itself, JSON with a ``caption``, or JSON with ``conversations`` or ``messages``."""
 MAGIC = b"NAVILIDX"
 VERSION = 2
-MAX_IMAGES = 2**32 - 1
-"""Images that one index can hold; a source with more is indexed in two."""
+MAX_IMAGES = 2**32 - 1  # images that one index can hold; a source with more is indexed in two
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One shard of a source."""
 
-    path: str
-    """Path or URL; a relative path is relative to the folder of the index."""
-    num_samples: int
-    """Samples that the index holds of it."""
-    num_bytes: int
-    """Size of the tar when it was indexed."""
-    content: str
-    """32 hexadecimal digits: digest of its samples' keys and bytes."""
+    path: str  # path or URL; a relative path is relative to the folder of the index
+    num_samples: int  # samples that the index holds of it
+    num_bytes: int  # size of the tar when it was indexed
+    content: str  # 32 hexadecimal digits: digest of its samples' keys and bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEntries:
     """What one tar adds to an index."""
 
-    samples: np.ndarray
-    """[n] of ``SAMPLE``; ``first_image`` counts from the shard's first image."""
-    images: np.ndarray
-    """[m] of ``IMAGE``."""
+    samples: np.ndarray  # [n] of ``SAMPLE``; ``first_image`` counts from the shard's first image
+    images: np.ndarray  # [m] of ``IMAGE``
     shard: Shard
-    rejected: list[tuple[str, str]]
-    """(key, reason) of every sample that was left out."""
+    rejected: list[tuple[str, str]]  # (key, reason) of every sample that was left out
 
 
 def save_index(
-    path: Path,
-    read: Callable[[], "Iterable[ShardEntries | SourceIndex]"],
-    shards: Sequence[Shard],
-    tokenizer: bytes,
+    path: Path, read: Callable[[], "Iterable[ShardEntries | SourceIndex]"], shards: Sequence[Shard], tokenizer: str
 ) -> None:
     """Writes an index; a reader sees the old one or the new one, never a piece.
 
-    ``read`` gives the entries of each shard, as often as it is called; ``tokenizer`` are 16 bytes of its fingerprint.
+    ``read`` gives the entries of each shard, as often as it is called; ``tokenizer`` is its fingerprint.
 
     Raises:
         UserError: more images than an index can hold.
@@ -108,7 +96,7 @@ def save_index(
     header["magic"], header["version"], header["num_shards"] = MAGIC, VERSION, len(shards)
     header["num_samples"], header["num_images"] = sum(shard.num_samples for shard in shards), num_images
     header["shard_list_bytes"] = len(names)
-    header["tokenizer"], header["content"] = np.void(tokenizer), np.void(digest_shards(shards))
+    header["tokenizer"], header["content"] = np.void(bytes.fromhex(tokenizer)), np.void(digest_shards(shards))
     with new_file(path) as file:
         file.write(header.tobytes())
         first_image = 0
@@ -135,11 +123,7 @@ class SourceIndex:
     """An open index. Nothing is read until it is asked for, so a billion samples open as fast as ten."""
 
     def __init__(self, path: str | Path) -> None:
-        """Maps the file.
-
-        Raises:
-            UserError: it is missing, damaged or of another version.
-        """
+        """Maps the file; UserError where it is missing, damaged or of another version."""
         self.path = Path(path)
         rebuild = "make it with: navil-megatron data index"
         try:

@@ -48,10 +48,8 @@ class ShardWriter:
         """Prepares to write into a folder, which is made; ``counter`` and ``decode`` as of ``index_shards``."""
         folder.mkdir(parents=True, exist_ok=True)
         self.index = folder / f"{prefix}.index"
-        self.shards: list[Path] = []
-        """The tars that are finished."""
-        self.report: dict[str, Any] = {}
-        """What was indexed and what was left out, once the writer is closed."""
+        self.shards: list[Path] = []  # the tars that are finished
+        self.report: dict[str, Any] = {}  # what was indexed and what was left out, once the writer is closed
         self._counter, self._decode = counter, decode
         self._samples_per_shard = samples_per_shard
         self._num_written = 0

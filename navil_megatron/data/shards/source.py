@@ -21,10 +21,8 @@ from navil_megatron.data.shards.shard_files import is_url, reaching, resolve_pat
 from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
 from navil_megatron.data.types import RawSample
 
-MAX_OPEN_FILES = 64
-"""Shards of one source that are kept open."""
-_NEAR_BYTES = 8 * BLOCK
-"""Stretches of a shard that lie no farther apart are read in one go."""
+MAX_OPEN_FILES = 64  # shards of one source that are kept open
+_NEAR_BYTES = 8 * BLOCK  # stretches of a shard that lie no farther apart are read in one go
 
 type Span = tuple[int, int]
 """First byte, and the one after the last."""
@@ -63,11 +61,7 @@ class Source:
         return self._parse_key(number, header)
 
     def read(self, index: int, *, images: bool = True) -> RawSample:
-        """One sample's bytes; without ``images`` its text alone.
-
-        Raises:
-            UserError: the shard is gone or not the one that was indexed.
-        """
+        """One sample's bytes, or its text alone; UserError: the shard is gone or not the one that was indexed."""
         number, record = self.index.shard_number(index), self.index.samples[index]
         start, text, end = self._text_place(index)
         pictures = [self._image_place(index, image) for image in range(int(record["num_images"]) if images else 0)]

@@ -16,20 +16,16 @@ from navil_megatron.data.show.tokens import KINDS, Colour, TokenKind, token_kind
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import EncodedSample, Microbatch, PackedSequence, SampleId
 
-LINE_WIDTH = 1184
-"""Pixels of the longest line of cells."""
+LINE_WIDTH = 1184  # pixels of the longest line of cells
 CELL_HEIGHT = 22
-_CELL_WIDTHS = (3, 12)
-"""Narrowest and widest cell; short rows get wide cells."""
+_CELL_WIDTHS = (3, 12)  # narrowest and widest cell; short rows get wide cells
 _LOSS_HEIGHT = 8
 _THUMBNAIL = (320, 220)
 """Largest width and height of an image's largest scale; its others are drawn to the same measure."""
-_MOST_GROWN = 3.0
-"""Small images are drawn larger, to so many times their size."""
+_MOST_GROWN = 3.0  # small images are drawn larger, to so many times their size
 _TRACK: Colour = (236, 239, 243)
 WEIGHT_COLOUR: Colour = (18, 96, 64)
 _ABSENT: Colour = (212, 217, 226)
-
 
 type Line = tuple[Image.Image, list[tuple[int, int]]]
 """Cells, and the samples that begin among them: pixels from the left, number."""
@@ -40,20 +36,17 @@ class TextRun(NamedTuple):
 
     text: str
     is_learned: bool
-    is_mark: bool
-    """A control token, or an image."""
+    is_mark: bool  # A control token, or an image
 
 
 class ShownSample(NamedTuple):
     """One sample."""
 
-    number: int
-    """From 1, over all rows."""
+    number: int  # from 1, over all rows
     name: str
     num_tokens: int
     num_learned: int
-    images: list[list[Image.Image]]
-    """Each at its scales, small to large."""
+    images: list[list[Image.Image]]  # each at its scales, small to large
     texts: list[TextRun]
 
 
@@ -63,7 +56,6 @@ class ShownRow(NamedTuple):
     title: str
     cost: str
     counts: dict[int, int]
-    """Tokens of each kind."""
     lines: list[Line]
     samples: list[ShownSample]
 

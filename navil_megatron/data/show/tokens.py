@@ -20,8 +20,7 @@ class TokenKind(IntEnum):
     LINE_BREAK = 3
     FRAME_BREAK = 4
     FIRST_SCALE = 5
-    LAST_SCALE = 10
-    """Further scales share it."""
+    LAST_SCALE = 10  # further scales share it
     VISUAL_PADDING = 11
     TEXT_PADDING = 12
 

@@ -20,8 +20,7 @@ from navil_megatron.evaluation.adapters.turns import answer_chats
 from navil_megatron.evaluation.prompts import PromptStyle
 from navil_megatron.hf.generate import load_for_generation
 
-_MAX_NEW_TOKENS = 1024
-"""Where a task sets no limit."""
+_MAX_NEW_TOKENS = 1024  # where a task sets no limit
 
 
 class NaViL(lmms):
@@ -38,23 +37,17 @@ class NaViL(lmms):
         prompts: PromptStyle = "auto",
         max_batch_size: int | str | None = None,
     ) -> None:
-        """Loads the folder.
+        """Loads ``pretrained``, what ``convert to-hf`` wrote; the code in it is run.
 
-        Args:
-            pretrained: What ``convert to-hf`` wrote; the code in it is run.
-            device: ``cpu`` or ``cuda``.
-            batch_size: Conversations at a time.
-            dtype: Type of weights and activations.
-            prompts: ``plain`` for a model of a phase that has not seen turns yet.
-            max_batch_size: Handed in by lmms-eval; not used.
+        ``prompts``: ``plain`` for a model of a phase that has not seen turns yet. lmms-eval hands in
+        ``max_batch_size``; it is not used.
         """
         super().__init__()
         self._batch_size, self._prompts = int(batch_size), prompts
         place = device or "cuda"
         if place == "cuda" and "LOCAL_RANK" in os.environ:  # lmms-eval starts a process for each GPU
             place = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device = torch.device(place)
-        """Where lmms-eval puts what the processes exchange."""
+        self.device = torch.device(place)  # where lmms-eval puts what the processes exchange
         self._captioner = load_for_generation(Path(pretrained), getattr(torch, dtype), place)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -74,8 +67,7 @@ class NaViL(lmms):
         chats = []
         for request in requests:
             _, messages_of, _, document, task, split = request.args
-            messages = ChatMessages(messages=messages_of(self.task_dict[task][split][document]))
-            chats.append(messages.to_hf_messages())
+            chats.append(ChatMessages(messages=messages_of(self.task_dict[task][split][document])).to_hf_messages())
         limit = int(settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
         texts = answer_chats(self._captioner, chats, limit, self._prompts)
         until = settings.get("until") or []

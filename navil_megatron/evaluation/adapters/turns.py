@@ -22,12 +22,8 @@ def answer_chats(
 ) -> list[str]:
     """The next turn of each conversation, by greedy decoding of one batch.
 
-    Args:
-        captioner: The model.
-        chats: The conversations.
-        max_new_tokens: Longest answer, in tokens.
-        style: ``plain`` gives images and text one after another, without turns: for a model of a phase that has not
-            seen turns yet, and what ``auto`` does where the folder has no chat template.
+    ``plain`` gives images and text one after another, without turns: for a model of a phase that has not seen turns
+    yet, and what ``auto`` does where the folder has no chat template.
 
     Raises:
         UserError: A part is neither text nor picture, or a picture cannot be read.
@@ -49,12 +45,9 @@ def _split(chat: Chat) -> tuple[list[dict[str, Any]], list[Image.Image]]:
                 parts.append({"type": "text", "text": part["text"].replace(PLACEHOLDER, "")})
             elif part["type"] == "image":
                 parts.append({"type": "image"})
-                pictures.append(_upright(part["image"]))
+                picture = part["image"]
+                pictures.append(picture.convert("RGB") if isinstance(picture, Image.Image) else open_picture(picture))
             else:
                 raise UserError(f"NaViL reads text and images, not {part['type']!r}: leave this task out")
         messages.append({"role": message["role"], "content": parts})
     return messages, pictures
-
-
-def _upright(picture: Any) -> Image.Image:
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else open_picture(picture)

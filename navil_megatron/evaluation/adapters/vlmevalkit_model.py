@@ -32,15 +32,10 @@ class NaViL(BaseModel):
         prompts: PromptStyle = "auto",
         **unused: Any,
     ) -> None:
-        """Loads the folder.
+        """Loads ``model_path``, what ``convert to-hf`` wrote; the code in it is run.
 
-        Args:
-            model_path: What ``convert to-hf`` wrote; the code in it is run.
-            device: ``cpu`` or ``cuda``.
-            dtype: Type of weights and activations.
-            max_new_tokens: Longest answer.
-            prompts: ``plain`` for a model of a phase that has not seen turns yet.
-            **unused: Sampling settings that the toolkit hands to every model; decoding is greedy.
+        ``prompts``: ``plain`` for a model of a phase that has not seen turns yet. ``unused`` are sampling settings that
+        the toolkit hands to every model; decoding is greedy.
         """
         super().__init__()
         self._captioner = load_for_generation(Path(model_path), getattr(torch, dtype), device)
