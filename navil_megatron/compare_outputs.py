@@ -6,7 +6,7 @@ so only one model is in memory. "Equal weights, different outputs" has nowhere t
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,20 +56,15 @@ LOGIT_TOLERANCE = 1e-3
 
 type Activations = dict[str, Tensor]
 """Place in the model -> what came out there, [tokens, width] in causal order; from the embeddings to the logits."""
-type Run = Callable[[Prompt], Activations]
-"""A model that stands ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt as model inputs; s tokens, p patches."""
 
-    input_ids: Tensor
-    """[s]."""
-    pixel_values: Tensor
-    """[p, 3, patch, patch]; empty without an image."""
-    image_grid_thw: Tensor
-    """[num_scales, 3]."""
+    input_ids: Tensor  # [s]
+    pixel_values: Tensor  # [p, 3, patch, patch]; empty without an image
+    image_grid_thw: Tensor  # [num_scales, 3]
 
     @property
     def num_logits(self) -> int:
@@ -80,14 +75,9 @@ class Prompt:
 def compare_outputs(
     one: Path, other: Path, text: str, images: Sequence[Path], tokenizer: Path | None = None
 ) -> dict[str, Any]:
-    """Runs a text alone, and after each image, through two models.
+    """Runs a text alone, and after each image, through two of the same model, each a checkpoint or a NaViL folder.
 
-    Args:
-        one: A checkpoint or a NaViL folder.
-        other: Another one of the same model.
-        text: The text.
-        images: Picture files.
-        tokenizer: Tokenizer folder; default: the one that either of the two names.
+    Without ``tokenizer``, the folder of one, that of either of the two is taken.
 
     Returns:
         ``places``: for each place, from the embeddings to the logits, the largest difference over all prompts and the
@@ -183,20 +173,18 @@ def _encode(
 def _run(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> list[Activations]:
     """What the model computes from each prompt."""
     found = []
-    with _training_model(source, model) if source.kind == "checkpoint" else _exported_model(source, model) as run:
-        for prompt in prompts:
-            seen = run(prompt)
-            # The decoder's input apart: what encoder and connector gave, and what the tables gave.
-            is_image = prompt.input_ids == model.special_token_id("<IMG_CONTEXT>")
-            embeddings = seen.pop("embeddings")
-            images = {"image features": embeddings[is_image]} if is_image.any() else {}
-            found.append(images | {"token embeddings": embeddings[~is_image]} | seen)
+    run = _run_training_model if source.kind == "checkpoint" else _run_exported_model
+    for prompt, seen in zip(prompts, run(source, model, prompts), strict=True):
+        # The decoder's input apart: what encoder and connector gave, and what the tables gave.
+        is_image = prompt.input_ids == model.special_token_id("<IMG_CONTEXT>")
+        embeddings = seen.pop("embeddings")
+        images = {"image features": embeddings[is_image]} if is_image.any() else {}
+        found.append(images | {"token embeddings": embeddings[~is_image]} | seen)
     return found
 
 
-@contextmanager
-def _exported_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
-    """The plain torch model of an export."""
+def _run_exported_model(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> Iterator[Activations]:
+    """In the plain torch model of an export."""
     config = NaViLChatConfig(**hf_config_from_model(model, dtype="float32", token_ids={}, image_settings={}))
     with torch.device("meta"):
         plain = NaViL(config).eval()
@@ -206,8 +194,7 @@ def _exported_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
         for name, tensor in source.read(key).items():
             parameters[name].copy_(tensor)
     language = plain.language_model
-
-    def run(prompt: Prompt) -> Activations:
+    for prompt in prompts:
         images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
         with _recorded(language, language.model["layers"], language.model["norm"]) as seen:
             result = plain(
@@ -216,14 +203,11 @@ def _exported_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
                 use_cache=False,
                 **(images if len(prompt.image_grid_thw) else {}),
             )
-        return {name: value[0] for name, value in seen.items()} | {"logits": result.logits[0].float()}
-
-    yield run
+        yield {name: value[0] for name, value in seen.items()} | {"logits": result.logits[0].float()}
 
 
-@contextmanager
-def _training_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
-    """The megatron-core model, on one CPU rank that never trains."""
+def _run_training_model(source: ModelSource, model: ModelConfig, prompts: Sequence[Prompt]) -> Iterator[Activations]:
+    """In the megatron-core model, on one CPU rank that never trains."""
     with tempfile.TemporaryDirectory(prefix="navil-compare-") as logs:
         config = NaViLConfig(
             model=model,
@@ -239,17 +223,14 @@ def _training_model(source: ModelSource, model: ModelConfig) -> Iterator[Run]:
             (chunk,) = build_model(config, session.groups, session.device)
             load_model(source.path, [chunk])
             chunk.eval()
-
-            def run(prompt: Prompt) -> Activations:
+            for prompt in prompts:
                 microbatch = _microbatch(prompt, model)
                 decoder, inputs = chunk.decoder, build_model_inputs(microbatch)
                 with _recorded(decoder.layers[0], decoder.layers, decoder.final_layernorm) as seen:
                     logits = chunk(replace(inputs, labels=None))
                 # Back to causal order, from text tokens before visual ones.
                 rows = torch.argsort(torch.from_numpy(np.argsort(microbatch.visual_token_mask, kind="stable")))
-                return {name: value[rows, 0] for name, value in seen.items()} | {"logits": logits.float()}
-
-            yield run
+                yield {name: value[rows, 0] for name, value in seen.items()} | {"logits": logits.float()}
 
 
 def _microbatch(prompt: Prompt, model: ModelConfig) -> Microbatch:

@@ -3,12 +3,12 @@
 The resolved config lies beside the tensors as ``navil_config.json``; what differs is named field by field.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.config.load import config_to_dict, section_from_dict
+from navil_megatron.config.load import config_to_dict, differing_settings, section_from_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.renamed import with_new_names
 from navil_megatron.config.run import NaViLConfig
@@ -28,12 +28,7 @@ _OPTIMIZER_SETTINGS = ("precision.type", "optimizer.distributed")
 
 
 def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = False) -> None:
-    """Compares the model section of a checkpoint with the config.
-
-    Args:
-        folder: The checkpoint.
-        config: The run that wants it.
-        only_function: Ignore the fields that only say how new weights are drawn.
+    """Compares the model section of a checkpoint with the config; ``only_function``: but for how weights are drawn.
 
     Raises:
         UserError: They differ; the message lists the fields.
@@ -41,9 +36,8 @@ def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = 
     # A setting that is younger than the checkpoint has its default there.
     stored = section_from_dict(ModelConfig, with_new_names(read_config(folder))["model"], str(folder / CONFIG_FILE))
     ignored = _ONLY_INITIAL if only_function else set()
-    found = _differences("model", config_to_dict(stored), config_to_dict(config.model))
-    different = [text for name, text in found if name not in ignored]
-    if different:
+    found = differing_settings("model", config_to_dict(stored), config_to_dict(config.model))
+    if different := _described(pair for pair in found if pair[0] not in ignored):
         raise UserError(
             f"checkpoint {folder} is of another model: {'; '.join(different)}; "
             "use the config it was made with, or another checkpoint.directory"
@@ -56,8 +50,7 @@ def require_same_optimizer(folder: Path, config: NaViLConfig) -> None:
     Raises:
         UserError: They differ.
     """
-    different = _different_settings(folder, config, "training.phase", *_OPTIMIZER_SETTINGS)
-    if different:
+    if different := _different_settings(folder, config, "training.phase", *_OPTIMIZER_SETTINGS):
         raise UserError(
             f"checkpoint {folder} cannot be continued: {'; '.join(different)}; start in another checkpoint.directory "
             "with this one as checkpoint.initial_weights"
@@ -70,8 +63,7 @@ def require_kept_optimizer(folder: Path, config: NaViLConfig) -> None:
     Raises:
         UserError: They differ, or it holds weights alone, as a converted model does.
     """
-    different = _different_settings(folder, config, *_OPTIMIZER_SETTINGS)
-    if different:
+    if different := _different_settings(folder, config, *_OPTIMIZER_SETTINGS):
         raise UserError(
             f"the optimizer state of checkpoint {folder} cannot be kept: {'; '.join(different)}; set these alike or "
             'checkpoint.initial_optimizer = "fresh"'
@@ -80,8 +72,8 @@ def require_kept_optimizer(folder: Path, config: NaViLConfig) -> None:
 
 def _different_settings(folder: Path, config: NaViLConfig, *names: str) -> list[str]:
     there, here = with_new_names(read_config(folder)), config_to_dict(config)
-    found = (pair for section in here for pair in _differences(section, there.get(section), here[section]))
-    return [text for name, text in found if name in names]
+    found = (pair for section in here for pair in differing_settings(section, there.get(section), here[section]))
+    return _described(pair for pair in found if pair[0] in names)
 
 
 def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
@@ -101,11 +93,5 @@ def require_keys(folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[
         raise UserError(f"checkpoint {folder} does not fit the model: {'; '.join(problems)}; use a matching config")
 
 
-def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, str]]:
-    """Dotted name and description of every leaf that differs; a section that is missing there is an empty one."""
-    if isinstance(here, dict):
-        there = there if isinstance(there, dict) else {}
-        for key in sorted(there.keys() | here.keys()):
-            yield from _differences(f"{name}.{key}", there.get(key), here.get(key))
-    elif there != here:
-        yield name, f"{name} is {there!r} there, {here!r} here"
+def _described(found: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{name} is {there!r} there, {here!r} here" for name, there, here in found]

@@ -49,35 +49,23 @@ from navil_megatron.runtime.session import Session
 logger = logging.getLogger(__name__)
 
 _BROKEN_FILE_ERRORS = (
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    CheckpointException,
-    CheckpointingException,
+    *(OSError, EOFError, KeyError, ValueError, RuntimeError),
+    *(pickle.UnpicklingError, CheckpointException, CheckpointingException),
 )
 """What the readers of torch and megatron-core raise on files that are cut short or missing."""
 
 
 class CheckpointManager:
-    """Saves and restores one run. Every rank makes one and calls each method at the same point."""
+    """Saves and restores one run. Every rank makes one and calls each method at the same point.
+
+    It looks at ``checkpoint.directory`` only when asked to save or restore.
+    """
 
     def __init__(self, config: NaViLConfig, session: Session) -> None:
-        """Looks at ``checkpoint.directory`` only when asked to save or restore."""
-        self.config = config
-        self.session = session
-        self.directory = Path(config.checkpoint.directory)
-        self.shapes = checkpoint_shapes(config.model)
-        """Key and whole shape of every weight that a checkpoint must hold."""
+        self.config, self.session, self.directory = config, session, Path(config.checkpoint.directory)
 
     def save(
-        self,
-        step: int,
-        chunks: Sequence[torch.nn.Module],
-        optimizer: ChainedOptimizer,
-        training_state: dict[str, Any],
+        self, step: int, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, training_state: dict[str, Any]
     ) -> Path:
         """Writes the checkpoint of a step and deletes those beyond ``keep_last``.
 
@@ -94,9 +82,7 @@ class CheckpointManager:
         # Core raises this on every rank when one cannot write its files. What else it raises, it raises on that rank
         # alone while the others wait for it, so that is not for us to tell them of.
         self._written(
-            final,
-            lambda: save_sharded(partial, self.session, chunks, optimizer, training_state),
-            CheckpointException,
+            final, lambda: save_sharded(partial, self.session, chunks, optimizer, training_state), CheckpointException
         )
         self._written(final, lambda: self._finish(partial, final), OSError)
         return final
@@ -156,9 +142,7 @@ class CheckpointManager:
         logger.info("kept the optimizer state of %s", folder)
 
     def _require_keys(self, folder: Path) -> None:
-        """The checkpoint's weights must be those of the model, no more and no fewer."""
-        stored = self._agree(lambda: stored_shapes(folder))
-        require_keys(folder, stored, self.shapes)
+        require_keys(folder, self._agree(lambda: stored_shapes(folder)), checkpoint_shapes(self.config.model))
 
     def _agree[T](self, look: Callable[[], T]) -> T:
         """What rank 0 sees on its file system, on every rank."""
@@ -198,7 +182,10 @@ class CheckpointManager:
                 write()
             except failure as error:
                 logger.debug("writing %s failed", final, exc_info=True)
-                raise UserError(self._why_not_written(final, error)) from error
+                raise UserError(
+                    f"cannot write checkpoint {final} ({_cause(error)}), the disk has {free_bytes(final) / 1e6:,.0f} "
+                    f"MB free; mend that and start again: the run goes on from {self._newest() or 'its start'}"
+                ) from error
 
         try:
             self.session.together(attempt)
@@ -207,38 +194,24 @@ class CheckpointManager:
                 shutil.rmtree(partial_of(final), ignore_errors=True)
             raise
 
-    def _why_not_written(self, final: Path, error: BaseException) -> str:
-        return (
-            f"cannot write checkpoint {final} ({_cause(error)}), the disk has {free_bytes(final) / 1e6:,.0f} MB free; "
-            f"mend that and start again: the run goes on from {self._newest() or 'its start'}"
-        )
-
     def _begin(self, partial: Path) -> None:
         if self.session.is_main:
-            self._clear_partial()
+            for path in self.directory.glob(f"{STEP_PREFIX}*{PARTIAL}"):
+                logger.info("removing %s, left behind by a save that did not finish", path)
+                shutil.rmtree(path)
             partial.mkdir(parents=True)
 
     def _finish(self, partial: Path, final: Path) -> None:
         if self.session.is_main:
             write_config(partial, asdict(self.config))
             commit_folder(partial, final)
-            self._delete_old()
+            for path in complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]:
+                # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
+                shutil.rmtree(path.rename(partial_of(path)))
             logger.info("saved %s", final)
 
     def _newest(self) -> Path | None:
         return next(reversed(complete_checkpoints(self.directory)), None)
-
-    def _clear_partial(self) -> None:
-        """Removes what killed saves left behind."""
-        for path in self.directory.glob(f"{STEP_PREFIX}*{PARTIAL}"):
-            logger.info("removing %s, left behind by a save that did not finish", path)
-            shutil.rmtree(path)
-
-    def _delete_old(self) -> None:
-        for path in complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]:
-            # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
-            doomed = path.rename(partial_of(path))
-            shutil.rmtree(doomed)
 
 
 def _cause(error: BaseException) -> str:

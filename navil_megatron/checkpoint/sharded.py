@@ -27,7 +27,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from navil_megatron.blueprint.parameters import is_trainable, parameters_by_key
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.files.checkpoint_metadata import Place, read_metadata
+from navil_megatron.files.checkpoint_metadata import read_metadata
 from navil_megatron.runtime.seeding import restore_rng_state, rng_state
 from navil_megatron.runtime.session import Session
 
@@ -67,8 +67,9 @@ def save_sharded(
         **model_state(chunks),
         "training": training_state,
         "layout": _layout(session),
-        "optimizer_step": _optimizer_step(optimizer),
-        _RNG_KEY: _sharded_rng(session, rng_state()),
+        # Empty groups count too, so every rank gives the same number.
+        "optimizer_step": max((int(group["step"]) for group in optimizer.param_groups), default=0),
+        _RNG_KEY: _sharded_rng(session),
     }
     if not optimizer.is_stub_optimizer:
         state["optimizer"] = _keep_local(_optimizer_state(optimizer, state, is_loading=False))
@@ -106,7 +107,7 @@ def load_sharded(
         wanted["optimizer"] = _keep_local(optimizer_state)
     same_layout = stored["layout"] == _layout(session)
     if same_layout:
-        wanted[_RNG_KEY] = _sharded_rng(session, rng_state())
+        wanted[_RNG_KEY] = _sharded_rng(session)
     loaded = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
@@ -155,23 +156,18 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     contents = read_metadata(folder)
     for key, place in contents.objects.items():
-        _require_plain(folder, key, place)
+        with (folder / place.file).open("rb") as file:
+            file.seek(place.start)
+            content = io.BytesIO(file.read(place.length))
+        try:
+            torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever the damage leads to
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            problem = f"holds {name[1]!r}, which is not part of such data" if name else "cannot be read"
+            raise UserError(
+                f"checkpoint {folder} is damaged: {key} in {place.file} {problem}; copy it again or use an older one"
+            ) from error
     return {key: tensor.shape for key, tensor in contents.weights.items()}
-
-
-def _require_plain(folder: Path, key: str, place: Place) -> None:
-    """Refuses an object that is more than plain values and tensors."""
-    with (folder / place.file).open("rb") as file:
-        file.seek(place.start)
-        content = io.BytesIO(file.read(place.length))
-    try:
-        torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"holds {name[1]!r}, which is not part of such data" if name else "cannot be read"
-        raise UserError(
-            f"checkpoint {folder} is damaged: {key} in {place.file} {problem}; copy it again or use an older one"
-        ) from error
 
 
 def _layout(session: Session) -> dict[str, int]:
@@ -185,13 +181,8 @@ def _layout(session: Session) -> dict[str, int]:
     }
 
 
-def _sharded_rng(session: Session, state: dict[str, Any]) -> ShardedObject:
-    return ShardedObject(_RNG_KEY, state, (session.world_size,), (session.rank,), replica_id=0)
-
-
-def _optimizer_step(optimizer: ChainedOptimizer) -> int:
-    """Updates done; empty groups count too, so every rank gives the same number."""
-    return max((int(group["step"]) for group in optimizer.param_groups), default=0)
+def _sharded_rng(session: Session) -> ShardedObject:
+    return ShardedObject(_RNG_KEY, rng_state(), (session.world_size,), (session.rank,), replica_id=0)
 
 
 def _optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:

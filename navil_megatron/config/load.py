@@ -74,6 +74,16 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
+def differing_settings(name: str, one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name and both values of every setting that differs; a section that ``one`` lacks is an empty one."""
+    if isinstance(other, dict):
+        one = one if isinstance(one, dict) else {}
+        for key in sorted(one.keys() | other.keys()):
+            yield from differing_settings(f"{name}.{key}", one.get(key), other.get(key))
+    elif one != other:
+        yield name, one, other
+
+
 def _to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return config_to_dict(value)

@@ -17,11 +17,8 @@ from navil_megatron.files.file_bytes import flush
 def new_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """An empty folder to fill; it becomes ``target`` if the block ends well and vanishes if it does not.
 
-    What a killed process left behind is replaced; a process that still writes is left alone.
-
-    Args:
-        target: The folder to make.
-        needed_bytes: What will be written, to be refused at once where the disk has less.
+    What a killed process left behind is replaced; a process that still writes is left alone. ``needed_bytes`` will be
+    written: it is refused at once where the disk has less.
 
     Raises:
         UserError: ``target`` exists and is not an empty folder, another process is writing it, or the disk is too full.

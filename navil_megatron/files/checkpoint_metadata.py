@@ -215,8 +215,7 @@ def _fields(value: Any, name: str) -> dict[str, Any]:
     """The fields of a dataclass."""
     if not _is(value, name) or not isinstance(value.state, dict):
         raise ValueError(f"has something else where it should hold a {name.partition('.')[2]}")
-    fields: dict[str, Any] = value.state
-    return fields
+    return value.state
 
 
 def _text(value: Any) -> str:

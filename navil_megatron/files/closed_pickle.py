@@ -44,11 +44,7 @@ class StandIn:
 
 
 def read_pickle(content: bytes, allowed: Collection[str]) -> Any:
-    """The value that a pickle holds, without its classes.
-
-    Args:
-        content: A pickle of protocol 2 to 5.
-        allowed: Names (``module.name``) that it may hold.
+    """The value that a pickle of protocol 2 to 5 holds; ``allowed`` are the names (``module.name``) that it may hold.
 
     Raises:
         PickleError: It holds another name, needs anything but plain data, or is damaged.

@@ -13,11 +13,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuses to start what cannot end.
-
-    Args:
-        folder: Where something will be written; it need not be there yet.
-        needed: Bytes.
+    """Refuses to write ``needed`` bytes under a folder, which need not be there yet.
 
     Raises:
         UserError: The disk under the folder has less.

@@ -26,14 +26,7 @@ article { border: 1px solid #d5d5d5; border-radius: 6px; padding: .8rem; overflo
 
 
 def render_page(title: str, style: str, body: str, values: Mapping[str, Any]) -> str:
-    """The HTML of a page.
-
-    Args:
-        title: Its first line.
-        style: CSS of its own.
-        body: Jinja of its own; what it is filled with is escaped.
-        values: What it is filled with.
-    """
+    """The HTML of a page: ``style`` is CSS of its own, ``body`` Jinja that ``values`` fill, escaped."""
     page = _FRAME.replace("@STYLE@", style.strip()).replace("@BODY@", body.strip())
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(page).render(values, title=title)

@@ -21,10 +21,9 @@ _POLL_SECONDS = 0.1
 
 
 class Meter:
-    """Adds up what is done over all phases of a work."""
+    """Adds up what is done over all phases of a work, ``total`` in all, and tells ``on_progress`` of every addition."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
-        """Tells ``on_progress`` of every addition; ``total`` makes the whole."""
         self.total, self.done, self._told = total, 0, on_progress
 
     def add(self, count: int) -> None:
@@ -37,14 +36,10 @@ class Meter:
 def run_shares[S, R](
     work: Work[S, R], shares: Sequence[S], jobs: int, meter: Meter, prepare: Callable[[], None]
 ) -> list[R]:
-    """What ``work`` gives for every share, in order.
+    """What ``work`` gives for every share, in order, by so many processes (``jobs``; 1: this one alone).
 
-    Args:
-        work: Is called once for each share, in any order.
-        shares: Each is done whole by one process.
-        jobs: Processes; 1: this one alone.
-        meter: Adds up what they do.
-        prepare: Is called first in every process that is started; its module is imported once for all of them.
+    Shares are done in any order, each by one process. ``prepare`` is called first in every process that is started; its
+    module is imported once for all of them.
 
     Raises:
         ChildProcessError: A process was killed.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from navil_megatron.config.load import config_to_dict
+from navil_megatron.config.load import config_to_dict, differing_settings
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.worker_pool import Meter, OnProgress
 from navil_megatron.hf.convert import ahead
@@ -20,15 +20,9 @@ SHOWN = 10
 
 
 def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Compares two models, each a checkpoint or a folder, tensor by tensor.
+    """Compares two models, each a checkpoint or a folder, tensor by tensor; ``on_progress`` is told the bytes read.
 
-    Args:
-        one: First model.
-        other: Second model.
-        on_progress: Is told the bytes that were read of both.
-
-    Returns:
-        What was found, ready for JSON; ``equal`` says whether there is any difference.
+    Gives what was found, ready for JSON; ``equal`` says whether there is any difference.
 
     Raises:
         UserError: One of them is incomplete or damaged.
@@ -45,10 +39,9 @@ def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = Non
     differences = [verdict for verdict in verdicts if isinstance(verdict, dict)]
     settings = _config_differences(sources[0].model, sources[1].model)
     missing = [sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())]
-    named = [{"kind": source.kind, "path": str(source.path)} for source in sources]
     return {
-        "first": named[0],
-        "second": named[1],
+        "first": {"kind": sources[0].kind, "path": str(sources[0].path)},
+        "second": {"kind": sources[1].kind, "path": str(sources[1].path)},
         "equal": not (settings or casts or differences or any(missing)),
         "config_differences": settings,
         "num_equal": verdicts.count(None),
@@ -119,13 +112,5 @@ def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 def _config_differences(one: ModelConfig | None, other: ModelConfig | None) -> list[str]:
     if one is None or other is None:
         return []
-    mine, theirs = (dict(_flat(config_to_dict(of_one_start(model)), "model")) for model in (one, other))
-    return [f"{name} is {mine[name]!r} and {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value
+    mine, theirs = (config_to_dict(of_one_start(model)) for model in (one, other))
+    return [f"{name} is {a!r} and {b!r}" for name, a, b in differing_settings("model", mine, theirs)]

@@ -46,16 +46,7 @@ class HowToRun(TypedDict, total=False):
 
 
 def run_jobs(jobs: Sequence[Job], reader: Reader, writer: Writer, **run: Unpack[HowToRun]) -> list[str]:
-    """Does a conversion in a folder that is not yet in its place.
-
-    Args:
-        jobs: What to do, with types (``with_types``).
-        reader: Where from.
-        writer: Where to.
-        **run: See ``HowToRun``.
-
-    Returns:
-        The names of the files.
+    """Does typed jobs (``with_types``) in a folder that is not yet in its place; gives the names of its files.
 
     Raises:
         UserError: The source is damaged.
@@ -64,8 +55,7 @@ def run_jobs(jobs: Sequence[Job], reader: Reader, writer: Writer, **run: Unpack[
     verify, num_processes = run.get("verify", True), run.get("num_processes", 1)
     total = total_bytes(jobs)
     meter = Meter(2 * total if verify else total, run.get("on_progress"))
-    sizes = {number: total_bytes([job]) for number, job in enumerate(jobs)}
-    shares = [[jobs[number] for number in piece] for piece in cut(sizes, writer.share_bytes)]
+    shares = cut({job: total_bytes([job]) for job in jobs}, writer.share_bytes)
     results = run_shares(partial(_write_share, reader=reader, writer=writer), shares, num_processes, meter, _prepare)
     files = writer.finish(place for _, place in results)
     write_checksums(writer.folder, {name: value for digests, _ in results for name, value in digests.items()})
@@ -91,7 +81,6 @@ def ahead[T, R](items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T,
 
 
 def _prepare() -> None:
-    """Of a process that shares the jobs."""
     torch.set_num_threads(1)
     keep_freed_memory()
 

@@ -19,12 +19,7 @@ from navil_megatron.hf.checkpoint.reader import open_checkpoint
 from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_to_hf, preprocessor_config
 from navil_megatron.hf.exported.model_card import model_card
-from navil_megatron.hf.exported.tokenizer_files import (
-    TOKENIZER_FILE,
-    copy_tokenizer,
-    read_token_ids,
-    settle_tokenizer,
-)
+from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids, settle_tokenizer
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.jobs import export_jobs, summary, targets, total_bytes, with_types
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
@@ -44,14 +39,8 @@ def convert_to_hf(
 ) -> dict[str, Any]:
     """Writes a folder that transformers loads offline; gives what was done, ready for JSON.
 
-    Args:
-        checkpoint: A checkpoint folder, or a run's folder of checkpoints (the newest is taken).
-        folder: The Hugging Face folder to make.
-        tokenizer: Tokenizer folder; default: the one that the checkpoint names. Without any, none is copied and the
-            report says so.
-        dtype: Type of the weights; ``None``: as stored.
-        max_file_bytes: Largest safetensors file.
-        **run: How to run.
+    Of a run's folder of checkpoints the newest is taken. Without ``tokenizer`` the one that the checkpoint names is
+    copied; if there is none, the report says so. Without ``dtype`` the weights stay as stored.
 
     Raises:
         UserError: The checkpoint is incomplete or of another model; nothing is written then.

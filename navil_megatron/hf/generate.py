@@ -57,14 +57,9 @@ def generate_captions(
     max_new_tokens: int = 64,
     batch_size: int = 16,
 ) -> list[str]:
-    """One text for each picture, by greedy decoding.
+    """One text of at most ``max_new_tokens`` for each picture, by greedy decoding, ``batch_size`` pictures at a time.
 
-    Args:
-        captioner: What ``load_for_generation`` gave.
-        images: Pictures, or paths of picture files.
-        prompt: What precedes the text; ``<image>`` stands for the picture, which comes first where it is not named.
-        max_new_tokens: Longest text, in tokens.
-        batch_size: Pictures at a time.
+    ``<image>`` in the prompt stands for the picture, which comes first where it is not named.
 
     Raises:
         UserError: A picture cannot be read.
@@ -81,11 +76,7 @@ def generate_texts(
 ) -> list[str]:
     """What follows each prompt, by greedy decoding of one batch, padded on the left.
 
-    Args:
-        captioner: What ``load_for_generation`` gave.
-        images: The pictures of each prompt, or none.
-        prompts: Texts with an ``<image>`` for each of its pictures, or without any.
-        max_new_tokens: Longest text, in tokens.
+    A prompt holds an ``<image>`` for each of its pictures in ``images``, or neither has any.
     """
     model, processor = captioner
     inputs = processor(images=[list(pictures) for pictures in images], text=list(prompts)).to(model.device)

@@ -82,9 +82,7 @@ def model_config_from_hf(
 ) -> ModelConfig:
     """The model section for a parsed ``config.json``; whether such a model works is not asked.
 
-    Args:
-        config_json: The file's content; the authors' layout or ours, which adds keys to it.
-        special_token_ids: Ids in the order of ``SPECIAL_TOKENS`` or by name. ``None``: taken from the config.
+    ``special_token_ids`` stand in the order of ``SPECIAL_TOKENS`` or by name; ``None``: taken from the config.
 
     Raises:
         UserError: The config asks for something the model does not have, or lacks a size; all problems at once.
@@ -99,9 +97,12 @@ def model_config_from_hf(
     if problems := [*language_problems(llm, family, "llm_config."), *_problems(config_json)]:
         raise UserError("config.json cannot be converted: " + "; ".join(problems))
     composed = FAMILIES[family].may_compose_visual_output  # as the authors' code does where their files do not say
+    encoder = {"token_order": "window", **settings_from_hf(_VISION, vision)}
+    encoder["merge_size"] = round(1 / config_json.get("downsample_ratio", 0.5))
+    encoder["norm"] = "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm"
     return ModelConfig(
         language=language_from_hf(llm, family, composed=composed, default_theta=1e6, source="config.json: llm_config"),
-        vision=_vision_from_hf(vision, round(1 / config_json.get("downsample_ratio", 0.5))),
+        vision=section_from_dict(VisionConfig, encoder, "config.json: vision_config"),
         special_token_ids=ordered_ids(
             config_json.get("special_token_ids") if special_token_ids is None else special_token_ids
         ),
@@ -112,13 +113,7 @@ def model_config_from_hf(
 def hf_config_from_model(
     model: ModelConfig, *, dtype: str, token_ids: Mapping[str, int | None], image_settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The ``config.json`` of a model.
-
-    Args:
-        model: Our model section.
-        dtype: Name of the weights' type, e.g. ``"bfloat16"``.
-        token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the tokenizer; empty without one.
-        image_settings: ``min_dynamic_patch``, ``max_dynamic_patch``, ``scale_downsample_ratio`` and the like.
+    """The ``config.json`` of a model, with what ``read_token_ids`` and ``image_settings_to_hf`` give.
 
     Raises:
         UserError: The family's HF layout has no place for a setting of the model.
@@ -126,14 +121,16 @@ def hf_config_from_model(
     if problems := list(_without_place(model)):
         raise UserError("the model has no Hugging Face layout: " + "; ".join(problems))
     ids = {name: token_ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision, token_side = model.vision, model.vision.patch_size * model.vision.merge_size
+    sizes = {"image_size": token_side, "downsample_ratio": 1 / vision.merge_size, "norm_type": _NORMS[vision.norm]}
     return {
         "architectures": ["NaViL"],
         "auto_map": dict(AUTO_MAP),
         "model_type": MODEL_TYPE,
         "anyres_image_size": True,
         "connector_norm_eps": model.connector_norm_epsilon,
-        "downsample_ratio": 1 / model.vision.merge_size,
-        "force_image_size": model.vision.patch_size * model.vision.merge_size,
+        "downsample_ratio": 1 / vision.merge_size,
+        "force_image_size": token_side,
         "ps_version": "v1",
         "select_layer": -1,
         "tie_word_embeddings": model.language.tied_embeddings,
@@ -142,21 +139,7 @@ def hf_config_from_model(
         **image_settings,
         "special_token_ids": list(model.special_token_ids),
         "llm_config": language_to_hf(model.language) | ids,
-        "vision_config": _vision_to_hf(model.vision),
-    }
-
-
-def _vision_from_hf(vision: Mapping[str, Any], merge_size: int) -> VisionConfig:
-    norm = "rmsnorm" if vision.get("norm_type", "rms_norm") == "rms_norm" else "layernorm"
-    values = {"token_order": "window", **settings_from_hf(_VISION, vision), "merge_size": merge_size, "norm": norm}
-    return section_from_dict(VisionConfig, values, "config.json: vision_config")
-
-
-def _vision_to_hf(vision: VisionConfig) -> dict[str, Any]:
-    return settings_to_hf(_VISION, vision) | {
-        "image_size": vision.patch_size * vision.merge_size,
-        "downsample_ratio": 1 / vision.merge_size,
-        "norm_type": _NORMS[vision.norm],
+        "vision_config": settings_to_hf(_VISION, vision) | sizes,
     }
 
 

@@ -36,12 +36,8 @@ def convert_from_hf(
 ) -> dict[str, Any]:
     """Writes a checkpoint that a run starts from (``checkpoint.initial_weights``); gives what was done, ready for JSON.
 
-    Args:
-        folder: A Hugging Face folder of ours or of the authors.
-        checkpoint: The checkpoint folder to make.
-        tokenizer: Tokenizer folder to name in the checkpoint; default: ``folder``, if it holds one.
-        dtype: Type of the weights; ``None``: as they are.
-        **run: How to run.
+    ``folder`` is one of ours or of the authors. Without ``tokenizer`` the checkpoint names ``folder``, if that holds a
+    tokenizer; without ``dtype`` the weights stay as they are.
 
     Raises:
         UserError: The folder is incomplete or is not a model that we have; nothing is written then.
@@ -50,7 +46,9 @@ def convert_from_hf(
     model = model_of_folder(folder, config, tokenizer)
     with values_of(folder / "config.json"):
         data = image_settings_from_hf(folder, config, model)
-    data["tokenizer"], notes = _find_tokenizer(folder, tokenizer)
+    data["tokenizer"], notes = None, [f"no tokenizer: {folder} has none; name one when training or exporting"]
+    if tokenizer is not None or (folder / TOKENIZER_FILE).is_file():
+        data["tokenizer"], notes = str(require_tokenizer(tokenizer or folder).absolute()), []
     reader = TensorFolder(folder)
     found = reader.signatures()
     # Cast to one type, layers may differ in theirs.
@@ -94,13 +92,6 @@ def _special_token_ids(folder: Path, tokenizer: Path | None, config: Mapping[str
                 if all(token in found for token in SPECIAL_TOKENS):
                     return found
     return None
-
-
-def _find_tokenizer(folder: Path, given: Path | None) -> tuple[str | None, list[str]]:
-    """The tokenizer folder to name in the checkpoint, and what to tell if there is none."""
-    if given is None and not (folder / TOKENIZER_FILE).is_file():
-        return None, [f"no tokenizer: {folder} has none; name one when training or exporting"]
-    return str(require_tokenizer(given or folder).absolute()), []
 
 
 def _ids_in(content: Mapping[str, Any], path: Path) -> dict[str, int]:

@@ -52,12 +52,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def describe_contents(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
-    sizes = {
-        name: ", ".join(f"{key} {value}" for key, value in values.items()) for name, values in report["sizes"].items()
-    }
-    lines = [
-        f"{report['path']}: {report['kind']}, family {report['family']}",
-        *(f"  {name}: {settings}" for name, settings in sizes.items() if settings),
+    lines = [f"{report['path']}: {report['kind']}, family {report['family']}"]
+    for name, sizes in report["sizes"].items():
+        if sizes:
+            lines.append(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in sizes.items()))
+    lines += [
         f"  {report['num_tensors']} tensors, {report['num_parameters']:,} parameters, {report['num_bytes']:,} bytes",
         *(
             f"    {part:<16}{counts['num_parameters']:>18,} parameters {counts['num_bytes']:>18,} bytes"
@@ -102,7 +101,7 @@ def _of_folder(folder: Path, kind: str) -> dict[str, Any]:
     else:
         model = model_of_folder(folder, config)
         family, sizes, parts = model.language.family, _sizes(model), _parts(model)
-    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    tokenizer = folder / TOKENIZER_FILE
     return {
         **_counts(reader, parts),
         "path": str(folder),
@@ -110,7 +109,7 @@ def _of_folder(folder: Path, kind: str) -> dict[str, Any]:
         "family": family,
         "sizes": sizes,
         "files": [path.name for path in reader.files],
-        "tokenizer": str(folder / TOKENIZER_FILE) if has_tokenizer else None,
+        "tokenizer": str(tokenizer) if tokenizer.is_file() else None,
     }
 
 

@@ -16,7 +16,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.hf_parameters import Slot, hf_parameters
 from navil_megatron.hf.transforms import Tensors
-from navil_megatron.hf.verify import WEIGHT_TYPES, Signature, type_name, type_names
+from navil_megatron.hf.verify import WEIGHT_TYPE_NAMES, WEIGHT_TYPES, Signature, type_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +52,13 @@ def ingest_jobs(model: ModelConfig) -> list[Job]:
 
 
 def with_types(jobs: Sequence[Job], found: Mapping[str, Signature], dtype: torch.dtype | None) -> list[Job]:
-    """The jobs with the type of their targets filled in.
-
-    Args:
-        jobs: What to do.
-        found: Shape and type of the sources.
-        dtype: Type of all targets; ``None``: what the job says, or else as its sources are.
+    """The jobs with the type of their targets filled in: ``dtype``, else what the job says, else that of its sources.
 
     Raises:
         UserError: Weights cannot have such a type.
     """
     if dtype is not None and dtype not in WEIGHT_TYPES:
-        raise UserError(f"dtype {type_name(dtype)} is not supported, only {type_names(WEIGHT_TYPES)}")
+        raise UserError(f"dtype {type_name(dtype)} is not supported, only {WEIGHT_TYPE_NAMES}")
     typed = []
     for job in jobs:
         kind = dtype or job.dtype or found[job.sources[0].key][1]

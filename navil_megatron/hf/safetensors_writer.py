@@ -28,10 +28,7 @@ class SafetensorsWriter:
     def __init__(self, folder: Path, targets: Sequence[tuple[Slot, torch.dtype]], max_file_bytes: int) -> None:
         """Lays out the files and makes them at their full size: a disk or a limit that is too small shows here.
 
-        Args:
-            folder: Where to.
-            targets: Every tensor with its type, in the order in which the folder holds them.
-            max_file_bytes: Largest file; a larger tensor gets a file of its own.
+        The folder holds ``targets`` in their order; one larger than ``max_file_bytes`` gets a file of its own.
         """
         self.folder, self.share_bytes = folder, _SHARE_BYTES
         self._place: dict[str, tuple[str, int]] = {}

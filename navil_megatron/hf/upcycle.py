@@ -27,13 +27,9 @@ from navil_megatron.hf.verify import require_valid_model
 
 
 def upcycle_jobs(old: ModelConfig, new: ModelConfig, *, seed: int, dtype: torch.dtype) -> list[Job]:
-    """From a checkpoint of ``old`` to one of ``new``, which differs in its experts alone.
+    """From a checkpoint of ``old``, with one expert per modality, to one of ``new``, which has several.
 
-    Args:
-        old: One expert per modality.
-        new: Several.
-        seed: Decides the routers.
-        dtype: Type of the routers; everything else keeps its own.
+    ``seed`` decides the routers, and ``dtype`` is their type; everything else keeps its own.
     """
     known = {ours.name: ours for found in hf_parameters(old) for ours, _ in found.slots(old)}
     jobs = []
@@ -59,15 +55,9 @@ def convert_upcycle(
     seed: int = 1234,
     **run: Unpack[HowToRun],
 ) -> dict[str, Any]:
-    """Writes a checkpoint with several experts per modality; gives what was done, ready for JSON.
+    """Writes a checkpoint of weights alone, with several experts per modality; gives what was done, ready for JSON.
 
-    Args:
-        checkpoint: A checkpoint folder, or a run's folder of checkpoints (the newest is taken).
-        target: The checkpoint folder to make; it holds weights alone.
-        num_experts: Experts of each modality.
-        experts_per_token: Experts that a token's router chooses.
-        seed: Decides the routers' first weights.
-        **run: How to run.
+    Of a run's folder of checkpoints the newest is taken. ``seed`` decides the routers' first weights.
 
     Raises:
         UserError: The checkpoint is incomplete or has several experts already; nothing is written then.

@@ -31,9 +31,7 @@ def type_name(dtype: Type) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def type_names(types: Iterable[Type]) -> str:
-    """Several, for a message."""
-    return ", ".join(map(type_name, types))
+WEIGHT_TYPE_NAMES = ", ".join(map(type_name, WEIGHT_TYPES))
 
 
 def size_of(signature: Signature) -> tuple[int, int]:
@@ -84,20 +82,23 @@ def require_tensors(
     ignored: Collection[str] = (),
     others: Iterable[str] = (),
 ) -> None:
-    """Checks tensors against the shapes that they should have.
+    """Checks the tensors of a folder (``where``) against the shapes that they should have.
 
-    Args:
-        found: Shape and type under each key.
-        expected: Shape under each key.
-        where: Names the folder in the message.
-        ignored: Keys that may be there too.
-        others: Problems that were found elsewhere.
+    Keys that are ``ignored`` may be there too; ``others`` are problems that were found elsewhere.
 
     Raises:
         UserError: Anything is missing, unknown or of another shape or type; one message names them all.
     """
-    problems = [*_differences({key: found[key] for key in found if key not in ignored}, expected), *others]
-    if problems:
+    keys = found.keys() - set(ignored)
+    problems = [f"{key} {list(expected[key])} is missing" for key in sorted(expected.keys() - keys)]
+    problems += [f"{key} {list(found[key][0])} is unknown" for key in sorted(keys - expected.keys())]
+    for key in sorted(keys & expected.keys()):
+        shape, dtype = found[key]
+        if shape != expected[key]:
+            problems.append(f"{key} is {list(shape)}, expected {list(expected[key])}")
+        if dtype not in WEIGHT_TYPES:
+            problems.append(f"{key} has type {type_name(dtype)}, expected {WEIGHT_TYPE_NAMES}")
+    if problems := [*problems, *others]:
         raise UserError(
             f"{where} does not fit its config, {len(problems)} problem(s): {'; '.join(problems)}; "
             "nothing was written; correct the config or the weights"
@@ -120,16 +121,3 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
-
-
-def _differences(found: Mapping[str, Signature], expected: Mapping[str, Shape]) -> Iterator[str]:
-    for key in sorted(expected.keys() - found.keys()):
-        yield f"{key} {list(expected[key])} is missing"
-    for key in sorted(found.keys() - expected.keys()):
-        yield f"{key} {list(found[key][0])} is unknown"
-    for key in sorted(found.keys() & expected.keys()):
-        shape, dtype = found[key]
-        if shape != expected[key]:
-            yield f"{key} is {list(shape)}, expected {list(expected[key])}"
-        if dtype not in WEIGHT_TYPES:
-            yield f"{key} has type {type_name(dtype)}, expected {type_names(WEIGHT_TYPES)}"

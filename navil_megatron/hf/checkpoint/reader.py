@@ -2,7 +2,6 @@
 stages, experts, or whole stacks of layers in one chunk.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,18 +59,13 @@ class CheckpointReader:
                 box += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
                 self._read_rows(slot, chunk, slice(first - start, last - start), window[tuple(box)])
         tensor = window.view(slot.shape)
-        for name, hashed in self._hashed(slot, window):
-            require_digest(raw_bytes(hashed), name, self.checksums or {}, place)
+        if self.checksums is not None:
+            hashed = {slot.name: window}
+            if slot.layer is None and slot.name not in self.checksums and f"{slot.key}[0]" in self.checksums:
+                hashed = {f"{slot.key}[{layer}]": rows for layer, rows in enumerate(window)}
+            for name, rows in hashed.items():
+                require_digest(raw_bytes(rows), name, self.checksums, place)
         return tensor
-
-    def _hashed(self, slot: Slot, window: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """What has a checksum of its own: the slot itself, or the layers of a stack that is read whole."""
-        if self.checksums is None:
-            return
-        if slot.layer is None and slot.name not in self.checksums and f"{slot.key}[0]" in self.checksums:
-            yield from ((f"{slot.key}[{layer}]", tensor) for layer, tensor in enumerate(window))
-        else:
-            yield slot.name, window
 
     def _read_rows(self, slot: Slot, chunk: Chunk, rows: slice, target: torch.Tensor) -> None:
         """Fills ``target`` with some rows of a chunk."""

@@ -22,16 +22,16 @@ _IMAGE_SETTINGS = {
     "share_shrunk_limit": "share_shrunk_limit",
 }
 """Image processor settings -> fields of the data section."""
-_DEFAULTS = {field.name: field.default for field in fields(DataConfig)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(DataConfig)}
 
 
 def image_settings_to_hf(data: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """The keys of ``config.json`` that say how pictures become patches, from a config's data section."""
-    patch_area = model.vision.patch_size**2
+    settings, patch_area = {**_DEFAULTS, **data}, model.vision.patch_size**2
     return {
-        "min_dynamic_patch": _setting(data, "min_image_pixels") // patch_area,
-        "max_dynamic_patch": _setting(data, "max_image_pixels") // patch_area,
-        "scale_downsample_ratio": _setting(data, "scale_ratio"),
+        "min_dynamic_patch": settings["min_image_pixels"] // patch_area,
+        "max_dynamic_patch": settings["max_image_pixels"] // patch_area,
+        "scale_downsample_ratio": settings["scale_ratio"],
     }
 
 
@@ -43,7 +43,7 @@ def preprocessor_config(data: Mapping[str, Any], model: ModelConfig) -> dict[str
         "image_processor_type": "NaViLImageProcessor",
         "patch_size": model.vision.patch_size,
         "merge_size": model.vision.merge_size,
-        **{key: _setting(data, name) for key, name in _IMAGE_SETTINGS.items()},
+        **{key: data.get(name, _DEFAULTS[name]) for key, name in _IMAGE_SETTINGS.items()},
     }
 
 
@@ -84,12 +84,7 @@ MAX_NEW_TOKENS = 1024
 
 
 def generation_config(token_ids: Mapping[str, int | None], tokenizer: Path | None = None) -> dict[str, Any]:
-    """The ``generation_config.json``: greedy, and where to stop.
-
-    Args:
-        token_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` where they are known.
-        tokenizer: Tokenizer folder; the end of a turn stops decoding, too, where its tokenizer has one.
-    """
+    """The ``generation_config.json``: greedy, until the end token, or the end of a turn where the tokenizer has one."""
     end_of_turn = None if tokenizer is None else vocabulary(tokenizer).get(TURN_TOKENS[1])
     stops = [*dict.fromkeys(i for i in (token_ids.get("eos_token_id"), end_of_turn) if i is not None)]
     padding = token_ids.get("pad_token_id")
@@ -101,8 +96,3 @@ def generation_config(token_ids: Mapping[str, int | None], tokenizer: Path | Non
     }
     known = {name: value for name, value in found.items() if value is not None}
     return {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, **known}
-
-
-def _setting(data: Mapping[str, Any], name: str) -> Any:
-    """A value of the data section, or the default that the section's class has."""
-    return data.get(name, _DEFAULTS[name])

@@ -27,15 +27,7 @@ def model_card(
     has_chat_template: bool = False,
     checkpoint: Path | None = None,
 ) -> str:
-    """Markdown with the front matter that the Hub reads.
-
-    Args:
-        model: The model.
-        num_parameters: Numbers in the weights.
-        has_tokenizer: The folder holds a tokenizer, so a processor can be loaded.
-        has_chat_template: The processor can write conversations.
-        checkpoint: The checkpoint folder that was exported; its config and its step are told.
-    """
+    """Markdown with the front matter that the Hub reads; of the exported ``checkpoint``, config and step are told."""
     usage = _CAPTION if has_tokenizer else "This folder has no tokenizer yet; add one to use `AutoProcessor`.\n"
     if has_tokenizer and has_chat_template:
         usage += _CHAT

@@ -86,14 +86,9 @@ def settle_tokenizer(folder: Path, system_message: str = "") -> bool:
 
     A template that the tokenizer brought along stays the tokenizer's own, for text; without one it gets the
     processor's. A tokenizer without ``<|im_start|>`` and ``<|im_end|>`` cannot say where a turn ends: the processor
-    gets no template then.
+    gets no template then. ``system_message`` opens a conversation that has no system turn of its own.
 
-    Args:
-        folder: The folder, which holds a copy of the tokenizer's files.
-        system_message: The system turn of a conversation that has none of its own.
-
-    Returns:
-        Whether the processor has a chat template.
+    Gives whether the processor has a chat template.
     """
     config = _with_known_names(_read_settings(folder / SETTINGS_FILE))
     # Code of a tokenizer is not copied, and version 5's generic class has another name in version 4.
@@ -129,8 +124,7 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
     know the new tokens. Tokens that exist keep their ids, and become special if they were not. Missing ones follow the
     tokenizer's last id in ``_ADDED_ORDER``. Without a padding token the end token pads.
 
-    Returns:
-        Name -> id of the 12 special tokens, in the order of ``SPECIAL_TOKENS``.
+    Gives the ids of the 12 special tokens by name, in the order of ``SPECIAL_TOKENS``.
 
     Raises:
         UserError: The folder has no fast tokenizer, or it cannot be read.

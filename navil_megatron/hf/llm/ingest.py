@@ -41,15 +41,9 @@ def convert_llm(
 ) -> dict[str, Any]:
     """Writes a checkpoint whose text experts are the LLM's; gives what was done, ready for JSON.
 
-    Args:
-        folder: The LLM's Hugging Face folder.
-        checkpoint: The checkpoint folder to make. It also gets ``model.toml`` and the tokenizer.
-        config: TOML file with ``[model.vision]`` and whatever else of the run is set.
-        overrides: ``section.field=value``, over the file.
-        seed: Of what is drawn; default: ``training.seed``.
-        tokenizer: The LLM's tokenizer, if it is not in ``folder``.
-        dtype: Type of all weights; ``None``: the LLM's.
-        **run: How to run.
+    The checkpoint also gets ``model.toml`` and the tokenizer (``tokenizer``: if it is not in the LLM's folder). The
+    TOML file ``config``, with ``overrides`` over it, holds ``[model.vision]`` and whatever else of the run is set;
+    its ``training.seed`` and the LLM's type of weights are taken where ``seed`` and ``dtype`` are ``None``.
 
     Raises:
         UserError: The folder is incomplete or does not fit the config; nothing is written then.
@@ -95,7 +89,6 @@ def convert_llm(
 
 
 def _seed(tables: Mapping[str, Any]) -> int:
-    """The run's seed."""
     training = tables.get("training", {})
     default = TrainingConfig.__dataclass_fields__["seed"].default
     seed = training.get("seed", default) if isinstance(training, Mapping) else None
@@ -107,13 +100,10 @@ def _seed(tables: Mapping[str, Any]) -> int:
 def _toml(section: str, values: Mapping[str, Any]) -> list[str]:
     """A section and those inside it, as lines of a config file."""
     lines = [f"[{section}]"]
-    lines += [f"{name} = {_value(value)}" for name, value in values.items() if not isinstance(value, Mapping)]
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{name} = {json.dumps('none' if value is None else value)}")  # TOML has no null
     for name, value in values.items():
         if isinstance(value, Mapping):
             lines += ["", *_toml(f"{section}.{name}", value)]
     return lines
-
-
-def _value(value: Any) -> str:
-    """TOML has no null; a config file says "none"."""
-    return json.dumps("none" if value is None else value)

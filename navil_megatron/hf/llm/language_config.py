@@ -62,14 +62,10 @@ def settings_to_hf(table: Mapping[str, Any], settings: LanguageConfig | VisionCo
 def language_from_hf(
     llm: Mapping[str, Any], family: str, *, composed: bool, default_theta: float, source: str
 ) -> LanguageConfig:
-    """The language section, of a config without ``language_problems``.
+    """The language section, of a config without ``language_problems``; ``source`` names the config in errors.
 
-    Args:
-        llm: The language model's part of the config.
-        family: Its family.
-        composed: ``composed_visual_output_projection`` where the config does not say.
-        default_theta: ``rope_theta`` where the config does not say.
-        source: Names the config in errors.
+    Where the config does not say, ``composed`` is ``composed_visual_output_projection`` and ``default_theta`` is
+    ``rope_theta``.
 
     Raises:
         UserError: A value has another type than it should.
@@ -95,6 +91,9 @@ def language_from_hf(
 def language_to_hf(language: LanguageConfig) -> dict[str, Any]:
     """The ``llm_config`` of a NaViL."""
     family = HF_FAMILIES[language.family]
+    rope_scaling = None
+    if language.rope_scaling_factor is not None:
+        rope_scaling = {"rope_type": "llama3"} | {theirs: getattr(language, ours) for theirs, ours in _LLAMA3.items()}
     extra: dict[str, Any] = {}
     if language.num_experts > 1:
         extra = {"num_experts": language.num_experts, "num_experts_per_tok": language.experts_per_token}
@@ -107,7 +106,7 @@ def language_to_hf(language: LanguageConfig) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": language.family,
         **settings_to_hf(_LANGUAGE, language),
-        "rope_scaling": _rope_scaling(language),
+        "rope_scaling": rope_scaling,
         **family.settings,
         **extra,
     }
@@ -116,10 +115,7 @@ def language_to_hf(language: LanguageConfig) -> dict[str, Any]:
 def language_problems(llm: Mapping[str, Any], family: str, section: str = "") -> Iterator[str]:
     """One line for every size that is missing and every value that asks for a computation which the model lacks.
 
-    Args:
-        llm: The language model's part of the config.
-        family: Its family.
-        section: Precedes each key in messages, e.g. ``llm_config.``.
+    ``section`` precedes each key, e.g. ``llm_config.``; it is empty for a bare LLM.
     """
     yield from (f"{section}{key} is missing" for key in _SIZES if llm.get(key) is None)
     allowed: dict[str, tuple[Any, ...]] = {
@@ -168,9 +164,3 @@ def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_type(rope: Mapping[str, Any]) -> Any:
     return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _rope_scaling(language: LanguageConfig) -> dict[str, Any] | None:
-    if language.rope_scaling_factor is None:
-        return None
-    return {"rope_type": "llama3"} | {theirs: getattr(language, ours) for theirs, ours in _LLAMA3.items()}

@@ -42,18 +42,13 @@ def is_bare_llm(config_json: Mapping[str, Any]) -> bool:
 
 
 def model_config_for_llm(
-    config_json: Mapping[str, Any],
-    wanted: Mapping[str, Any],
-    special_token_ids: Mapping[str, int] | tuple[int, ...],
+    config_json: Mapping[str, Any], wanted: Mapping[str, Any], special_token_ids: Mapping[str, int] | tuple[int, ...]
 ) -> ModelConfig:
-    """The model that starts from a pretrained LLM.
+    """The model that starts from a pretrained LLM, by its ``config.json`` and the run's ``[model]`` table (``wanted``).
 
-    Args:
-        config_json: The LLM's parsed ``config.json``.
-        wanted: The ``[model]`` table of the run's config. It holds the encoder's settings. What it says about the
-            language model must agree with the LLM, and it may say nothing. A ``vocab_size`` larger than needed is
-            taken, so that tensor-parallel ranks can split the table.
-        special_token_ids: Ids of the 12 special tokens, by name or in the order of ``SPECIAL_TOKENS``.
+    The table holds the encoder's settings. What it says about the language model must agree with the LLM, and it may
+    say nothing. A ``vocab_size`` larger than needed is taken, so that tensor-parallel ranks can split the table. The
+    ids of the 12 special tokens are given by name or in the order of ``SPECIAL_TOKENS``.
 
     Raises:
         UserError: The LLM asks for something that the model does not have, or the two disagree; all problems at once.
@@ -85,22 +80,12 @@ def model_config_for_llm(
 
 
 def llm_start_jobs(
-    config_json: Mapping[str, Any],
-    model: ModelConfig,
-    *,
-    seed: int,
-    dtype: torch.dtype,
-    stored: Collection[str] = (),
+    config_json: Mapping[str, Any], model: ModelConfig, *, seed: int, dtype: torch.dtype, stored: Collection[str] = ()
 ) -> list[Job]:
-    """From a pretrained LLM's folder to a checkpoint.
+    """From a pretrained LLM's folder to a checkpoint of ``model_config_for_llm``, all of one type.
 
-    Args:
-        config_json: The LLM's parsed ``config.json``.
-        model: What ``model_config_for_llm`` gave.
-        seed: Decides what is drawn.
-        dtype: Type of every tensor of the checkpoint.
-        stored: Keys that the folder holds. A head stored beside the embedding table that it is tied to is read too, and
-            refused by its job if it differs.
+    ``seed`` decides what is drawn. A head that is ``stored`` beside the embedding table it is tied to is read too, and
+    refused by its job if it differs.
     """
     language = model.language
     tied_head = f"{HF_FAMILIES[language.family].head}.weight"
