@@ -23,8 +23,7 @@ _ONLY_INITIAL = {
 }
 """Fields that no longer matter once weights exist."""
 
-_OPTIMIZER_SETTINGS = ("precision.type", "optimizer.distributed")
-"""What decides the form of the optimizer's state."""
+_OPTIMIZER_SETTINGS = ("precision.type", "optimizer.distributed")  # what decides the form of the optimizer's state
 
 
 def require_same_model(folder: Path, config: NaViLConfig, only_function: bool = False) -> None:

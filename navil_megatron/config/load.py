@@ -17,8 +17,7 @@ from navil_megatron.config.errors import ConfigError
 from navil_megatron.config.renamed import RENAMED
 from navil_megatron.config.run import NaViLConfig
 
-_INVALID: Any = object()
-"""Stands for a value whose problem has been noted."""
+_INVALID: Any = object()  # stands for a value whose problem has been noted
 
 _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 _PLURALS = {bool: "booleans", int: "integers", float: "numbers", str: "strings"}

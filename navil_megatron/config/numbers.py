@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
-_SUGGESTED_UP_TO = 64
-"""Divisors named in a message stop here: no layout is larger along one axis."""
+_SUGGESTED_UP_TO = 64  # divisors named in a message stop here: no layout is larger along one axis
 
 
 class Range(NamedTuple):

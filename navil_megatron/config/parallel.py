@@ -8,8 +8,7 @@ from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.numbers import Count, CountFromZero, Range, divides
 
-_GROUPED_WIDTH = 8
-"""Numbers in 16 bytes of BF16: torch's grouped product wants rows to start there."""
+_GROUPED_WIDTH = 8  # numbers in 16 bytes of BF16: torch's grouped product wants rows to start there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,7 @@ FP8_DIMENSION = 16
 """Both dimensions of every FP8 matrix are multiples of this."""
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 """Recipe -> multiple of the rows of a modality's segment."""
-_SEGMENT_MULTIPLE = 16
-"""Tokens to which segments are padded where nothing asks for more."""
+_SEGMENT_MULTIPLE = 16  # tokens to which segments are padded where nothing asks for more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

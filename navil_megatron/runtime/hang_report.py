@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from navil_megatron.runtime.whereabouts import Whereabouts
 
-_MOST_RANKS = 16
-"""Ranks that the line describes one by one."""
+_MOST_RANKS = 16  # ranks that the line describes one by one
 
 type Answers = Mapping[int, Whereabouts | str]
 """By rank; words where no answer came."""

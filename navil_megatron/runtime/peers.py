@@ -17,8 +17,7 @@ import torch
 
 type Message = dict[str, Any]
 
-_ANSWER_SECONDS = 2.0
-"""A watchdog answers in milliseconds unless its process is stopped."""
+_ANSWER_SECONDS = 2.0  # a watchdog answers in milliseconds unless its process is stopped
 _LONGEST_LINE = 1 << 20
 _ANY_ROUTE = "192.0.2.1"
 """An address of nobody (RFC 5737): connecting a datagram socket to it sends nothing and picks the outward interface."""

@@ -12,8 +12,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-_STAGE_STRIDE = 100
-"""Distance between the seeds of neighbouring pipeline stages, as in Megatron-LM."""
+_STAGE_STRIDE = 100  # distance between the seeds of neighbouring pipeline stages, as in Megatron-LM
 
 
 def seed_rank(seed: int, pipeline_rank: int) -> None:

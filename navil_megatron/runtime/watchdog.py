@@ -23,16 +23,12 @@ from navil_megatron.runtime.peers import Message, Peers
 from navil_megatron.runtime.position import Position
 from navil_megatron.runtime.whereabouts import Whereabouts, place_of, read_waits
 
-_AT_DISK = ("checkpoint/", "files/", "megatron/core/dist_checkpointing/")
-"""Places of one that saves or restores."""
+_AT_DISK = ("checkpoint/", "files/", "megatron/core/dist_checkpointing/")  # places of one that saves or restores
 _LONGEST_BEAT_SECONDS = 1.0
 _BEATS_IN_TIMEOUT = 20
-_HAND_OVER_SECONDS = 20.0
-"""How long a rank waits for the line of a lower rank before it writes its own."""
-_SETTLE_SECONDS = 3.0
-"""How long the survivors look for the rank that closed their connections."""
-_STACKS_SECONDS = 10.0
-"""Most time for writing stacks: the log folder may be on the file system that hangs."""
+_HAND_OVER_SECONDS = 20.0  # how long a rank waits for the line of a lower rank before it writes its own
+_SETTLE_SECONDS = 3.0  # how long the survivors look for the rank that closed their connections
+_STACKS_SECONDS = 10.0  # most time for writing stacks: the log folder may be on the file system that hangs
 _STDERR = 2
 _SHOW_CURSOR = "\x1b[?25h\n"
 

@@ -19,8 +19,7 @@ import torch
 _PLACES = {str(Path(__file__).parents[1]): "", str(Path(megatron.core.__file__).parent): "megatron/core"}
 """Folders whose lines name a place, and what stands for them in a report."""
 _PEER_TO_PEER = "megatron/core/pipeline_parallel/p2p_communication.py"
-_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
-"""torch's functions: of gloo, and of NCCL."""
+_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")  # torch's functions: of gloo, and of NCCL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

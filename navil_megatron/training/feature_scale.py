@@ -18,8 +18,7 @@ from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.transformer_layer import NaViLTransformerLayer
 from navil_megatron.training.state import TrainingState, is_due
 
-_SUMS = 4
-"""Over tokens: 1, mean square, mean absolute value, and the square of that."""
+_SUMS = 4  # over tokens: 1, mean square, mean absolute value, and the square of that
 
 
 class FeatureScale:

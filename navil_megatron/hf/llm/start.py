@@ -27,8 +27,7 @@ from navil_megatron.hf.llm.language_config import language_from_hf, language_pro
 from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
 from navil_megatron.hf.verify import require_valid_model
 
-_PREFIX = "language_model."
-"""Stands before the LLM's own names in a NaViL's files."""
+_PREFIX = "language_model."  # stands before the LLM's own names in a NaViL's files
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.(original_)?inv_freq")
 _FREE = ("visual_expert_init", "modality_experts", "init_std", "composed_visual_output_projection")
 """Settings of the language section that an LLM does not decide."""

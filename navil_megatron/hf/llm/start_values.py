@@ -10,8 +10,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.hf.transforms import Tensors, Transform
 
-_ROWS_AT_ONCE = 8192
-"""Rows of a table summed at once."""
+_ROWS_AT_ONCE = 8192  # rows of a table summed at once
 
 
 def take(tensors: Tensors, *, transform: Transform, model: ModelConfig, copies: int) -> Tensors:
