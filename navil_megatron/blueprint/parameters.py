@@ -188,7 +188,6 @@ def _module(key: str, shape: Shape, *, bias: bool = False, **about: Any) -> Iter
 
 
 def _stacked(prefix: str, num_layers: int, layer: Iterable[Parameter]) -> Iterator[Parameter]:
-    """The parameters of one layer as those of all; nothing where there is none."""
     for parameter in layer if num_layers else ():
         yield replace(parameter, key=f"{prefix}.{parameter.key}", num_layers=num_layers)
 

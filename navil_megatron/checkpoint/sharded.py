@@ -186,7 +186,6 @@ def _sharded_rng(session: Session) -> ShardedObject:
 
 
 def _optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-    """The optimizer's state dict, its tensors as shards of whole ones."""
     only_weights = {name: entry for name, entry in weights.items() if name.startswith("model")}
     return optimizer.sharded_state_dict(only_weights, is_loading=is_loading, metadata=dict(_METADATA))
 

@@ -22,5 +22,4 @@ def source_names(indexes: Sequence[str]) -> list[str]:
 
 
 def _name(path: PurePath, num_parts: int) -> str:
-    """The last parts of a path, without its suffix."""
     return "/".join([*path.parent.parts, path.stem][-num_parts:])

@@ -212,7 +212,6 @@ def _is(value: Any, name: str) -> bool:
 
 
 def _fields(value: Any, name: str) -> dict[str, Any]:
-    """The fields of a dataclass."""
     if not _is(value, name) or not isinstance(value.state, dict):
         raise ValueError(f"has something else where it should hold a {name.partition('.')[2]}")
     return value.state

@@ -92,6 +92,5 @@ def convert_upcycle(
 
 
 def _repeat(tensors: Tensors, *, times: int) -> Tensors:
-    """[...] -> [times, ...]."""
     (tensor,) = tensors
     return (tensor.expand(times, *tensor.shape),)

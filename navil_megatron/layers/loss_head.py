@@ -120,7 +120,6 @@ def _logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_here(local: Tensor, weight: Tensor) -> Tensor:
-    """Which labels lie in this rank's rows of the vocabulary."""
     return (local >= 0) & (local < weight.shape[0])
 
 

@@ -100,5 +100,4 @@ class _Cut:
 
     @property
     def _dim(self) -> int:
-        """The split dimension of one matrix."""
         return (self.row.split_dim or 0) - (self.is_stack and self.row.split_dim is not None)

@@ -43,8 +43,7 @@ type TrafficTable = dict[tuple[str, str], Traffic]
 class MicrobatchSizes:
     """What the formula needs of one microbatch."""
 
-    num_predictions: int
-    """Positions with loss."""
+    num_predictions: int  # positions with loss
     gathered_features: int
     """Image tokens after the gather over the ranks that share a row: each share is padded to the largest."""
     text_tokens: int
@@ -59,10 +58,8 @@ class RankTraffic:
     pp_rank: int
     dp_rank: int
     world_size: int
-    batch: Sequence[Sequence[MicrobatchSizes]]
-    """The global batch: microbatches of each replica."""
-    parameters: Sequence[Sequence[HeldParameter]]
-    """Those that train, of each model chunk of this rank."""
+    batch: Sequence[Sequence[MicrobatchSizes]]  # the global batch: microbatches of each replica
+    parameters: Sequence[Sequence[HeldParameter]]  # those that train, of each model chunk of this rank
 
     def of_step(self) -> TrafficTable:
         """Calls and bytes of one step."""
@@ -139,7 +136,6 @@ class RankTraffic:
 
     @property
     def _token_bytes(self) -> int:
-        """Of one hidden state."""
         return self.config.model.language.hidden_size * self.config.precision.number_bytes
 
     @property

@@ -21,19 +21,14 @@ class StageMemory:
     """Bytes of a rank of one pipeline stage, at the fullest moment of a step."""
 
     stage: int
-    parameters: int
-    """Numbers, not bytes."""
+    parameters: int  # numbers, not bytes
     weights: float
     gradients: float
     optimizer: float
-    activations: float
-    """Decoder, embeddings and head, of all microbatches in flight."""
-    encoder: float
-    """Encoder and connector, the same."""
-    inputs: float
-    """Pixels and ids of the step's microbatches, which are all on the device at once."""
-    working: float
-    """Beside these while a layer or the head runs."""
+    activations: float  # decoder, embeddings and head, of all microbatches in flight
+    encoder: float  # encoder and connector, the same
+    inputs: float  # pixels and ids of the step's microbatches, which are all on the device at once
+    working: float  # beside these while a layer or the head runs
 
     @property
     def peak(self) -> float:
@@ -50,19 +45,15 @@ class Estimate:
 
     config: NaViLConfig
     dp_size: int
-    num_microbatches: int
-    """Of a step and replica."""
+    num_microbatches: int  # of a step and replica
     stages: tuple[StageMemory, ...]
     schedule: Schedule
     step_seconds: float
     layer_traffic_seconds: float
     """Of the step, collectives inside the layers, of the stage with most of them."""
-    gradient_seconds: float
-    """Of the step, gradients and updated weights over the ranks that share them."""
-    update_seconds: float
-    """Of the step, the optimizer."""
-    model_flops: float
-    """Of the step, all ranks."""
+    gradient_seconds: float  # of the step, gradients and updated weights over the ranks that share them
+    update_seconds: float  # of the step, the optimizer
+    model_flops: float  # of the step, all ranks
 
     @property
     def fullest(self) -> StageMemory:
@@ -138,7 +129,6 @@ class Estimator:
 
     @cached_property
     def _layers(self) -> tuple[int, ...]:
-        """Decoder layers of each chunk."""
         return layers_of_chunks(self.config.parallel, self.config.model.language.num_layers)
 
     @cached_property

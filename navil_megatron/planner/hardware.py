@@ -12,20 +12,15 @@ PEAK_TFLOPS = 989
 class Hardware:
     """Figures of one GPU and its links; defaults are published ones for an H100 SXM and no measurement of ours."""
 
-    gpus: int
-    """GPUs of the run."""
-    hbm: float = 80.0
-    """Memory of a GPU, in GB (10^9 bytes)."""
-    gpus_per_node: int = 8
-    """GPUs that NVLink joins."""
+    gpus: int  # GPUs of the run
+    hbm: float = 80.0  # memory of a GPU, in GB (10^9 bytes)
+    gpus_per_node: int = 8  # GPUs that NVLink joins
     nvlink: float = 450.0
     """GB/s that a GPU sends inside its node: half of the 900 GB/s that count both directions."""
-    network: float = 50.0
-    """GB/s that a GPU sends to another node: one 400 Gb/s port a GPU."""
+    network: float = 50.0  # GB/s that a GPU sends to another node: one 400 Gb/s port a GPU
     rate: float = 466.0
     """TFLOP/s of model FLOPs while a GPU computes: what Megatron-LM publishes for a dense 7.1B in BF16 (47% MFU)."""
-    hbm_bandwidth: float = 3350.0
-    """GB/s of memory traffic in the update, which computes next to nothing."""
+    hbm_bandwidth: float = 3350.0  # GB/s of memory traffic in the update, which computes next to nothing
 
     @property
     def usable_bytes(self) -> float:

@@ -21,12 +21,9 @@ FP32, INT64 = 4, 8
 class StateBytes(NamedTuple):
     """What outlives a step; the distributed optimizer's padding is left out."""
 
-    weights: int
-    """In the precision of the run."""
-    gradients: int
-    """FP32, of trained parameters."""
-    optimizer: float
-    """Two FP32 moments, and FP32 master weights under bf16."""
+    weights: int  # in the precision of the run
+    gradients: int  # FP32, of trained parameters
+    optimizer: float  # two FP32 moments, and FP32 master weights under bf16
 
 
 def state_bytes(config: NaViLConfig, held: Iterable[HeldParameter], dp_size: int) -> StateBytes:
@@ -52,8 +49,7 @@ class ActivationModel:
 
     config: NaViLConfig
     work: Workload
-    fused: bool
-    """RMSNorm keeps no scaled input: on CUDA."""
+    fused: bool  # RMSNorm keeps no scaled input: on CUDA
 
     @property
     def _size(self) -> int:
@@ -199,7 +195,6 @@ class ActivationModel:
 
     @property
     def _patches(self) -> int:
-        """Of the rank that encodes most."""
         return num_patches(fullest_share(self.work.grids, self.config.model.vision, self.config.parallel.row_ranks))
 
     def inputs(self, is_first: bool, num_microbatches: int) -> int:

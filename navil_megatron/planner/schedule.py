@@ -37,8 +37,7 @@ class Span:
     """One forward or backward pass of a chunk."""
 
     stage: int
-    chunk: int
-    """In the order of the model."""
+    chunk: int  # in the order of the model
     microbatch: int
     is_forward: bool
     start: float
@@ -51,10 +50,8 @@ class Schedule:
 
     spans: tuple[Span, ...]
     """Of the microbatches that were simulated, stage by stage in the order of execution."""
-    seconds: float
-    """All microbatches, first forward to last backward."""
-    bubble: float
-    """Share of that time in which a stage idles, mean over the stages."""
+    seconds: float  # all microbatches, first forward to last backward
+    bubble: float  # share of that time in which a stage idles, mean over the stages
 
 
 def simulate(times: Sequence[ChunkTime], num_stages: int, num_microbatches: int, send_seconds: float = 0) -> Schedule:

@@ -31,11 +31,9 @@ class Candidate:
     """One layout and the verdict on it."""
 
     config: NaViLConfig
-    estimate: Estimate | None
-    """None where the config is refused."""
+    estimate: Estimate | None  # none where the config is refused
     fits: bool
-    reason: str
-    """Why it stands where it stands."""
+    reason: str  # why it stands where it stands
 
 
 def search_layouts(config: NaViLConfig, hardware: Hardware, work: Workload) -> list[Candidate]:

@@ -75,7 +75,6 @@ def generate(
 
 
 def _extended(prompt: EncodedSample, text: Sequence[int]) -> EncodedSample:
-    """The prompt with the tokens found so far."""
     return dataclasses.replace(
         prompt,
         input_ids=np.concatenate([prompt.input_ids, np.asarray(text, dtype=np.int64)]),

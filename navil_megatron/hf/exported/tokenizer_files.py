@@ -200,5 +200,4 @@ def _own_template(folder: Path, config: dict[str, Any]) -> Any:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """The file's content; nothing where there is no such file."""
     return read_json(path, "save the tokenizer anew") if path.is_file() else {}

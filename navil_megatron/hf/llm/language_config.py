@@ -157,7 +157,6 @@ def _rope_problems(llm: Mapping[str, Any], section: str) -> Iterator[str]:
 
 
 def _rope(llm: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings in either spelling, as one table."""
     theta = {} if llm.get("rope_theta") is None else {"rope_theta": llm["rope_theta"]}
     return {**theta, **(llm.get("rope_scaling") or {}), **(llm.get("rope_parameters") or {})}
 
