@@ -63,6 +63,7 @@ class CheckpointManager:
 
     def __init__(self, config: NaViLConfig, session: Session) -> None:
         self.config, self.session, self.directory = config, session, Path(config.checkpoint.directory)
+        self.shapes = checkpoint_shapes(config.model)  # key and whole shape of every weight of a checkpoint
 
     def save(
         self, step: int, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, training_state: dict[str, Any]
@@ -142,7 +143,7 @@ class CheckpointManager:
         logger.info("kept the optimizer state of %s", folder)
 
     def _require_keys(self, folder: Path) -> None:
-        require_keys(folder, self._agree(lambda: stored_shapes(folder)), checkpoint_shapes(self.config.model))
+        require_keys(folder, self._agree(lambda: stored_shapes(folder)), self.shapes)
 
     def _agree[T](self, look: Callable[[], T]) -> T:
         """What rank 0 sees on its file system, on every rank."""
