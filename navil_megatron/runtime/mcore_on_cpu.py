@@ -76,7 +76,6 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _same(value: Any) -> Callable[[Any], Any]:
-    """Ignores the original."""
     return lambda original: value
 
 
