@@ -24,6 +24,7 @@ def import_megatron_core() -> None:
     # tensor parallelism). CUDA reads it when it starts, which an import may make it do: so before torch's.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
+    import torch._dynamo  # optimizers would: here it meets torch's functions before mcore_on_cpu replaces some
 
     compile_now, hides_wandb = torch.compile, "wandb" not in sys.modules
     torch.compile = functools.partial(compile_when_called, compile_now)

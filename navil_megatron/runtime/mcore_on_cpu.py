@@ -215,7 +215,6 @@ def enable_megatron_core_on_cpu() -> None:
         return
     require_tested_megatron_core()
     stay_eager()
-    importlib.import_module("torch._dynamo")  # optimizers will: it must meet torch's functions, not what replaces them
     for patch in PATCHES:
         owner = _owner(patch.owner)
         setattr(owner, patch.name, patch.build(getattr(owner, patch.name)))
