@@ -74,7 +74,7 @@ def make_environment(folder: Path, end: str, python: str) -> str:
     asked = [name + lowest[name] for name in BOUNDED] if end == "lowest" else list(BOUNDED)
     subprocess.run([uv, "venv", "--python", python, str(folder)], check=True)
     inside = str(folder / "bin" / "python")
-    # As pip does: so that no compiler's warning is printed in the middle of a test, and with the machine's certificates.
+    # As pip does: no compiler's warning is printed in the middle of a test, and the machine's certificates count.
     install = [uv, "pip", "install", "--compile-bytecode", "--system-certs", "--python", inside]
     subprocess.run([*install, "--editable", f"{ROOT}[test]", *asked], check=True)
     return inside
