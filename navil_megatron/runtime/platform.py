@@ -3,7 +3,6 @@
 ``runtime.device`` of the config decides; nothing here looks for a GPU and silently takes what it finds.
 """
 
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -58,9 +57,6 @@ class Platform:
                 f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
                 "start at most one rank per GPU"
             )
-        # Kernels and collectives of one layer then start in the order in which they were enqueued (megatron-core asks
-        # for it under tensor parallelism). Read when CUDA starts, so it is set before the first use.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return cls(

@@ -8,6 +8,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import GetSetDescriptorType
 
 import numpy as np
 import psutil
@@ -247,6 +248,11 @@ def test_several_threads_share_a_decoder(decoder: ImageDecoder) -> None:
         for a, b in zip(results, expected, strict=True):
             assert reason(a) == reason(b)
             assert isinstance(b, ImageDecodeError) or all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_this_torch_names_the_stream_that_dali_is_given() -> None:
+    """Without a GPU no stream can be made; make test-versions asks the lowest torch and the newest."""
+    assert isinstance(torch.Stream.native_handle, GetSetDescriptorType)
 
 
 def test_a_run_with_pillow_needs_no_dali(tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(Path(__file__).resolve().parent)]
 
+import navil_megatron.runtime  # noqa: F401  sets what CUDA reads when it starts, and quiets core's import
+
+# isort: split
 import torch
 from gpu_layers import decoder_layers, encoder, experts, loss_head
 from gpu_scale import ON_GPU, REHEARSAL, Scale
 from gpu_steps import profile, whole_step
-
-import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 
 BENCHMARKS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
     "decoder_layers": decoder_layers,
