@@ -131,10 +131,10 @@ class ActivationModel:
         return self._norm(self._tokens // self.config.parallel.sequence_ranks, self.config.model.language.hidden_size)
 
     def embedding(self) -> int:
-        """Token ids, entries of special tokens, places of image tokens; under sequence parallelism the embeddings of
-        all tokens, of which the first layer's input is a view.
+        """Token ids, entries of special tokens, places of image tokens; of a split table also which ids lie elsewhere;
+        under sequence parallelism the embeddings of all tokens, of which the first layer's input is a view.
         """
-        kept = self._tokens * (2 * INT64 + 1) + self._image_places
+        kept = self._tokens * (2 * INT64 + (self._tensor > 1)) + self._image_places
         return kept + self._tokens * self.config.model.language.hidden_size * self._size - self.hidden_bytes
 
     @property
