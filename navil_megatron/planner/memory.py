@@ -176,13 +176,15 @@ class ActivationModel:
         return -(-count // self.config.parallel.context_parallel_size)
 
     def head_working(self) -> int:
-        """Logits of one chunk, in FP32 beside the run's precision, and the FP32 sum of a trained head's gradient."""
+        """Logits of one chunk, in FP32 beside the run's precision; on a CPU also its part of a trained head's gradient,
+        which on CUDA the product itself adds to the sum.
+        """
         language = self.config.model.language
         tokens = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
         words = language.vocab_size // self._tensor
         rounded = 0 if self._size == FP32 else self._size
         trained = is_trainable("output_layer", self.config.training.phase)
-        return words * (tokens * (FP32 + rounded) + language.hidden_size * (FP32 + rounded) * trained)
+        return words * (tokens * (FP32 + rounded) + language.hidden_size * rounded * (trained and not self.fused))
 
     def layer_working(self) -> int:
         """Beyond what is kept, while one layer runs backward: gradients of the widest activation and of its input and

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from navil_megatron.layers.special_tokens import SpecialTokenEmbedding
 from tests.held_memory import watching
+from tests.operators import Operators
 from tests.ranks import tiny_config
 
 MODEL = tiny_config().model
 IDS = torch.tensor(MODEL.special_token_ids)
-aten = torch.ops.aten
 
 
 def case(num_tokens: int, dtype: torch.dtype) -> tuple[SpecialTokenEmbedding, torch.Tensor, torch.Tensor]:
@@ -48,18 +47,6 @@ def test_values_and_gradients_are_those_of_a_token_by_token_loop(
     assert torch.equal(found, expected)
     assert embeddings.grad is None if frozen == "embeddings" else torch.equal(embeddings.grad, of_embeddings)
     assert layer.weight.grad is None if frozen == "table" else torch.equal(layer.weight.grad, of_table.to(dtype))
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_backward_pass_adds_nothing_up_row_by_row() -> None:
