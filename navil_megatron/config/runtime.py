@@ -18,8 +18,8 @@ class RuntimeConfig:
     kernels: Literal["torch", "transformer_engine"] = "torch"
     """Which arithmetic the layers use. Weights and checkpoints are the same, so a run may change it on resume."""
     gradient_accumulation_fusion: Literal["none", "apex", "transformer_engine"] = "none"
-    """What adds weight gradients to the FP32 sums inside the matrix product: ``apex`` in the LM head,
-    ``transformer_engine`` in the linear layers of those kernels."""
+    """What adds weight gradients to the FP32 sums inside the matrix product: ``transformer_engine`` in the linear
+    layers of those kernels, ``apex`` in the LM head, where torch's own product does so otherwise."""
     collective_timeout_seconds: Count = 600
     """A collective that does not come back within this time ends the run."""
     cpu_threads: Count | None = None

@@ -47,11 +47,13 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, grad_output: Tensor, rows: Tensor) -> None:
-    """See ``layers.kernels``: one kernel where the types are the same."""
+    """See ``layers.kernels``: one product, which adds in float32, but for BF16 on a CPU, which has no such product."""
     if total.dtype == grad_output.dtype:
         total.addmm_(grad_output.t(), rows)
-    else:
+    elif total.device.type == "cpu":
         total += grad_output.t() @ rows
+    else:
+        torch.addmm(total, grad_output.t(), rows, out_dtype=total.dtype, out=total)
 
 
 TORCH_KERNELS = Kernels(

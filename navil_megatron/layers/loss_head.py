@@ -4,6 +4,7 @@ Megatron-core's cross entropies take the logits of all positions and keep their 
 its fused one returns BF16 gradients besides. Here the forward pass keeps two numbers a position, and the backward pass
 makes each chunk's logits again. That is one more GEMM of the head, at predicted positions alone; gradients made in the
 forward pass would have to know each position's weight there, and would hold the weight's gradient until the backward.
+The weight's gradient is added, chunk by chunk, to the FP32 sum that core's DDP keeps of it: no other is made.
 """
 
 from collections.abc import Callable
@@ -78,6 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sums, picked = totals
         log_sum = largest + sums.log()
         ctx.save_for_backward(hidden_states, weight, local, log_sum)
+        ctx.parameter = weight  # what is saved may come back as another tensor, without DDP's marks
         ctx.chunk_tokens, ctx.group, ctx.add_weight_gradient = chunk_tokens, group, add_weight_gradient
         return log_sum - picked
 
@@ -91,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_states, weight, local, log_sum = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = _gradient_sum(ctx.parameter) if needs_weight else None
         works: list[Work] = []
         for rows in _chunks(local.shape[0], ctx.chunk_tokens):
             grad = _logits(hidden_states[rows], weight).sub_(log_sum[rows, None]).exp_()
@@ -102,12 +104,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[rows])
                 if ctx.group.size() > 1:
                     works.append(torch.distributed.all_reduce(grad_hidden[rows], group=ctx.group, async_op=True))
-            if grad_weight is not None:
-                ctx.add_weight_gradient(grad_weight, grad, hidden_states[rows])
+            if total is not None:
+                ctx.add_weight_gradient(total, grad, hidden_states[rows])
             del grad
         for work in works:
             work.wait()
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
+        return grad_hidden, None if total is None else _handed_over(total, ctx.parameter), *[None] * 4
+
+
+def _gradient_sum(weight: Tensor) -> Tensor:
+    """[v/tp, h] float32, to add the weight's gradient to: core's DDP has one, a weight outside of it has not."""
+    total: Tensor | None = getattr(weight, "main_grad", None)
+    return torch.zeros_like(weight, dtype=torch.float32) if total is None else total
+
+
+def _handed_over(total: Tensor, weight: Tensor) -> Tensor | None:
+    """What autograd is given as the gradient that was added to ``total``: itself, unless core's DDP has it already.
+
+    DDP's hook then runs on a tensor of the weight's shape and type that nobody reads; it gets the sum's own memory
+    instead of as much again. Where the weight embeds too (``zero_out_wgrad``), the hook adds what autograd brings: the
+    gradient of the embedding, and nothing from here.
+    """
+    if getattr(weight, "main_grad", None) is not total:
+        return total.to(weight.dtype)
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(weight, "zero_out_wgrad", False):
+        return None
+    return total.view(-1).view(weight.dtype)[: weight.numel()].view_as(weight)
 
 
 def _chunks(num_rows: int, size: int) -> list[slice]:

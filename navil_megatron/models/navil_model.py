@@ -7,7 +7,6 @@ the embedding to the head (``blueprint.modality_order``), and the head runs only
 import copy
 from typing import Any
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -18,35 +17,20 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.training import TrainingConfig
 from navil_megatron.layers.feature_gather import gather_features
 from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.loss_head import LossHead
 from navil_megatron.layers.rope import cos_sin, decoder_angles
+from navil_megatron.layers.special_tokens import SpecialTokenEmbedding
 from navil_megatron.models.connector import Connector
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.models.layer_specs import decoder_block_spec
 from navil_megatron.models.sharded_weights import shard_weights
 from navil_megatron.models.vision_encoder import VisionEncoder
-
-
-class SpecialTokenEmbedding(nn.Module):
-    """Rows that replace the text table's for the 12 special tokens, so that a frozen table never needs them."""
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), model.language.hidden_size, dtype=dtype))
-        row_of_id = torch.full((model.language.vocab_size,), -1, dtype=torch.long)
-        row_of_id[list(model.special_token_ids)] = torch.arange(len(SPECIAL_TOKENS))
-        self.register_buffer("row_of_id", row_of_id, persistent=False)
-
-    def forward(self, embeddings: Tensor, input_ids: Tensor) -> Tensor:
-        """embeddings [t, h] of the text table -> [t, h] with special rows replaced."""
-        rows = self.get_buffer("row_of_id")[input_ids]
-        return torch.where((rows >= 0).unsqueeze(-1), self.weight[rows.clamp(min=0)], embeddings)
 
 
 class NaViLModel(LanguageModule):

@@ -131,10 +131,10 @@ class ActivationModel:
         return self._norm(self._tokens // self.config.parallel.sequence_ranks, self.config.model.language.hidden_size)
 
     def embedding(self) -> int:
-        """Token ids, entries of special tokens, places of image tokens; under sequence parallelism the embeddings of
-        all tokens, of which the first layer's input is a view.
+        """Token ids, entries of special tokens, places of image tokens; of a split table also which ids lie elsewhere;
+        under sequence parallelism the embeddings of all tokens, of which the first layer's input is a view.
         """
-        kept = self._tokens * (2 * INT64 + 1) + self._image_places
+        kept = self._tokens * (2 * INT64 + (self._tensor > 1)) + self._image_places
         return kept + self._tokens * self.config.model.language.hidden_size * self._size - self.hidden_bytes
 
     @property
@@ -176,13 +176,15 @@ class ActivationModel:
         return -(-count // self.config.parallel.context_parallel_size)
 
     def head_working(self) -> int:
-        """Logits of one chunk, in FP32 beside the run's precision, and the FP32 sum of a trained head's gradient."""
+        """Logits of one chunk, in FP32 beside the run's precision; on a CPU also its part of a trained head's gradient,
+        which on CUDA the product itself adds to the sum.
+        """
         language = self.config.model.language
         tokens = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
         words = language.vocab_size // self._tensor
         rounded = 0 if self._size == FP32 else self._size
         trained = is_trainable("output_layer", self.config.training.phase)
-        return words * (tokens * (FP32 + rounded) + language.hidden_size * (FP32 + rounded) * trained)
+        return words * (tokens * (FP32 + rounded) + language.hidden_size * rounded * (trained and not self.fused))
 
     def layer_working(self) -> int:
         """Beyond what is kept, while one layer runs backward: gradients of the widest activation and of its input and

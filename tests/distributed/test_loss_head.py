@@ -7,10 +7,15 @@ import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from navil_megatron.blueprint.parameters import EMBEDDING, HEAD
 from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
 from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.loss_head import LossHead
-from tests.ranks import run_ranks, start_session
+from navil_megatron.models.build import build_model
+from navil_megatron.training.batch import build_model_inputs
+from navil_megatron.training.optimizer import wrap_ddp
+from tests.oracle import MIXED, TEXT_ONLY, global_batch, oracle_config
+from tests.ranks import run_ranks, start_session, tiny_config
 from tests.tolerances import BF16_CHUNKS, ONE_CHUNK, RANKS
 from tools.bench.turns import peak_bytes
 
@@ -113,6 +118,56 @@ def test_the_weights_gradient_is_summed_by_the_kernel_library() -> None:
     assert equal
 
 
+def sums_under_ddp(rank: int, world_size: int, sections: dict, rtol: float) -> None:
+    """Two microbatches of a whole model: every gradient is plain autograd's, and the head's grows where DDP has it."""
+    config = oracle_config(**sections)
+    with start_session(rank, world_size, config) as session:
+        (model,) = build_model(config, session.groups, session.device)
+        batch = [build_model_inputs(row) for row in global_batch(config, (MIXED, TEXT_ONLY), session)]
+        first, expected = {}, {}
+        for inputs, found in zip(batch, (first, expected), strict=True):
+            model(inputs).sum().backward()
+            found |= {key: p.grad.float().clone() for key, p in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        name = EMBEDDING if config.model.language.tied_embeddings else HEAD
+        head = model.get_parameter(name)
+        places = set()
+
+        def add_weight_gradient(total: torch.Tensor, grad_output: torch.Tensor, rows: torch.Tensor) -> None:
+            places.add((total.data_ptr(), *total.shape))
+            TORCH_KERNELS.add_weight_gradient(total, grad_output, rows)
+
+        model.output_layer.kernels = replace(model.output_layer.kernels, add_weight_gradient=add_weight_gradient)
+        (chunk,) = wrap_ddp(config, session, [model])
+        for _ in range(2):
+            chunk.zero_grad_buffer()
+            with chunk.no_sync():
+                chunk(batch[0]).sum().backward()
+                assert rtol == BF16_CHUNKS or torch.equal(head.main_grad, first[name])
+            chunk(batch[1]).sum().backward()
+            chunk.finish_grad_sync()
+            for key, parameter in model.named_parameters():
+                assert parameter.grad is None
+                distance = (parameter.main_grad - expected[key]).norm()
+                assert distance <= rtol * expected[key].norm(), f"{key}: {distance}"
+        assert places == {(head.main_grad.data_ptr(), *head.shape)}
+        # Evaluation outside of a step leaves the sums alone.
+        before = head.main_grad.clone()
+        with torch.no_grad():
+            chunk(batch[0])
+        assert torch.equal(head.main_grad, before)
+
+
+@pytest.mark.parametrize(("precision", "rtol"), [("fp32", RANKS["rtol"]), ("bf16", BF16_CHUNKS)])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_gradient_grows_in_the_buffer_of_ddp(
+    tied: bool, overlap: bool, precision: str, rtol: float
+) -> None:
+    sections = {"model": {"language": {"tied_embeddings": tied}}, "optimizer": {"overlap_grad_reduce": overlap}}
+    run_ranks(1, sums_under_ddp, {**sections, "precision": {"type": precision}}, rtol)
+
+
 def peak_of(head: LossHead, rows: int, chunk_tokens: int) -> int:
     """Most bytes that a forward and backward pass has allocated at once, as the CPU allocator saw it."""
     vocabulary, width = head.weight.shape
@@ -121,29 +176,33 @@ def peak_of(head: LossHead, rows: int, chunk_tokens: int) -> int:
     return peak_bytes(lambda: head(hidden, None, labels, chunk_tokens).sum().backward(), torch.device("cpu"))
 
 
-def peaks(rank: int, world_size: int, dtype: torch.dtype, frozen: bool) -> dict[tuple[int, int], int]:
+def peaks(rank: int, world_size: int, dtype: torch.dtype, trained: str) -> dict[tuple[int, int], int]:
     with start_session(rank, world_size) as session:
-        return {
-            (vocabulary, rows): peak_of(build_head(session, vocabulary, 8, dtype, frozen), rows, chunk_tokens=64)
-            for vocabulary in (2_000, 4_000)
-            for rows in (512, 1_024)
-        }
+        found = {}
+        for vocabulary in (2_000, 4_000):
+            head = build_head(session, vocabulary, 64, dtype, trained == "frozen")
+            if trained == "in DDP":
+                wrap_ddp(tiny_config(), session, [head])
+            found |= {(vocabulary, rows): peak_of(head, rows, chunk_tokens=64) for rows in (512, 1_024)}
+        return found
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("trained", ["frozen", "alone", "in DDP"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_grows_with_the_vocabulary_by_one_chunk_and_with_tokens_by_their_hidden_states(
-    dtype: torch.dtype, frozen: bool
+    dtype: torch.dtype, trained: str
 ) -> None:
-    (found,) = run_ranks(1, peaks, dtype, frozen)
+    (found,) = run_ranks(1, peaks, dtype, trained)
     size = dtype.itemsize
     # In bf16 the logits exist in both types while one becomes the other.
-    chunk = 64 * 2_000 * (4 if dtype is torch.float32 else 4 + size)
-    # The weight's gradient, its FP32 sum and one chunk's part of it are as large as the weight, whatever the tokens.
-    weight = 0 if frozen else 2_000 * 8 * (4 if dtype is torch.float32 else 4 + size)
+    rounded = 0 if dtype is torch.float32 else size
+    chunk = 64 * 2_000 * (4 + rounded)
+    # As large as the weight, whatever the tokens: one chunk's part of its gradient where that is rounded, and where DDP
+    # has no FP32 sum of it, that sum and the gradient.
+    weight = 2_000 * 64 * {"frozen": 0, "alone": 4 + rounded, "in DDP": rounded}[trained]
     for rows in (512, 1_024):
         assert found[4_000, rows] - found[2_000, rows] <= ONE_CHUNK * (chunk + weight)
     # A gradient of the hidden state and a few numbers (label, maximum, sum, its logarithm, ...) a position.
     for vocabulary in (2_000, 4_000):
-        assert found[vocabulary, 1_024] - found[vocabulary, 512] <= 512 * (8 * size + 6 * 8)
+        assert found[vocabulary, 1_024] - found[vocabulary, 512] <= 512 * (64 * size + 6 * 8)
     assert found[4_000, 1_024] < 1_024 * 4_000 * 4 / 4
