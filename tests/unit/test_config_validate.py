@@ -328,11 +328,6 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         2,
         "the interleaved schedule needs microbatches in multiples of pipeline_model_parallel_size = 2, found 3",
     ),
-    (
-        {"runtime__kernels": "transformer_engine"},
-        8,
-        'needs runtime.device = "cuda", found "cpu"; set kernels = "torch"',
-    ),
     ({**ENGINE, "precision__type": "fp32"}, 8, 'needs precision.type = "bf16", found "fp32"; change it or'),
     (
         {"runtime__gradient_accumulation_fusion": "transformer_engine"},
