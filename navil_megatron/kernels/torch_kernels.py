@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from navil_megatron.kernels.adamw import AdamW
+from navil_megatron.kernels.attention_heads import attention_heads, attention_heads_gradient
 from navil_megatron.kernels.modality_product import modality_product
 from navil_megatron.layers.kernels import Kernels
 
@@ -56,6 +57,8 @@ def add_weight_gradient(total: Tensor, grad_output: Tensor, rows: Tensor) -> Non
 
 TORCH_KERNELS = Kernels(
     norms={"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm},
+    attention_heads=attention_heads,
+    attention_heads_gradient=attention_heads_gradient,
     segment_attention=segment_attention,
     linear=Linear,
     modality_product=modality_product,
