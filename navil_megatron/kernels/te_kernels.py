@@ -48,6 +48,8 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         grouped_product=torch_kernels.grouped_product,
         add_weight_gradient=torch_kernels.add_weight_gradient,
         modality_product=modality_product,
+        swiglu=torch_kernels.swiglu,
+        swiglu_gradient=torch_kernels.swiglu_gradient,
         adam=Adam,
         encoder_precision=encoder_precision,
         encoder_rows=encoder_rows,

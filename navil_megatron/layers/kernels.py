@@ -149,6 +149,10 @@ class Kernels:
     linear: Callable[..., nn.Module]
     """Built with (input size, output size, bias=, dtype=): ``weight`` [out, in] and, if asked for, ``bias`` [out]."""
     modality_product: ModalityProduct
+    swiglu: Callable[[Tensor, Tensor | None], Tensor]
+    """[gate | up] [..., 2f] and None or a weight for each row [...]: -> silu(gate) * up [* weight] [..., f]."""
+    swiglu_gradient: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    """The gradients of both, from that of the output [..., f], which comes first."""
     grouped_product: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Rows [r, in] sorted by expert, weights [e, out, in] and [e] int32, one past the last row of each: -> [r, out]."""
     add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None]

@@ -41,8 +41,9 @@ from navil_megatron.data.types import Microbatch
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.layers.attention_heads import AttentionHeads
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_mlp import ModalityMLP, SwiGLU
+from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.layers.rope import cos_sin, decoder_angles
+from navil_megatron.layers.swiglu import SwiGLU
 from navil_megatron.models.build import initialize_weights
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.models.mcore_config import build_transformer_config
@@ -100,13 +101,14 @@ class PeerMLP(nn.Module):
 
     def __init__(self, mlp: ModalityMLP, combine: Combine):
         super().__init__()
-        self.linear_fc1, self.linear_fc2, self.combine = mlp.linear_fc1, mlp.linear_fc2, combine
+        self.linear_fc1, self.linear_fc2, self.kernels = mlp.linear_fc1, mlp.linear_fc2, mlp.kernels
+        self.combine = combine
 
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         """[t, 1, h] -> the same."""
         first, second = self.linear_fc1, self.linear_fc2
         text, visual = (
-            lambda rows, m=name: second.get_submodule(m)(SwiGLU.apply(first.get_submodule(m)(rows)))
+            lambda rows, m=name: second.get_submodule(m)(SwiGLU.apply(first.get_submodule(m)(rows), None, self.kernels))
             for name in ("text", "visual")
         )
         return self.combine(hidden_states.flatten(0, 1), text, visual).view_as(hidden_states)
