@@ -70,9 +70,19 @@ class Linear(_WeightsAlone, te.Linear):
 class RMSNorm(_WeightsAlone, te.RMSNorm):
     """RMSNorm over the last dimension."""
 
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., h] -> [..., h]; of no rows, which the engine refuses, the gradient of the weight is zero."""
+        normed: Tensor = super().forward(rows) if rows.numel() else rows * self.weight
+        return normed
+
 
 class LayerNorm(_WeightsAlone, te.LayerNorm):
     """LayerNorm over the last dimension."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """As of ``RMSNorm``."""
+        normed: Tensor = super().forward(rows) if rows.numel() else rows * self.weight + self.bias
+        return normed
 
 
 def build_linear(

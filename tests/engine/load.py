@@ -49,9 +49,12 @@ def load_engine() -> None:
 
     Raises:
         FileNotFoundError: The environment was made without them.
+        RuntimeError: It comes too late.
     """
     if "transformer_engine_torch" in sys.modules:
         return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron-core was loaded before Transformer Engine, and so without it")
     if not (ENGINE / "transformer_engine").is_dir():
         raise FileNotFoundError(f"no transformer_engine in {ENGINE}: make venv puts it there")
     from tests.engine.standin.module import build_module

@@ -124,6 +124,7 @@ def fused_attn_fwd(
     rng_elts_per_thread,
     return_max_logit,
     cuda_graph,
+    /,
 ):
     """The context [t, n, d], what backward needs of the softmax [t, n, 1], and the random state [2]."""
     tensors = (Q, K, V)
@@ -175,6 +176,7 @@ def fused_attn_bwd(
     dp_quantizer,
     dqkv_quantizer,
     cuda_graph,
+    /,
 ):
     """Gradients of query, key and value; none of a bias and of a softmax offset."""
     tensors = (Q, K, V, O, dO)

@@ -39,7 +39,7 @@ def rmsnorm_fwd(input, weight, eps, ln_out, quantizer, otype, sm_margin, zero_ce
 
 
 @exported
-def rmsnorm_bwd(dz, x, rsigma, gamma, sm_margin, zero_centered_gamma):
+def rmsnorm_bwd(dz, x, rsigma, gamma, sm_margin, zero_centered_gamma, /):
     """Gradients of the rows and the weight."""
     _refuse_no_rows(rsigma.shape[0], "Input rsigma")
     grad, normed = flat(dz).float(), flat(x).float() * rsigma.unsqueeze(-1)
@@ -48,7 +48,7 @@ def rmsnorm_bwd(dz, x, rsigma, gamma, sm_margin, zero_centered_gamma):
 
 
 @exported
-def rmsnorm_bwd_add(dz, x, add, rsigma, gamma, sm_margin, zero_centered_gamma):
+def rmsnorm_bwd_add(dz, x, add, rsigma, gamma, sm_margin, zero_centered_gamma, /):
     """The same with another gradient of the rows added."""
     dx, dgamma = rmsnorm_bwd.__wrapped__(dz, x, rsigma, gamma, sm_margin, zero_centered_gamma)
     return [(dx.float() + add.float().view(x.shape)).to(x.dtype), dgamma]
@@ -69,7 +69,7 @@ def layernorm_fwd(input, weight, bias, eps, ln_out, quantizer, otype, sm_margin,
 
 
 @exported
-def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma):
+def layernorm_bwd(dz, x, mu, rsigma, gamma, sm_margin, zero_centered_gamma, /):
     """Gradients of the rows, the weight and the bias."""
     _refuse_no_rows(rsigma.shape[0], "Input mu")
     grad = flat(dz).float()

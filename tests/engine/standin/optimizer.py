@@ -7,7 +7,7 @@ from tests.engine.standin.calls import exported
 
 @exported
 def multi_tensor_adam(
-    chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay
+    chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay, /
 ):
     """Gradients, weights and both moments, and in a fifth list copies of the weights in BF16; mode 1 is AdamW."""
     if mode != 1:
@@ -30,29 +30,29 @@ def multi_tensor_adam(
 
 
 @exported
-def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor_python=None):
+def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor_python, /):
     """The norm of all, [1], and of each, [tensors]."""
     norms = torch.stack([x.float().norm() for x in tensor_lists[0]])
     return norms.norm().reshape(1), norms if per_tensor_python else norms.new_empty(0)
 
 
 @exported
-def multi_tensor_unscale_l2norm(chunk_size, noop_flag, tensor_lists, inv_scale, per_tensor_python=None):
+def multi_tensor_unscale_l2norm(chunk_size, noop_flag, tensor_lists, inv_scale, per_tensor_python, /):
     """The same of the tensors times ``inv_scale``."""
     norms = torch.stack([(x.float() * inv_scale).norm() for x in tensor_lists[0]])
     return norms.norm().reshape(1), norms if per_tensor_python else norms.new_empty(0)
 
 
 @exported
-def multi_tensor_scale(chunk_size, is_infinite, tensor_lists, scale):
+def multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale, /):
     """The first list times ``scale``, into the second."""
     for source, target in zip(*tensor_lists, strict=True):
         target.copy_(source.float() * scale)
         if not target.isfinite().all():
-            is_infinite.fill_(1)
+            noop_flag.fill_(1)
 
 
 @exported
-def multi_tensor_scale_tensor(chunk_size, is_infinite, tensor_lists, scale):
+def multi_tensor_scale_tensor(chunk_size, is_infinite, tensor_lists, scale, /):
     """The same by a scale on the device."""
     multi_tensor_scale.__wrapped__(chunk_size, is_infinite, tensor_lists, scale.item())

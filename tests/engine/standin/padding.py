@@ -4,7 +4,7 @@ from tests.engine.standin.calls import exported
 
 
 @exported
-def fused_multi_row_padding(input, output, input_row_list, padded_input_row_list):
+def fused_multi_row_padding(input, output, input_row_list, padded_input_row_list, /):
     """Zeros fill each matrix up."""
     start = to = 0
     for rows, padded in zip(input_row_list, padded_input_row_list, strict=True):
@@ -15,7 +15,7 @@ def fused_multi_row_padding(input, output, input_row_list, padded_input_row_list
 
 
 @exported
-def fused_multi_row_unpadding(input, output, input_row_list, unpadded_input_row_list):
+def fused_multi_row_unpadding(input, output, input_row_list, unpadded_input_row_list, /):
     """The rows that were there before."""
     start = to = 0
     for padded, rows in zip(input_row_list, unpadded_input_row_list, strict=True):

@@ -163,6 +163,7 @@ def te_general_grouped_gemm(
     accumulate,
     use_split_accumulator,
     math_sm_count,
+    /,
 ):
     """A product for each pair, into rows of one output or into an output each. An empty bias is none."""
     if single_output and D is None:
@@ -193,7 +194,7 @@ def te_general_grouped_gemm(
 
 
 @exported
-def get_grouped_gemm_setup_workspace_size(num_tensors):
+def get_grouped_gemm_setup_workspace_size(num_tensors, /):
     """Bytes."""
     return 1024 * num_tensors
 

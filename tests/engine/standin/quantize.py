@@ -256,7 +256,7 @@ def compute_amax(input, amax):
 
 @exported
 def fused_amax_and_scale_update_after_reduction(
-    amax_reduction_buffer, amax_histories, scales, amax_compute_algo, fp8_dtype, margin
+    amax_reduction_buffer, amax_histories, scales, amax_compute_algo, fp8_dtype, margin, /
 ):
     """Delayed scaling, once a pass: what was largest joins the histories [length, tensors] and gives new scales."""
     limit, start = torch.finfo(torch_type(fp8_dtype)).max, 0
@@ -273,7 +273,7 @@ def fused_amax_and_scale_update_after_reduction(
 
 
 @exported
-def swizzle_scales_for_gemm_(tensor):
+def swizzle_scales_for_gemm_(tensor, /):
     """Only MXFP8 and NVFP4 have scales to reorder."""
 
 

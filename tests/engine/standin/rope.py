@@ -17,27 +17,32 @@ def _positions(input, start_positions, qkv_format, cu_seqlens, cp_size):
     return positions.unsqueeze(1 if qkv_format == NVTE_QKV_Format.NVTE_SBHD else 0)
 
 
-def _rotate(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, sign):
+def _swap(x, interleaved):
+    """A quarter turn of every pair: the two halves, or neighbours."""
+    if interleaved:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+def _rotate(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, back):
     if freqs.dim() != 4 or freqs.shape[1:3] != (1, 1) or freqs.dtype != torch.float32:
         raise RuntimeError(f"frequencies [s, 1, 1, d] in FP32, found {freqs.dtype} {tuple(freqs.shape)}")
     width = freqs.shape[3]
     angles = freqs[_positions(input, start_positions, qkv_format, cu_seqlens, cp_size), 0, 0].unsqueeze(-2)
     turned, kept = input.detach().float().split([width, input.shape[-1] - width], -1)
-    if interleaved:
-        swapped = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, -1)
-        swapped = torch.cat([-second, first], -1)
-    return torch.cat([turned * angles.cos() + sign * swapped * angles.sin(), kept], -1).to(input.dtype)
+    sin = angles.sin()
+    across = -_swap(turned * sin, interleaved) if back else _swap(turned, interleaved) * sin
+    return torch.cat([turned * angles.cos() + across, kept], -1).to(input.dtype)
 
 
 @exported
-def fused_rope_forward(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank):
+def fused_rope_forward(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank, /):
     """Turned by their positions' angles."""
-    return _rotate(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, 1)
+    return _rotate(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, back=False)
 
 
 @exported
-def fused_rope_backward(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank):
+def fused_rope_backward(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank, /):
     """Turned back."""
-    return _rotate(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, -1)
+    return _rotate(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, back=True)
