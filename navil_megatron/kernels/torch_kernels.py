@@ -1,6 +1,7 @@
 """Plain torch, for CPU and GPU, with no kernel library."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ TORCH_KERNELS = Kernels(
     norms={"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm},
     segment_attention=segment_attention,
     linear=Linear,
-    modality_product=modality_product,
+    modality_product=partial(partial, modality_product),
     grouped_product=grouped_product,
     add_weight_gradient=add_weight_gradient,
     encoder_precision=nullcontext,
