@@ -1,6 +1,7 @@
 """Plain torch, for CPU and GPU, with no kernel library."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ TORCH_KERNELS = Kernels(
     attention_heads_gradient=attention_heads_gradient,
     segment_attention=segment_attention,
     linear=Linear,
-    modality_product=modality_product,
+    modality_product=partial(partial, modality_product),
     swiglu=swiglu,
     swiglu_gradient=swiglu_gradient,
     grouped_product=grouped_product,

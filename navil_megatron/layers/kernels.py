@@ -115,8 +115,6 @@ class ModalityProduct(Protocol):
     def __call__(
         self,
         rows: Tensor,
-        text: nn.Module,
-        visual: nn.Module,
         num_text: int,
         group: ProcessGroup | None,
         sequence_parallel: bool,
@@ -125,8 +123,6 @@ class ModalityProduct(Protocol):
 
         Args:
             rows: [t, in] in modality-major order, or this rank's share of it under sequence parallelism.
-            text: The text expert's linear.
-            visual: The visual expert's linear.
             num_text: Text tokens, of all ranks.
             group: Tensor-parallel ranks that share the input; ``None``: no collective.
             sequence_parallel: The ranks hold shares of the tokens, which are gathered first.
@@ -148,7 +144,8 @@ class Kernels:
     segment_attention: SegmentAttention
     linear: Callable[..., nn.Module]
     """Built with (input size, output size, bias=, dtype=): ``weight`` [out, in] and, if asked for, ``bias`` [out]."""
-    modality_product: ModalityProduct
+    modality_product: Callable[[nn.Module, nn.Module], ModalityProduct]
+    """Built once with the ``linear`` of text and that of visual tokens, which hold the weights."""
     swiglu: Callable[[Tensor, Tensor | None], Tensor]
     """[gate | up] [..., 2f] and None or a weight for each row [...]: -> silu(gate) * up [* weight] [..., f]."""
     swiglu_gradient: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]

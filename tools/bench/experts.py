@@ -247,8 +247,8 @@ def decoders(bench: Bench) -> dict[str, Way]:
 def _peer(bench: Bench, projection: Combine, feed_forward: Combine | None) -> Way:
     """A decoder with our weights; ``feed_forward`` None: core's ``MoELayer``."""
 
-    def product(rows: Tensor, text: nn.Module, visual: nn.Module, *_: Any) -> Tensor:
-        return projection(rows, text, visual)
+    def product(text: nn.Module, visual: nn.Module) -> Callable[..., Tensor]:
+        return lambda rows, *_: projection(rows, text, visual)
 
     def attend(attention: Any, qkv: Tensor, _: None, rotary: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
         heads = qkv.view(-1, attention.num_groups, sum(attention.fused.sizes), attention.head_dim)
