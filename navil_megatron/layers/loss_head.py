@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, Work
 
+from navil_megatron.blueprint.vocabulary import held_rows, words_of_rank
 from navil_megatron.layers.kernels import Kernels
 
 
@@ -24,48 +25,51 @@ class LossHead(ColumnParallelLinear):
     A module that is called, not a weight that is read: core waits for gathered parameters when a module is called.
     """
 
-    def __init__(self, input_size: int, output_size: int, kernels: Kernels, **options: Any):
-        super().__init__(input_size, output_size, **options)
-        self.kernels = kernels
+    def __init__(self, input_size: int, vocab_size: int, kernels: Kernels, tp_group: ProcessGroup, **options: Any):
+        ranks = tp_group.size()
+        super().__init__(input_size, held_rows(vocab_size, ranks) * ranks, tp_group=tp_group, **options)
+        self.vocab_size, self.kernels = vocab_size, kernels
+        self.num_words = len(words_of_rank(vocab_size, tp_group.rank(), ranks))
 
     def forward(self, hidden_states: Tensor, weight: Tensor | None, labels: Tensor | None, chunk_tokens: int) -> Tensor:
         """Cross entropies of the labels, or logits where there are none.
 
         Args:
             hidden_states: [k, h], the same on all tensor-parallel ranks.
-            weight: [v/tp, h] of a tied table; None: the head's own.
+            weight: [rows, h] of a tied table, this rank's part with its padding; None: the head's own.
             labels: [k] token ids.
             chunk_tokens: Positions whose logits exist at once.
 
         Returns:
-            [k] float32, or [k, v/tp].
+            [k] float32, or [k, v] on every rank.
         """
         if labels is None:
-            return super().forward(hidden_states, weight)[0]
+            return super().forward(hidden_states, weight, runtime_gather_output=True)[0][:, : self.vocab_size]
         head = self.weight if weight is None else weight
         return _LinearCrossEntropy.apply(
-            hidden_states, head, labels, chunk_tokens, self.tp_group, self.kernels.add_weight_gradient
+            hidden_states, head, self.num_words, labels, chunk_tokens, self.tp_group, self.kernels.add_weight_gradient
         )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """log(sum(exp(x W^T))) - (x W^T)[label], the rows of W split over a group."""
+    """log(sum(exp(x W^T))) - (x W^T)[label], the rows of W split over a group; those behind its words do not count."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_states: Tensor,
         weight: Tensor,
+        num_words: int,
         labels: Tensor,
         chunk_tokens: int,
         group: ProcessGroup,
         add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None],
     ) -> Tensor:
-        """hidden_states [k, h], weight [v/tp, h], labels [k] -> [k] float32. Two all-reduces, however many chunks."""
+        """hidden_states [k, h], weight [rows, h], labels [k] -> [k] float32. Two all-reduces, however many chunks."""
         local = labels - group.rank() * weight.shape[0]
         largest, sums, picked = hidden_states.new_empty(3, labels.shape[0], dtype=torch.float32)
         for rows in _chunks(labels.shape[0], chunk_tokens):
-            logits = _logits(hidden_states[rows], weight)
+            logits = _logits(hidden_states[rows], weight, num_words)
             torch.amax(logits, dim=1, out=largest[rows])
             picked[rows] = logits.gather(1, _column(local[rows], weight)).squeeze(1)
             torch.sum(logits.sub_(largest[rows, None]).exp_(), dim=1, out=sums[rows])
@@ -80,7 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum = largest + sums.log()
         ctx.save_for_backward(hidden_states, weight, local, log_sum)
         ctx.parameter = weight  # what is saved may come back as another tensor, without DDP's marks
-        ctx.chunk_tokens, ctx.group, ctx.add_weight_gradient = chunk_tokens, group, add_weight_gradient
+        ctx.num_words, ctx.chunk_tokens, ctx.group = num_words, chunk_tokens, group
+        ctx.add_weight_gradient = add_weight_gradient
         return log_sum - picked
 
     @staticmethod
@@ -96,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = _gradient_sum(ctx.parameter) if needs_weight else None
         works: list[Work] = []
         for rows in _chunks(local.shape[0], ctx.chunk_tokens):
-            grad = _logits(hidden_states[rows], weight).sub_(log_sum[rows, None]).exp_()
+            grad = _logits(hidden_states[rows], weight, ctx.num_words).sub_(log_sum[rows, None]).exp_()
             here = _is_here(local[rows], weight)
             grad.scatter_add_(1, _column(local[rows], weight), -here.to(grad.dtype).unsqueeze(1))
             grad = grad.mul_(grad_output[rows, None]).to(weight.dtype)
@@ -109,11 +114,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del grad
         for work in works:
             work.wait()
-        return grad_hidden, None if total is None else _handed_over(total, ctx.parameter), *[None] * 4
+        return grad_hidden, None if total is None else _handed_over(total, ctx.parameter), *[None] * 5
 
 
 def _gradient_sum(weight: Tensor) -> Tensor:
-    """[v/tp, h] float32, to add the weight's gradient to: core's DDP has one, a weight outside of it has not."""
+    """[rows, h] float32, to add the weight's gradient to: core's DDP has one, a weight outside of it has not."""
     total: Tensor | None = getattr(weight, "main_grad", None)
     return torch.zeros_like(weight, dtype=torch.float32) if total is None else total
 
@@ -137,9 +142,15 @@ def _chunks(num_rows: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
-def _logits(hidden_states: Tensor, weight: Tensor) -> Tensor:
-    """A chunk's logits in float32, rounded to the weight's type first, as the head itself gives them."""
-    return torch.mm(hidden_states, weight.t()).float()
+def _logits(hidden_states: Tensor, weight: Tensor, num_words: int) -> Tensor:
+    """A chunk's logits in float32, rounded to the weight's type first, as the head itself gives them.
+
+    Behind the words they are the least number: its exponential is 0 beside any logit, also where a rank has no words,
+    and unlike that of minus infinity its distance to itself is a number.
+    """
+    logits = torch.mm(hidden_states, weight.t()).float()
+    logits[:, num_words:].fill_(torch.finfo(torch.float32).min)
+    return logits
 
 
 def _is_here(local: Tensor, weight: Tensor) -> Tensor:

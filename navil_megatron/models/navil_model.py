@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from navil_megatron.blueprint.vocabulary import held_rows
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.training import TrainingConfig
 from navil_megatron.layers.feature_gather import gather_features
@@ -80,7 +81,7 @@ class NaViLModel(LanguageModule):
     def _build_embedding(self) -> LanguageModelEmbedding:
         return LanguageModelEmbedding(
             config=self.config,
-            vocab_size=self.model.language.vocab_size,
+            vocab_size=held_rows(self.model.language.vocab_size, self.tp_group.size()) * self.tp_group.size(),
             max_sequence_length=self.model.language.max_position_embeddings,
             position_embedding_type="rope",
             scatter_to_sequence_parallel=False,
@@ -123,7 +124,7 @@ class NaViLModel(LanguageModule):
         """One microbatch.
 
         Returns:
-            On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v/tp] where
+            On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v] where
             ``labels`` is None; else the activations for the next stage.
         """
         rotary = cos_sin(decoder_angles(inputs.position_ids, self.model.language))

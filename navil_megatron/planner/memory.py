@@ -12,6 +12,7 @@ from navil_megatron.blueprint.held_parameters import HeldParameter, expert_repli
 from navil_megatron.blueprint.image_plan import num_patches
 from navil_megatron.blueprint.parameters import is_trainable
 from navil_megatron.blueprint.vision_plan import fullest_share
+from navil_megatron.blueprint.vocabulary import held_rows
 from navil_megatron.blueprint.workload import Workload, expert_loads
 from navil_megatron.config.run import NaViLConfig
 
@@ -177,10 +178,10 @@ class ActivationModel:
         """
         language = self.config.model.language
         tokens = min(self._share(self.work.num_predictions), self.config.training.loss_chunk_tokens)
-        words = language.vocab_size // self._tensor
+        rows = held_rows(language.vocab_size, self._tensor)
         rounded = 0 if self._size == FP32 else self._size
         trained = is_trainable("output_layer", self.config.training.phase)
-        return words * (tokens * (FP32 + rounded) + language.hidden_size * rounded * (trained and not self.fused))
+        return rows * (tokens * (FP32 + rounded) + language.hidden_size * rounded * (trained and not self.fused))
 
     def layer_working(self) -> int:
         """Beyond what is kept, while one layer runs backward: gradients of the widest activation and of its input and

@@ -46,6 +46,7 @@ def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str
         ({}, 8),
         ({"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}, 2),
         ({"parallel__tensor_model_parallel_size": 2}, 4),
+        ({"parallel__tensor_model_parallel_size": 2, "model__language__vocab_size": 577}, 2),
         ({"parallel__pipeline_model_parallel_size": 2}, 2),
         ({"parallel__expert_model_parallel_size": 2}, 2),
         ({"parallel__context_parallel_size": 2}, 2),
