@@ -3,8 +3,8 @@
 # out already.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart recipe-small test test-all test-gpu bench-gpu test-transformers test-versions peers lock \
-	lint format
+.PHONY: help venv quickstart recipe-small test test-all gpu-hour test-gpu bench-gpu test-transformers test-versions peers \
+	lock lint format
 
 export VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,6 +36,9 @@ test: lint $(VENV)/.engine ## the default suite, as continuous integration runs 
 
 test-all: lint $(VENV)/.engine ## the default suite and the slow tests
 	$(BIN)/python -m pytest -q $(PARALLEL) -m ""
+
+gpu-hour: $(ON_GPU) ## all that needs a GPU, in half an hour, part by part into benchmarks/results
+	$(GPU_PYTHON) tools/gpu_hour.py
 
 test-gpu: $(ON_GPU) ## the tests that need a GPU; fails where there is none
 	NAVIL_REQUIRE_CUDA=1 $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu tests/engine

@@ -42,7 +42,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def _fork_server(request: pytest.FixtureRequest) -> None:
     """Where a test starts ranks, their server is the first of the process."""
     tests = (item for item in request.session.items if isinstance(item, pytest.Function))
-    if any("run_ranks" in vars(item.module) for item in tests):
+    if any("run_ranks" in vars(item.module) and not item.get_closest_marker("gpu") for item in tests):
         from tests.ranks import start_fork_server
 
         start_fork_server()

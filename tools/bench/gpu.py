@@ -1,10 +1,11 @@
 """How fast the parts of a step are on this machine's GPU; writes benchmarks/results/<device>-<date>.json.
 
-    python tools/bench/gpu.py [NAME ...] [--rounds N] [--out FOLDER]
+    python tools/bench/gpu.py [NAME ...] [--kernels NAME ...] [--rounds N] [--out FOLDER]
 
 Names are those of ``BENCHMARKS``; without any, all run. What each does and how large it is: ``gpu_layers.py``,
 ``gpu_steps.py`` and ``gpu_scale.py``. Each result holds the median and the spread of its rounds. MFU
-is against the GPU's dense BF16 peak, in FP8 too, so that the figures of one shape compare.
+is against the GPU's dense BF16 peak, in FP8 too, so that the figures of one shape compare. The file is written after
+each measurement; one that fails leaves its traceback there and stops no other.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import re
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,10 +31,10 @@ import navil_megatron.runtime  # noqa: F401  sets what CUDA reads when it starts
 # isort: split
 import torch
 from gpu_layers import decoder_layers, encoder, experts, loss_head
-from gpu_scale import ON_GPU, REHEARSAL, Scale
+from gpu_scale import CHOICES, ON_GPU, REHEARSAL, Measurements, Scale
 from gpu_steps import profile, whole_step
 
-BENCHMARKS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
+BENCHMARKS: dict[str, Callable[[Scale], Measurements]] = {
     "decoder_layers": decoder_layers,
     "encoder": encoder,
     "loss_head": loss_head,
@@ -40,7 +42,7 @@ BENCHMARKS: dict[str, Callable[[Scale], list[dict[str, Any]]]] = {
     "whole_step": whole_step,
     "profile": profile,
 }
-"""Name -> what gives its results at a scale."""
+"""Name -> what gives its measurements at a scale."""
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "navil_megatron")
 
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the named benchmarks and write one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--kernels", nargs="+", choices=CHOICES, help="by which of them (default: all)")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each measurement (default: 10)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results")
     # Everything once at tiny size on a CPU, so that it cannot rot where no GPU is.
@@ -72,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: torch finds no usable GPU; run `navil-megatron doctor`", file=sys.stderr)
         return 2
     scale = REHEARSAL if options.rehearse else dataclasses.replace(ON_GPU, rounds=options.rounds)
+    if options.kernels:
+        scale = dataclasses.replace(scale, choices=tuple(options.kernels))
     device, now = "rehearsal" if options.rehearse else torch.cuda.get_device_name(), datetime.now(UTC)
     report: dict[str, Any] = {
         "device": device,
@@ -79,20 +84,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": versions(),
         "results": {},
+        "errors": [],
         "seconds": {},
     }
-    for name in options.names or BENCHMARKS:
-        started = time.perf_counter()
-        report["results"][name] = BENCHMARKS[name](scale)
-        report["seconds"][name] = round(time.perf_counter() - started, 1)
-        for result in report["results"][name]:
-            print(name, json.dumps(result), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     path = options.out / f"{slug}-{now:%Y-%m-%d}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    for name in options.names or BENCHMARKS:
+        started = time.perf_counter()
+        report["results"][name] = []
+        for measurement in BENCHMARKS[name](scale):
+            try:
+                result = measurement()
+            except Exception:
+                said = traceback.format_exc()
+                report["errors"].append({"benchmark": name, **measurement.keywords, "traceback": said})
+                print(f"{name} {measurement.keywords} failed:\n{said}", file=sys.stderr, flush=True)
+            else:
+                report["results"][name].append(result)
+                print(name, json.dumps(result), flush=True)
+            report["seconds"][name] = round(time.perf_counter() - started, 1)
+            path.write_text(json.dumps(report, indent=1) + "\n")
     print(path)
-    return 0
+    return 1 if report["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Decoder layers, encoder, loss head and modality experts of NaViL-2B and -9B, forward and backward, each alone."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import experts as expert_ways
 import loss_head as loss_heads
 import torch
-from gpu_scale import CHOICES, Scale, built, cut, give_back, measure, run_config
+from gpu_scale import CHOICES, Measurements, Scale, built, cut, give_back, measure, run_config
 from torch import Tensor
 
 from navil_megatron.blueprint.flops import forward_terms
@@ -16,31 +17,29 @@ from navil_megatron.layers.rope import cos_sin, decoder_angles
 from navil_megatron.runtime.session import Session
 from tools.bench.synthetic import synthetic_microbatch
 
-Results = list[dict[str, Any]]
 AROUND = ("vision_encoder", "connector", "output_layer")
 """Parts before and behind the decoder."""
 
 
-def decoder_layers(scale: Scale) -> Results:
+def decoder_layers(scale: Scale) -> Measurements:
     """Decoder layers alone, by every choice of kernels."""
-    return [_decoder_layers(scale, size, choice) for size in scale.models for choice in scale.choices]
+    return [partial(_decoder_layers, scale, size=s, choice=c) for s in scale.models for c in scale.choices]
 
 
-def encoder(scale: Scale) -> Results:
+def encoder(scale: Scale) -> Measurements:
     """Encoder layers, and the patch embedding, on the row's images."""
     choices = [choice for choice in scale.choices if CHOICES[choice][1].get("fp8") != "delayed"]
-    return [_encoder(scale, size, choice) for size in scale.models for choice in choices]
+    return [partial(_encoder, scale, size=s, choice=c) for s in scale.models for c in choices]
 
 
-def loss_head(scale: Scale) -> Results:
+def loss_head(scale: Scale) -> Measurements:
     """LM head and cross entropy at the predicted positions of the row, and against peers there and at every token."""
-    return [_loss_head(scale, size) for size in scale.models]
+    return [partial(_loss_head, scale, size=size) for size in scale.models]
 
 
-def experts(scale: Scale) -> Results:
+def experts(scale: Scale) -> Measurements:
     """Modality-major rows against masks, the released way and core's ``MoELayer``: see ``experts.py``."""
-    choices = [choice for choice in scale.choices if choice in ("torch", "engine")]
-    return [_experts(scale, size, choice) for size in scale.models for choice in choices]
+    return [partial(_experts, scale, size=s, choice=c) for s in scale.models for c in scale.bf16_choices]
 
 
 def _decoder_layers(scale: Scale, size: str, choice: str) -> dict[str, Any]:

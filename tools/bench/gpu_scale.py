@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Name -> fields of [runtime] and of [precision]."""
 
+type Measurements = list[partial[dict[str, Any]]]
+"""Those of a benchmark, each of which builds what it needs; keywords say what it is of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
@@ -49,8 +53,12 @@ class Scale:
     """As in the config."""
     rounds: int
     """Timed rounds."""
+    warm: int
+    """Rounds before them."""
     models: dict[str, ModelConfig]
-    """The shapes."""
+    """The shapes whose layers are timed."""
+    whole: ModelConfig
+    """The model of whole steps, NaViL-2B."""
     tokens: int
     """Of a row."""
     samples: list[tuple[int, tuple[tuple[int, int], ...]]]
@@ -78,11 +86,18 @@ class Scale:
     depth: int | None
     """Layers of decoder and encoder in a whole step; None: as many as the planner says fit."""
 
+    @property
+    def bf16_choices(self) -> list[str]:
+        """Those without FP8."""
+        return [choice for choice in self.choices if not CHOICES[choice][1]]
+
 
 ON_GPU = Scale(
     device="cuda",
     rounds=10,
+    warm=3,
     models={"2b": NAVIL_2B, "9b": NAVIL_9B},
+    whole=NAVIL_2B,
     tokens=16_384,
     samples=[(200, ((64, 52),))] * 15,  # 832 image tokens each
     choices=tuple(CHOICES),
@@ -117,9 +132,11 @@ def _tiny(model: ModelConfig) -> ModelConfig:
 REHEARSAL = Scale(
     device="cpu",
     rounds=1,
-    models={"2b": _tiny(NAVIL_2B), "9b": _tiny(NAVIL_9B)},
-    tokens=512,
-    samples=[(40, ((16, 8),))] * 4,
+    warm=1,
+    models={"9b": _tiny(NAVIL_9B)},
+    whole=_tiny(NAVIL_2B),
+    tokens=256,
+    samples=[(40, ((16, 8),))] * 2,
     choices=("torch",),
     decoder_layers=1,
     encoder_layers=1,
@@ -187,16 +204,16 @@ def built(config: NaViLConfig, scale: Scale) -> Iterator[tuple[Any, ModelInputs,
 
 def measure(step: Callable[[], None], chunk: Any, scale: Scale, forward: float) -> dict[str, Any]:
     """Median and spread of a forward and backward pass; ``forward`` FLOPs, the backward pass costs twice that."""
-    device, warm = torch.device(scale.device), 3
+    device = torch.device(scale.device)
     seconds = []
-    for number in range(warm + scale.rounds):
+    for number in range(scale.warm + scale.rounds):
         chunk.zero_grad_buffer()
-        if number == warm and scale.device == "cuda":
+        if number == scale.warm and scale.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = clock(device)
         step()
         seconds.append(clock(device) - started)
-    return {**speed(seconds[warm:], 3 * forward, scale), "peak_memory_gib": peak_gib(scale)}
+    return {**speed(seconds[scale.warm :], 3 * forward, scale), "peak_memory_gib": peak_gib(scale)}
 
 
 def speed(seconds: list[float], flops: float, scale: Scale) -> dict[str, Any]:

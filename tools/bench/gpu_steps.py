@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_scale import Scale, cut, give_back, peak_gib, run_config, speed
+from gpu_scale import Measurements, Scale, cut, give_back, peak_gib, run_config, speed
 from photos import photo_shards
 from profile_shares import summarize
 from torch.profiler import ProfilerActivity
@@ -57,9 +58,19 @@ class Run:
         train_step(self.config, self.session, self.chunks, self.optimizer, microbatches, lr=1e-5)
 
 
-def whole_step(scale: Scale) -> list[dict[str, Any]]:
+def whole_step(scale: Scale) -> Measurements:
+    """Steps fed by the loader beside those of the decoder alone, by every choice of kernels."""
+    return [partial(_whole_step, scale, choice=choice) for choice in scale.choices]
+
+
+def profile(scale: Scale) -> Measurements:
+    """One whole step under torch's profiler: shares of its time by kind of kernel, and the ten longest."""
+    return [partial(_profile, scale, choice=choice) for choice in scale.bf16_choices]
+
+
+def _whole_step(scale: Scale, choice: str) -> dict[str, Any]:
     """Steps fed by the loader, and the decoder alone on the rows of the last of them, its visual features given."""
-    with started(scale) as run:
+    with started(scale, choice) as run:
         seconds, waits, flops = [], [], []
         for _ in range(WARM_STEPS):
             run.step(next(run.loader).microbatches)
@@ -82,11 +93,11 @@ def whole_step(scale: Scale) -> list[dict[str, Any]]:
             run.config, model=cut(run.config.model, run.config.model.language.num_layers, 0)
         )
         rows = [dataclasses.replace(row, pixel_values=row.pixel_values.to(run.session.device)) for row in rows]
-        result = about(run, scale)
+        result = about(run, scale, choice)
     del run
     decoder = decoder_step(decoder_config, scale, rows)
     ratio = (whole["tflop"] / whole["milliseconds"]) / (decoder["tflop"] / decoder["milliseconds"])
-    return [{**result, "ratio": round(ratio, 4), "whole": whole, "decoder_only": decoder}]
+    return {**result, "ratio": round(ratio, 4), "whole": whole, "decoder_only": decoder}
 
 
 def decoder_step(config: NaViLConfig, scale: Scale, rows: Sequence[Microbatch]) -> dict[str, Any]:
@@ -113,10 +124,9 @@ def decoder_step(config: NaViLConfig, scale: Scale, rows: Sequence[Microbatch]) 
     return {**speed(seconds, flops, scale), "tflop": flops / 1e12, "peak_memory_gib": peak_gib(scale)}
 
 
-def profile(scale: Scale) -> list[dict[str, Any]]:
-    """One whole step under torch's profiler: shares of its time by kind of kernel, and the ten longest."""
+def _profile(scale: Scale, choice: str) -> dict[str, Any]:
     on_gpu = scale.device == "cuda"
-    with started(scale) as run:
+    with started(scale, choice) as run:
         for _ in range(WARM_STEPS):
             run.step(next(run.loader).microbatches)
         # Of a GPU its kernels alone: noting every call on the host would make the GPU wait for it.
@@ -127,7 +137,7 @@ def profile(scale: Scale) -> list[dict[str, Any]]:
             run.step(next(run.loader).microbatches)
             clock(run.session.device)
             wall = (time.perf_counter() - begun) * 1e6
-        result = about(run, scale)
+        result = about(run, scale, choice)
     events = [event for event in profiler.events() if not event.is_user_annotation and "#" not in event.name]
     if on_gpu:
         # Kernels of several streams overlap: what is busy is their union.
@@ -140,17 +150,16 @@ def profile(scale: Scale) -> list[dict[str, Any]]:
         spans = [(event.name, end - event.self_cpu_time_total, end) for event, end in zip(kernels, ends, strict=True)]
     summary = summarize(spans, wall)
     print(", ".join(f"{kind} {share:.1%}" for kind, share in summary["shares"].items()))
-    return [{**result, **summary}]
+    return {**result, **summary}
 
 
 @contextmanager
-def started(scale: Scale) -> Iterator[Run]:
+def started(scale: Scale, choice: str) -> Iterator[Run]:
     """A run of NaViL-2B over shards of photos that are made first."""
     give_back()
-    model = scale.models["2b"]
     with tempfile.TemporaryDirectory() as folder:
         index, tokenizer, _ = photo_shards(Path(folder), scale.photos, scale.megapixels)
-        model = dataclasses.replace(model, special_token_ids=tokenizer.special_token_ids)
+        model = dataclasses.replace(scale.whole, special_token_ids=tokenizer.special_token_ids)
         has_dali = scale.device == "cuda" and find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
         sections: dict[str, Any] = {
             "data": {
@@ -170,21 +179,21 @@ def started(scale: Scale) -> Iterator[Run]:
         }
         room = math.inf if scale.depth else ROOM * torch.cuda.get_device_properties(0).total_memory
         deepest = scale.depth or model.language.num_layers
-        config = deepest_that_fits(scale, model, deepest, room, **sections)
+        config = deepest_that_fits(scale, model, choice, deepest, room, **sections)
         with running(config) as run, closing(TrainLoader(config, ALONE)) as loader:
             yield dataclasses.replace(run, loader=loader)
 
 
 def deepest_that_fits(
-    scale: Scale, model: ModelConfig, deepest: int, room: float, **sections: dict[str, Any]
+    scale: Scale, model: ModelConfig, choice: str, deepest: int, room: float, **sections: dict[str, Any]
 ) -> NaViLConfig:
     """The run with as many layers, up to ``deepest``, as the planner finds room for."""
     for depth in range(deepest, 0, -1):
         encoder_layers = max(1, round(depth * model.vision.num_layers / model.language.num_layers))
-        config = run_config(scale, cut(model, depth, encoder_layers), "torch", **sections)
+        config = run_config(scale, cut(model, depth, encoder_layers), choice, **sections)
         if planned_bytes(config) <= room:
             return config
-    raise SystemExit(f"not even one layer fits {room / 2**30:.0f} GiB")
+    raise RuntimeError(f"not even one layer fits {room / 2**30:.0f} GiB")
 
 
 @contextmanager
@@ -201,11 +210,12 @@ def planned_bytes(config: NaViLConfig) -> float:
     return Estimator(config, Hardware(gpus=1), work).estimate().fullest.peak
 
 
-def about(run: Run, scale: Scale) -> dict[str, Any]:
+def about(run: Run, scale: Scale, choice: str) -> dict[str, Any]:
     """What was run."""
     model = run.config.model
     return {
         "model": "2b",
+        "kernels": choice,
         "layers": model.language.num_layers,
         "encoder_layers": model.vision.num_layers,
         "tokens": scale.tokens,
