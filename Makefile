@@ -21,7 +21,9 @@ help: ## show this list
 $(VENV)/.%: setup.py requirements/%-py312.txt requirements/%-py313.txt
 	@tools/make_venv.sh $*
 
-venv: $(VENV)/.test ## make .venv, or VENV=, and install this project with all that the tests need
+$(VENV)/.engine: requirements/engine-source.txt | $(VENV)/.test
+
+venv: $(VENV)/.test $(VENV)/.engine ## make .venv, or VENV=, and install this project with all that the tests need
 
 quickstart: $(VENV)/.quickstart ## shards, training, resume, export and captions, on this machine's CPU
 	$(BIN)/python examples/quickstart/run.py
@@ -29,17 +31,17 @@ quickstart: $(VENV)/.quickstart ## shards, training, resume, export and captions
 recipe-small: $(VENV)/.recipe-small ## the paper's three phases on a small LLM with real weights, on this machine's CPU
 	$(BIN)/python examples/recipe_small/run.py
 
-test: lint ## the default suite, as continuous integration runs it
+test: lint $(VENV)/.engine ## the default suite, as continuous integration runs it
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
-test-all: lint ## the default suite and the slow tests
+test-all: lint $(VENV)/.engine ## the default suite and the slow tests
 	$(BIN)/python -m pytest -q $(PARALLEL) -m ""
 
 gpu-hour: $(ON_GPU) ## all that needs a GPU, in half an hour, part by part into benchmarks/results
 	$(GPU_PYTHON) tools/gpu_hour.py
 
 test-gpu: $(ON_GPU) ## the tests that need a GPU; fails where there is none
-	NAVIL_REQUIRE_CUDA=1 $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu
+	NAVIL_REQUIRE_CUDA=1 $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu tests/engine
 
 bench-gpu: $(ON_GPU) ## speed on a GPU, into benchmarks/results; fails where there is none
 	$(GPU_PYTHON) tools/bench/gpu.py

@@ -24,6 +24,7 @@ from navil_megatron.planner.report import memory_lines, parameter_lines
 from navil_megatron.planner.search import what_is_too_large
 from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.meta_rank import meta_rank
+from navil_megatron.runtime.platform import require_device_of_kernels
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 
 
@@ -52,6 +53,7 @@ def dry_run(config: NaViLConfig, gpus: int | None = None) -> str:
     parallel = config.parallel
     gpus = gpus or lcm(parallel.model_parallel_size, parallel.expert_ranks)
     validate(config, gpus)
+    require_device_of_kernels(config.runtime)
     configure_logging(rank=0, world_size=1)
     lines = [f"settings and layout are valid on {gpus} GPUs", *_data_lines(config), "", *parameter_lines(config), ""]
     for built in build_ranks(config, gpus):

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -59,13 +59,13 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds its number and its traceback."""
 
 
-def start_fork_server() -> None:
+def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
     """Starts the server that ranks are forked from, which imports in the background.
 
-    A process has one, and whoever starts it decides what it imports: the converter's workers would import less, and
-    every rank of a later test the rest again.
+    A process has one, and whoever starts it first decides what it imports: the converter's workers would import less,
+    and every rank of a later test the rest again.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
     forkserver.ensure_running()
 
 

@@ -1,12 +1,15 @@
 #!/bin/sh
 # Makes or completes the environment that VENV names (.venv) with this project and a set of requirements/:
 # tools/make_venv.sh quickstart|recipe-small|test|peers. Does nothing where the set's lock and setup.py are installed.
+#
+# tools/make_venv.sh engine, after test, fills VENV/engine with Transformer Engine's Python and the source of its compiled
+# part, for tests/engine: a folder of its own, since megatron-core imports a Transformer Engine that it finds.
 set -eu
 cd "$(dirname "$0")/.."
 set_name=${1:-}
 case $set_name in
-quickstart | recipe-small | test | peers) ;;
-*) echo "error: found the set '$set_name', expected quickstart, recipe-small, test or peers" >&2; exit 2 ;;
+quickstart | recipe-small | test | peers | engine) ;;
+*) echo "error: found the set '$set_name', expected quickstart, recipe-small, test, peers or engine" >&2; exit 2 ;;
 esac
 venv=${VENV:-.venv}
 venv=${venv%/}
@@ -52,10 +55,29 @@ if ! lock_for "$venv/bin/python" >/dev/null || ! "$venv/bin/python" -m pip --ver
     "$python" -m venv --clear "$venv"
 fi
 lock=$(lock_for "$venv/bin/python")
-wanted=$(cksum "$lock" setup.py)
-if [ "$(cat "$venv/.$set_name" 2>/dev/null)" != "$wanted" ]; then
-    rm -f "$venv/.$set_name"
+
+install_set() { # the set and this project, into the environment
     "$venv/bin/python" -m pip install --require-hashes --no-deps --requirement "$lock"
     "$venv/bin/python" -m pip install --no-index --no-deps --no-build-isolation --editable .
+}
+
+fill_engine() { # the set and the source package, beside the environment
+    rm -rf "$venv/engine"
+    "$venv/bin/python" -m pip install --require-hashes --no-deps --no-compile --target "$venv/engine" --requirement "$lock"
+    # Its metadata is made by its build script, which compiles nothing under this switch of theirs.
+    NVTE_PROJECT_BUILDING=1 "$venv/bin/python" -m pip download --require-hashes --no-deps --no-build-isolation \
+        --no-binary transformer-engine-torch --dest "$venv/engine" --requirement "$source"
+    tar -xzf "$venv"/engine/transformer_engine_torch-*.tar.gz -C "$venv/engine"
+    mv "$venv"/engine/transformer_engine_torch-*/ "$venv/engine/source"
+}
+
+source=requirements/engine-source.txt
+case $set_name in
+engine) wanted=$(cksum "$lock" "$source") ;;
+*) wanted=$(cksum "$lock" setup.py) ;;
+esac
+if [ "$(cat "$venv/.$set_name" 2>/dev/null)" != "$wanted" ]; then
+    rm -f "$venv/.$set_name"
+    if [ "$set_name" = engine ]; then fill_engine; else install_set; fi
 fi
 echo "$wanted" >"$venv/.$set_name"

@@ -26,7 +26,6 @@ CORE = (
     "tests/unit/test_config_validate.py",
     "tests/unit/test_data_tokenizer.py",
     "tests/unit/test_data_loader.py",
-    "tests/unit/test_data_image_decode.py::test_this_torch_names_the_stream_that_dali_is_given",
     "tests/unit/test_hf_config.py",
     "tests/unit/test_hf_portable_tokenizer.py",
     "tests/unit/test_hf_citizen.py",
@@ -75,7 +74,7 @@ def make_environment(folder: Path, end: str, python: str) -> str:
     asked = [name + lowest[name] for name in BOUNDED] if end == "lowest" else list(BOUNDED)
     subprocess.run([uv, "venv", "--python", python, str(folder)], check=True)
     inside = str(folder / "bin" / "python")
-    # As pip does: no compiler's warning is printed in the middle of a test, and the machine's certificates are trusted.
+    # As pip does: no compiler's warning is printed in the middle of a test, and the machine's certificates count.
     install = [uv, "pip", "install", "--compile-bytecode", "--system-certs", "--python", inside]
     subprocess.run([*install, "--editable", f"{ROOT}[test]", *asked], check=True)
     return inside

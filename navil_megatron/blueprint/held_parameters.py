@@ -7,6 +7,7 @@ from math import prod
 
 from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Parameter, Shape, parameters, parameters_by_key
+from navil_megatron.blueprint.vocabulary import held_rows
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.parallel import ParallelConfig
 
@@ -18,7 +19,7 @@ class HeldParameter:
     name: str
     """As the rank's model chunk has it."""
     shape: Shape
-    """Of the rank's piece."""
+    """Of the rank's piece, padding included."""
     parameter: Parameter
 
     @property
@@ -57,7 +58,9 @@ def piece_shape(entry: Parameter, parallel: ParallelConfig, ep_rank: int) -> Sha
         ranks = parallel.expert_tensor_size
         if entry.num_experts > 1:
             shape[0] = len(held)
-    if entry.split_dim is not None:
+    if entry.is_vocabulary:
+        shape[0] = held_rows(shape[0], ranks)
+    elif entry.split_dim is not None:
         shape[entry.split_dim] //= ranks
     return None if entry.is_shared else tuple(shape)
 

@@ -61,6 +61,8 @@ class Parameter:
     """Dimension of which each tensor-parallel rank holds a piece; ``None``: every one of them holds it whole."""
     split_blocks: int = 1
     """Blocks of that dimension, each of which is split on its own (2 for [gate; up])."""
+    is_vocabulary: bool = False
+    """Its rows are words: what a rank holds of them is padded (``blueprint.vocabulary``)."""
     num_experts: int | None = None
     """Of a feed-forward expert: how many its modality has. Expert-parallel ranks share them out, and each is split over
     expert-tensor-parallel ranks."""
@@ -99,7 +101,7 @@ def parameters(model: ModelConfig) -> tuple[Parameter, ...]:
     """Every parameter that a checkpoint of the model holds, in the order of the built model."""
     language = model.language
     h, std = language.hidden_size, language.init_std
-    table: dict[str, Any] = {"shape": (language.vocab_size, h), "split_dim": 0, "std": std}
+    table: dict[str, Any] = {"shape": (language.vocab_size, h), "split_dim": 0, "is_vocabulary": True, "std": std}
     found = [
         *vision_parameters(model.vision),
         *_connector(model),

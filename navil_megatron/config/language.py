@@ -27,7 +27,7 @@ class LanguageConfig:
     head_dim: Count
     """Channels of one attention head."""
     vocab_size: Count
-    """Rows of the embedding table and of the LM head, special tokens included."""
+    """Rows of the embedding table and of the LM head, special tokens included; any number at any layout."""
     qk_norm: bool
     """RMSNorm over each head's query and key, one per modality (Qwen3: true, the others: false)."""
     qkv_bias: bool = False

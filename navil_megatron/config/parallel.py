@@ -67,7 +67,7 @@ class ParallelConfig:
 def parallel_rules(parallel: ParallelConfig, language: LanguageConfig, seq_length: int) -> Iterator[str]:
     """What tensor parallelism splits, and what no module of this version does."""
     tensor = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(language, name)
         yield from divides("parallel.tensor_model_parallel_size", tensor, f"model.language.{name}", value)
     if parallel.sequence_parallel and tensor == 1:

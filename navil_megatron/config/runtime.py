@@ -16,10 +16,11 @@ class RuntimeConfig:
     device: Literal["cuda", "cpu"]
     """``cuda`` with NCCL, or ``cpu`` with gloo. Never guessed."""
     kernels: Literal["torch", "transformer_engine"] = "torch"
-    """Which arithmetic the layers use. Weights and checkpoints are the same, so a run may change it on resume."""
+    """Which arithmetic the layers use: ``torch`` runs on both devices, ``transformer_engine`` on ``cuda``. Weights and
+    checkpoints are the same, so a run may change it on resume."""
     gradient_accumulation_fusion: Literal["none", "apex", "transformer_engine"] = "none"
-    """What adds weight gradients to the FP32 sums inside the matrix product: ``apex`` in the LM head,
-    ``transformer_engine`` in the linear layers of those kernels."""
+    """What adds weight gradients to the FP32 sums inside the matrix product: ``transformer_engine`` in the linear
+    layers of those kernels, ``apex`` in the LM head, where torch's own product does so otherwise."""
     collective_timeout_seconds: Count = 600
     """A collective that does not come back within this time ends the run."""
     cpu_threads: Count | None = None
@@ -29,11 +30,6 @@ class RuntimeConfig:
 def runtime_rules(runtime: RuntimeConfig, language: LanguageConfig) -> Iterator[str]:
     """One line for every rule about kernels that the run breaks."""
     engine = runtime.kernels == "transformer_engine"
-    if engine and runtime.device != "cuda":
-        yield (
-            f'runtime.kernels = "transformer_engine" needs runtime.device = "cuda", found "{runtime.device}"; set '
-            'kernels = "torch"'
-        )
     fusion = runtime.gradient_accumulation_fusion
     if fusion == "transformer_engine" and not engine:
         yield (

@@ -35,7 +35,7 @@ class _ModalityMatmul(torch.autograd.Function):
         ctx.save_for_backward(x, weight_text, weight_visual)
         ctx.num_text, ctx.group, ctx.sequence_parallel = num_text, group, sequence_parallel
         if group is not None and sequence_parallel:
-            x, _ = _start_gather(x, group, async_op=False)
+            x, _ = start_gather(x, group, async_op=False)
         return _matmul_by_modality(x, weight_text.t(), weight_visual.t(), num_text, bias_text, bias_visual)
 
     @staticmethod
@@ -47,12 +47,12 @@ class _ModalityMatmul(torch.autograd.Function):
         grad_output = grad_output.contiguous()
         gathering = None
         if ctx.sequence_parallel and (needs_text or needs_visual):
-            x, gathering = _start_gather(x, group, async_op=True)
+            x, gathering = start_gather(x, group, async_op=True)
         grad_input, reducing = None, None
         if needs_input:
             grad_input = _matmul_by_modality(grad_output, weight_text, weight_visual, num_text)
             if group is not None:
-                grad_input, reducing = _start_reduce(grad_input, group, ctx.sequence_parallel)
+                grad_input, reducing = start_reduce(grad_input, group, ctx.sequence_parallel)
         if gathering is not None:
             gathering.wait()
         grad_text = grad_output[:num_text].t() @ x[:num_text] if needs_text else None
@@ -85,13 +85,15 @@ def _matmul_by_modality(
     return output
 
 
-def _start_gather(x: Tensor, group: ProcessGroup, *, async_op: bool) -> tuple[Tensor, Work | None]:
+def start_gather(x: Tensor, group: ProcessGroup, *, async_op: bool) -> tuple[Tensor, Work | None]:
+    """The rows of all ranks, one after the other; complete once the work is waited for."""
     output = x.new_empty(x.shape[0] * group.size(), x.shape[1])
     work = all_gather_single(output, x.contiguous(), group=group, async_op=async_op)
     return output, work
 
 
-def _start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, Work | None]:
+def start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) -> tuple[Tensor, Work | None]:
+    """The sum over the ranks, under sequence parallelism this rank's share; complete once the work is waited for."""
     if not sequence_parallel:
         return grad, torch.distributed.all_reduce(grad, group=group, async_op=True)
     share = grad.new_empty(grad.shape[0] // group.size(), grad.shape[1])
@@ -99,7 +101,7 @@ def _start_reduce(grad: Tensor, group: ProcessGroup, sequence_parallel: bool) ->
 
 
 def modality_product(
-    rows: Tensor, text: nn.Module, visual: nn.Module, num_text: int, group: ProcessGroup | None, sequence_parallel: bool
+    text: nn.Module, visual: nn.Module, rows: Tensor, num_text: int, group: ProcessGroup | None, sequence_parallel: bool
 ) -> Tensor:
     """See ``layers.kernels``; both modalities write into one output."""
     output: Tensor = _ModalityMatmul.apply(

@@ -1,6 +1,7 @@
 """Whether Transformer Engine can run here, and what to do if not, in one line."""
 
 import ctypes
+import sys
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,8 @@ def require_transformer_engine(fp8: str = "none") -> None:
 
 def installation_problem() -> str | None:
     """What keeps Transformer Engine from loading beside this torch; ``None`` if nothing does."""
+    if "transformer_engine_torch" in sys.modules:
+        return None
     spec = find_spec("transformer_engine")
     if spec is None or spec.origin is None:
         return "transformer_engine is not installed"

@@ -13,10 +13,6 @@ from typing import Any
 
 import torch
 import transformer_engine.pytorch as te
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Recipe
@@ -25,6 +21,7 @@ from transformer_engine.pytorch.optimizers import FusedAdam
 from navil_megatron.config.precision import FP8_ROWS
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels import torch_kernels
+from navil_megatron.kernels.te_product import GroupedProduct
 from navil_megatron.layers.kernels import Kernels
 
 ENCODER_RECIPES: Mapping[str, type[Recipe]] = {"tensorwise": Float8CurrentScaling, "blockwise": Float8BlockScaling}
@@ -41,11 +38,15 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         encoder_rows = FP8_ROWS[precision.fp8]
     return Kernels(
         norms={"rmsnorm": partial(build_norm, RMSNorm), "layernorm": partial(build_norm, LayerNorm)},
+        attention_heads=torch_kernels.attention_heads,
+        attention_heads_gradient=torch_kernels.attention_heads_gradient,
         segment_attention=segment_attention,
         linear=partial(build_linear, fuse_wgrad_accumulation=fused_sums),
         grouped_product=torch_kernels.grouped_product,
         add_weight_gradient=torch_kernels.add_weight_gradient,
-        modality_product=modality_product,
+        modality_product=partial(ModalityProduct, fuse_wgrad_accumulation=fused_sums),
+        swiglu=torch_kernels.swiglu,
+        swiglu_gradient=torch_kernels.swiglu_gradient,
         adam=Adam,
         encoder_precision=encoder_precision,
         encoder_rows=encoder_rows,
@@ -66,9 +67,19 @@ class Linear(_WeightsAlone, te.Linear):
 class RMSNorm(_WeightsAlone, te.RMSNorm):
     """RMSNorm over the last dimension."""
 
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., h] -> [..., h]; of no rows, which the engine refuses, the gradient of the weight is zero."""
+        normed: Tensor = super().forward(rows) if rows.numel() else rows * self.weight
+        return normed
+
 
 class LayerNorm(_WeightsAlone, te.LayerNorm):
     """LayerNorm over the last dimension."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """As of ``RMSNorm``."""
+        normed: Tensor = super().forward(rows) if rows.numel() else rows * self.weight + self.bias
+        return normed
 
 
 def build_linear(
@@ -91,16 +102,17 @@ def build_norm(kind: type[nn.Module], size: int, eps: float, dtype: torch.dtype)
     return kind(size, eps=eps, dtype=dtype, device=torch.get_default_device())
 
 
-def modality_product(
-    rows: Tensor, text: nn.Module, visual: nn.Module, num_text: int, group: ProcessGroup | None, sequence_parallel: bool
-) -> Tensor:
-    """See ``layers.kernels``: the engine overlaps nothing of a product that is not its own layer's."""
-    if group is not None and sequence_parallel:
-        rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=True, group=group)
-    elif group is not None:
-        rows = copy_to_tensor_model_parallel_region(rows, group=group)
-    text_rows, visual_rows = rows.split([num_text, rows.shape[0] - num_text])
-    return torch.cat([text(text_rows), visual(visual_rows)])
+class ModalityProduct(GroupedProduct):
+    """See ``layers.kernels``."""
+
+    def __init__(self, text: nn.Module, visual: nn.Module, fuse_wgrad_accumulation: bool):
+        super().__init__((text, visual), fuse_wgrad_accumulation)
+
+    def forward(self, rows: Tensor, num_text: int, group: ProcessGroup | None, sequence_parallel: bool) -> Tensor:  # type: ignore[override]
+        """See ``layers.kernels``."""
+        ranks = group.size() if group is not None and sequence_parallel else 1
+        sizes = (num_text, len(rows) * ranks - num_text)
+        return super().forward(rows, sizes, group, sequence_parallel)
 
 
 @cache

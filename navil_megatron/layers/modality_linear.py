@@ -54,7 +54,6 @@ class ModalityLinear(MegatronModule):
         shared: bool = False,
     ):
         super().__init__(config=config)
-        self.product = kernels.modality_product
         self.tp_group = tp_group
         if self.partition_dim == 0:
             output_size = divide(output_size, tp_group.size())
@@ -63,6 +62,7 @@ class ModalityLinear(MegatronModule):
         build = partial(kernels.linear, input_size, output_size, bias=bias, dtype=config.params_dtype)
         self.text = build()
         self.visual = self.text if shared else build()
+        self.product = kernels.modality_product(self.text, self.visual)
         for parameter in self.parameters():
             set_tensor_model_parallel_attributes(
                 parameter, is_parallel=True, dim=self.partition_dim, stride=partition_stride
@@ -78,8 +78,6 @@ class ModalityColumnParallelLinear(ModalityLinear):
         """Project each token with its modality's matrix."""
         output = self.product(
             hidden_states.flatten(0, 1),
-            self.text,
-            self.visual,
             packed_seq_params.num_text_tokens,
             self.tp_group if self.tp_group.size() > 1 else None,
             self.config.sequence_parallel,
@@ -95,7 +93,7 @@ class ModalityRowParallelLinear(ModalityLinear):
     def forward(self, hidden_states: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
         """Project each token with its modality's matrix and sum over the ranks."""
         num_text = packed_seq_params.num_text_tokens
-        partial = self.product(hidden_states.flatten(0, 1), self.text, self.visual, num_text, None, False)
+        partial = self.product(hidden_states.flatten(0, 1), num_text, None, False)
         return reduce_over_tensor_parallel(partial.unsqueeze(1), self.config, self.tp_group)
 
 
@@ -111,6 +109,7 @@ class ComposedRowParallelLinear(ModalityRowParallelLinear):
         self, config: ModelParallelConfig, kernels: Kernels, output_size: int, input_size: int, tp_group: ProcessGroup
     ):
         super().__init__(config, kernels, output_size, input_size, tp_group)
+        del self.product  # which holds a matrix of another size
         self.visual = nn.Linear(output_size, output_size, bias=False, dtype=config.params_dtype)
         self.visual.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -2,10 +2,11 @@
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from torch import Tensor, nn
 
 from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.blueprint.parameters import Parameter, initial_seed, is_trainable, parameter_of
+from navil_megatron.blueprint.vocabulary import held_rows, words_of_rank
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
@@ -63,10 +64,14 @@ def initialize_weights(chunk: NaViLModel, model: ModelConfig, seed: int) -> None
 def random_slice(
     row: Parameter, name: str, seed: int, pg_collection: ProcessGroupCollection, device: torch.device
 ) -> Tensor:
-    """This rank's slice of the whole random tensor, of which every rank draws all."""
+    """This rank's slice of the whole random tensor, of which every rank draws all; rows behind the last word are 0."""
     generator = torch.Generator(device).manual_seed(initial_seed(seed, name))
     whole = torch.empty(row.shape, device=device).normal_(row.mean, row.std, generator=generator)
     group = pg_collection.tp
+    if row.is_vocabulary:
+        words = words_of_rank(len(whole), group.rank(), group.size())
+        padding = held_rows(len(whole), group.size()) - len(words)
+        return nn.functional.pad(whole[words.start : words.stop], (0, 0, 0, padding))
     if row.num_experts is not None and row.modality is not None:
         group = pg_collection.expt_tp
         if row.num_experts > 1:

@@ -7,7 +7,6 @@ the embedding to the head (``blueprint.modality_order``), and the head runs only
 import copy
 from typing import Any
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -18,35 +17,21 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.blueprint.vocabulary import held_rows
+from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.training import TrainingConfig
 from navil_megatron.layers.feature_gather import gather_features
 from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.loss_head import LossHead
 from navil_megatron.layers.rope import cos_sin, decoder_angles
+from navil_megatron.layers.special_tokens import SpecialTokenEmbedding
 from navil_megatron.models.connector import Connector
 from navil_megatron.models.inputs import FirstStageInputs, ModelInputs
 from navil_megatron.models.layer_specs import decoder_block_spec
 from navil_megatron.models.sharded_weights import shard_weights
 from navil_megatron.models.vision_encoder import VisionEncoder
-
-
-class SpecialTokenEmbedding(nn.Module):
-    """Rows that replace the text table's for the 12 special tokens, so that a frozen table never needs them."""
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(len(SPECIAL_TOKENS), model.language.hidden_size, dtype=dtype))
-        row_of_id = torch.full((model.language.vocab_size,), -1, dtype=torch.long)
-        row_of_id[list(model.special_token_ids)] = torch.arange(len(SPECIAL_TOKENS))
-        self.register_buffer("row_of_id", row_of_id, persistent=False)
-
-    def forward(self, embeddings: Tensor, input_ids: Tensor) -> Tensor:
-        """embeddings [t, h] of the text table -> [t, h] with special rows replaced."""
-        rows = self.get_buffer("row_of_id")[input_ids]
-        return torch.where((rows >= 0).unsqueeze(-1), self.weight[rows.clamp(min=0)], embeddings)
 
 
 class NaViLModel(LanguageModule):
@@ -96,7 +81,7 @@ class NaViLModel(LanguageModule):
     def _build_embedding(self) -> LanguageModelEmbedding:
         return LanguageModelEmbedding(
             config=self.config,
-            vocab_size=self.model.language.vocab_size,
+            vocab_size=held_rows(self.model.language.vocab_size, self.tp_group.size()) * self.tp_group.size(),
             max_sequence_length=self.model.language.max_position_embeddings,
             position_embedding_type="rope",
             scatter_to_sequence_parallel=False,
@@ -139,10 +124,10 @@ class NaViLModel(LanguageModule):
         """One microbatch.
 
         Returns:
-            On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v/tp] where
+            On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v] where
             ``labels`` is None; else the activations for the next stage.
         """
-        rotary = cos_sin(decoder_angles(inputs.position_ids, self.model.language), self.config.params_dtype)
+        rotary = cos_sin(decoder_angles(inputs.position_ids, self.model.language))
         hidden_states = self.decoder(
             hidden_states=self.embed(inputs.first_stage) if inputs.first_stage and self.pre_process else None,
             attention_mask=None,

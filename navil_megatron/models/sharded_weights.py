@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from torch import Tensor, nn
 
 from navil_megatron.blueprint.experts_placement import local_experts
-from navil_megatron.blueprint.parameters import EMBEDDING, HEAD, Parameter, parameter_of
+from navil_megatron.blueprint.parameters import EMBEDDING, Parameter, parameter_of
+from navil_megatron.blueprint.vocabulary import held_rows, words_of_rank
 from navil_megatron.config.model import ModelConfig
 
 
@@ -34,7 +35,7 @@ def shard_weights(
         is_copy = row.key == EMBEDDING != name  # of the table, on a stage that does not embed
         replica = (int(is_copy), 0 if row.split_dim is not None else tensor.rank(), data.rank())
         cut = _Cut(row, layer_number(row, name, first_layer), groups.ep.rank(), groups.ep.size(), tensor)
-        if row.split_blocks == 1 and not cut.is_stack:
+        if row.split_blocks == 1 and not cut.is_stack and not row.is_vocabulary:
             (sharded[name],) = cut.pieces(row.key, weight, replica, None)
         else:
             sharded[name] = ShardedTensorFactory(row.key, weight, cut.pieces, cut.whole, replica)
@@ -65,8 +66,10 @@ class _Cut:
         return (self.row.num_experts or 1) > 1
 
     def pieces(self, key: str, held: Tensor, replica_id: ReplicaId, _: None) -> list[ShardedTensor]:
-        """Expert by expert, and block by block."""
+        """Expert by expert, and block by block; of a table of the vocabulary the rows of words."""
         row, size, rank = self.row, self.group.size(), self.group.rank()
+        if row.is_vocabulary:
+            return [self._words(key, held, replica_id)]
         layer = ((0, self.layer, row.num_layers),) if row.num_layers else ()
         experts: tuple[tuple[tuple[int, int, int], ...], ...] = ((),)
         if self.is_stack and row.num_experts and row.modality:
@@ -87,16 +90,33 @@ class _Cut:
                         *(() if row.split_dim is None else (place,)),
                         replica_id=replica_id,
                         prepend_axis_num=len(layer) + len(expert),
-                        allow_shape_mismatch=key in (EMBEDDING, HEAD),  # core's own choice for these two
                     )
                 )
         return found
 
     def whole(self, pieces: list[Tensor]) -> Tensor:
         """The inverse of ``pieces``."""
+        if self.row.is_vocabulary:
+            (rows,) = pieces
+            return nn.functional.pad(rows, (0, 0, 0, held_rows(self.row.shape[0], self.group.size()) - len(rows)))
         blocks = self.row.split_blocks
         matrices = [torch.cat(pieces[first : first + blocks], self._dim) for first in range(0, len(pieces), blocks)]
         return torch.stack(matrices) if self.is_stack else matrices[0]
+
+    def _words(self, key: str, held: Tensor, replica_id: ReplicaId) -> ShardedTensor:
+        words = words_of_rank(self.row.shape[0], self.group.rank(), self.group.size())
+        rows = held[: len(words)]
+        # Where there are none, a copy of nothing: core loads into it, and does not save it.
+        return ShardedTensor(
+            key,
+            rows,
+            rows.dtype,
+            local_shape=tuple(rows.shape),
+            global_shape=self.row.shape,
+            global_offset=(words.start, 0),
+            axis_fragmentations=None,  # no grid: the last ranks hold fewer
+            replica_id=replica_id if words else 1,
+        )
 
     @property
     def _dim(self) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from navil_megatron.blueprint.experts_placement import local_experts
 from navil_megatron.blueprint.held_parameters import HeldParameter, expert_replicas, is_routed, layers_of_chunks
-from navil_megatron.blueprint.parameters import EMBEDDING, parameters_by_key
+from navil_megatron.blueprint.vocabulary import held_rows
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.planner.memory import FP32, INT64
@@ -246,8 +246,8 @@ class RankTraffic:
         sends = num_microbatches * (2 * chunks - self._is_first - self._is_last)
         yield "pp", "send", sends, sends * self._tokens_bytes // parallel.sequence_ranks
         if model.language.tied_embeddings and (self._is_first or self._is_last):
-            table = parameters_by_key(model)[EMBEDDING]
-            yield "embd", "all-reduce", 1, table.numel // parallel.tensor_model_parallel_size * FP32
+            rows = held_rows(model.language.vocab_size, parallel.tensor_model_parallel_size)
+            yield "embd", "all-reduce", 1, rows * model.language.hidden_size * FP32
 
     def _gradient_norm(self) -> Iterator[Sent]:
         """One number, summed over the ranks that hold different gradients."""

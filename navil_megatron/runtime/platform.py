@@ -15,6 +15,24 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.runtime.upload import Uploader
 
+DEVICES_OF_KERNELS = {"torch": {"cuda", "cpu"}, "transformer_engine": {"cuda"}}
+"""``runtime.kernels`` -> the values of ``runtime.device`` where they run."""
+
+
+def require_device_of_kernels(config: RuntimeConfig) -> None:
+    """Nothing, if the kernels that the config names run on the device that it names.
+
+    Raises:
+        UserError: They do not.
+    """
+    devices = DEVICES_OF_KERNELS[config.kernels]
+    if config.device not in devices:
+        needed = " or ".join(f'"{device}"' for device in sorted(devices))
+        raise UserError(
+            f'runtime.kernels = "{config.kernels}" needs runtime.device = {needed}, found "{config.device}"; set '
+            'kernels = "torch"'
+        )
+
 
 def _peak_resident_bytes() -> int:
     """Largest resident set of this process; Linux counts in KiB, macOS in bytes."""
@@ -82,5 +100,10 @@ class Platform:
 
     @classmethod
     def from_config(cls, config: RuntimeConfig, local_rank: int) -> Self:
-        """The platform that the config names."""
+        """The platform that the config names.
+
+        Raises:
+            UserError: It is not there, or has no such kernels as the config names.
+        """
+        require_device_of_kernels(config)
         return cls.cuda(local_rank) if config.device == "cuda" else cls.cpu()

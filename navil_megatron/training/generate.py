@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor, nn
 
 from navil_megatron.config.errors import UserError
@@ -109,8 +108,7 @@ def _next_tokens(
     tokens = torch.zeros(len(samples), dtype=torch.long, device=session.device)
     if session.is_last_stage:
         logits, numbers = outputs[0]
-        whole = gather_from_tensor_model_parallel_region(logits, group=session.groups.tp)
-        tokens[numbers] = whole.argmax(dim=-1)
+        tokens[numbers] = logits.argmax(dim=-1)
         torch.distributed.all_reduce(tokens, group=session.groups.cp)
     last_stage = torch.distributed.get_global_rank(session.groups.pp, session.groups.pp.size() - 1)
     torch.distributed.broadcast(tokens, src=last_stage, group=session.groups.pp)

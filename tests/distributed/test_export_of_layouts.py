@@ -24,6 +24,7 @@ IN_CI = (
     ("pp2-uneven", "untied"),
     ("pp2-interleaved", "tied"),
     ("tp2-sp-pp2", "tied"),
+    ("tp2-sp", "577 words"),
     ("ep2", "untied"),
     ("ep2-tp2-sp-distributed-optimizer", "untied"),
     ("dp2-distributed-optimizer", "windowed"),

@@ -77,14 +77,18 @@ MODELS: dict[str, dict] = {
         }
     },
     "four groups": {"language": {"num_query_groups": 4}},
+    "577 words": {"language": {"num_query_groups": 4, "vocab_size": 577}},
+    "577 words, tied": {"language": {"num_query_groups": 4, "vocab_size": 577, "tied_embeddings": True}},
     "shared attention": {"language": {"modality_experts": ("ffn",)}},
     "no experts": {"language": {"modality_experts": ()}},
     "windowed": {
         "vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,), "qkv_bias": True}
     },
 }
-# Context parallelism exchanges whole groups of heads, so more of it takes more groups than the tiny model has.
+# Tensor and context parallelism share out whole groups of heads, so more of them takes more than the tiny model has.
 LAYOUTS_OF_FOUR_GROUPS = {
+    "tp4": (4, {"parallel": {"tp": 4}}),
+    "tp4-sp": (4, {"parallel": {"tp": 4, "sequence_parallel": True}}),
     "cp4": (4, {"parallel": {"cp": 4}, **NOT_SPLIT}),
     "tp2-cp2": (4, {"parallel": {"tp": 2, **CP2}, **NOT_SPLIT}),
     "tp2-sp-cp2": (4, {"parallel": {**TP2_SP, **CP2}, **NOT_SPLIT}),

@@ -46,6 +46,7 @@ def problems_of(config: NaViLConfig, world_size: int | None = None) -> tuple[str
         ({}, 8),
         ({"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}, 2),
         ({"parallel__tensor_model_parallel_size": 2}, 4),
+        ({"parallel__tensor_model_parallel_size": 2, "model__language__vocab_size": 577}, 2),
         ({"parallel__pipeline_model_parallel_size": 2}, 2),
         ({"parallel__expert_model_parallel_size": 2}, 2),
         ({"parallel__context_parallel_size": 2}, 2),
@@ -328,12 +329,17 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         2,
         "the interleaved schedule needs microbatches in multiples of pipeline_model_parallel_size = 2, found 3",
     ),
-    (
-        {"runtime__kernels": "transformer_engine"},
-        8,
-        'needs runtime.device = "cuda", found "cpu"; set kernels = "torch"',
-    ),
     ({**ENGINE, "precision__type": "fp32"}, 8, 'needs precision.type = "bf16", found "fp32"; change it or'),
+    (
+        {"runtime__device": "cuda", "model__language__head_dim": 12},
+        8,
+        "model.language.head_dim is 12; attention in BF16 on a GPU takes heads of a multiple of 8 channels,",
+    ),
+    (
+        {"runtime__device": "cuda", "model__vision__hidden_size": 264, "model__vision__num_attention_heads": 1},
+        8,
+        "model.vision.hidden_size / num_attention_heads is 264; attention in BF16 on a GPU takes heads of a multiple",
+    ),
     (
         {"runtime__gradient_accumulation_fusion": "transformer_engine"},
         8,

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,11 @@ import torch
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.runtime import RuntimeConfig
+from navil_megatron.dry_run import dry_run
 from navil_megatron.kernels import apex_kernels, te_install
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
+from navil_megatron.runtime.platform import Platform
 from tests.ranks import tiny_config
 
 CPU_BUILD = torch.version.cuda is None
@@ -52,6 +54,16 @@ def install_engine(folder: Path, version: str, extension: str = "transformer_eng
 
 def test_torch_needs_nothing() -> None:
     assert choose_kernels(run_with()) is TORCH_KERNELS
+
+
+@pytest.mark.parametrize("start", [lambda config: Platform.from_config(config.runtime, 0), dry_run])
+def test_transformer_engine_on_a_cpu(start: Callable[[NaViLConfig], object]) -> None:
+    runtime = RuntimeConfig(device="cpu", kernels="transformer_engine")
+    with pytest.raises(UserError) as caught:
+        start(tiny_config(data={"seq_length": 2048}, precision={"type": "bf16"}, runtime=runtime))
+    assert str(caught.value) == (
+        'runtime.kernels = "transformer_engine" needs runtime.device = "cuda", found "cpu"; set kernels = "torch"'
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here")

@@ -39,16 +39,27 @@ SHARED = tiny(modality_experts=())
 MODELS = {"2B": NAVIL_2B, "9B": NAVIL_9B, "tied": TIED, "qwen2": QWEN2, "experts": EXPERTS, "shared": SHARED}
 
 
-def held(model: ModelConfig) -> dict[str, int]:
-    """Names and numbers of everything that one rank alone holds."""
-    return {piece.name: piece.numel for piece in chunk_parameters(model, ParallelConfig(), 0)}
+def held(model: ModelConfig, padding: bool = False, chunk: int = 0, **parallel: Any) -> dict[str, int]:
+    """Names and numbers of everything that a rank of a chunk holds, without tensor parallelism."""
+    return {
+        piece.name: piece.parameter.numel if piece.parameter.is_vocabulary and not padding else piece.numel
+        for piece in chunk_parameters(model, ParallelConfig(**parallel), chunk)
+    }
 
 
 def test_the_papers_totals() -> None:
     small = dataclasses.replace(NAVIL_2B, language=dataclasses.replace(NAVIL_2B.language, vocab_size=92_544))
-    assert sum(held(small).values()) == 4_040_871_872
-    assert sum(held(NAVIL_2B).values()) == 4_040_921_024
-    assert sum(held(NAVIL_9B).values()) == 16_417_797_888
+    for model, total in ((small, 4_040_871_872), (NAVIL_2B, 4_040_921_024), (NAVIL_9B, 16_417_797_888)):
+        assert sum(held(model).values()) == total
+
+
+def test_rows_behind_the_words_are_held_and_not_counted() -> None:
+    padding = sum(held(NAVIL_2B, padding=True).values()) - sum(held(NAVIL_2B).values())
+    assert padding == 2 * (92_672 - 92_556) * NAVIL_2B.language.hidden_size
+    parallel = ParallelConfig(tensor_model_parallel_size=8)
+    shapes = {piece.name: piece.shape for piece in chunk_parameters(NAVIL_2B, parallel, 0)}
+    assert shapes["embedding.word_embeddings.weight"] == shapes["output_layer.weight"] == (11_648, 2_048)
+    assert checkpoint_shapes(NAVIL_2B)["output_layer.weight"] == (92_556, 2_048)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
@@ -101,10 +112,10 @@ def test_a_name_that_no_model_has_is_refused() -> None:
 
 
 def test_the_chunks_of_a_pipeline_hold_the_model_once() -> None:
-    parallel = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=(9, 15))
-    stages = [sum(piece.numel for piece in chunk_parameters(NAVIL_2B, parallel, chunk)) for chunk in (0, 1)]
-    assert sum(stages) == 4_040_921_024
+    stages = {"pipeline_model_parallel_size": 2}
+    chunks = [held(NAVIL_2B, chunk=chunk, **stages, pipeline_layers=(9, 15)) for chunk in (0, 1)]
+    assert sum(sum(chunk.values()) for chunk in chunks) == 4_040_921_024
     # A tied head on another stage than the table is a copy of it.
-    names = {piece.name for piece in chunk_parameters(TIED, ParallelConfig(pipeline_model_parallel_size=2), 1)}
+    names = held(TIED, chunk=1, **stages)
     assert "output_layer.weight" in names and "output_layer.weight" not in held(TIED)
     assert parameter_of(TIED, "output_layer.weight").key == "embedding.word_embeddings.weight"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from navil_megatron.cli import VERBS
 from navil_megatron.doctor import read_requirements, satisfies
 from tests.house import REPOSITORY
 from tools.test_versions import BOUNDED, CORE
@@ -35,9 +36,10 @@ def test_one_environment_can_hold_every_set(python: str) -> None:
 @pytest.mark.parametrize("name", [path.stem for path in sorted(LOCKS.glob("*-py3*.txt"))])
 def test_locked_versions_are_within_the_bounds(name: str) -> None:
     versions = locked(name)
-    # The image has the torch of its base.
-    needed = [wanted for wanted in read_requirements()[1].values() if not wanted.extra]
-    assert {wanted.name for wanted in needed} - set(versions) == ({"torch"} if name.startswith("image") else set())
+    needed = {wanted.name for wanted in read_requirements()[1].values() if not wanted.extra}
+    # The image has the torch of its base, the engine lies beside the test set.
+    elsewhere = {"image": {"torch"}, "engine": needed}.get(name.partition("-")[0], set())
+    assert needed - set(versions) == elsewhere
     for wanted in read_requirements()[1].values():
         if wanted.name in versions:
             assert satisfies(versions[wanted.name], wanted.bounds), wanted
@@ -54,6 +56,24 @@ def test_each_set_holds_its_extras_and_no_more(python: str) -> None:
     assert extras["peers"] | extras["smollm2"] <= set(locked(f"peers-{python}"))
     for name in ("dali", "evaluate", "parquet", "peers", "smollm2", "test", "wandb"):
         assert not extras[name] & set(locked(f"quickstart-{python}"))
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("name", ["quickstart", "recipe-small"])
+def test_an_examples_set_holds_what_its_verbs_need(name: str, python: str) -> None:
+    scripts = (REPOSITORY / "examples" / name.replace("-", "_")).glob("*.py")
+    called = [words for path in scripts for words in re.findall(r'navil(?:_here)?\("([a-z]+)"', path.read_text())]
+    assert "convert" in called
+    extras = {verb.needs.name for verb in VERBS if verb.needs and verb.words.split()[0] in called}
+    needed = {wanted.name for wanted in read_requirements()[1].values() if wanted.extra in extras}
+    assert needed <= set(locked(f"{name}-{python}"))
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_engine_lies_beside_the_test_set_with_the_source_of_its_version(python: str) -> None:
+    engine = locked(f"engine-{python}")
+    assert not engine.keys() & locked(f"test-{python}").keys()
+    assert locked("engine-source") == {"transformer-engine-torch": engine["transformer-engine"]}
 
 
 def test_the_core_of_the_suite_is_there_and_every_bound_has_two_ends() -> None:

@@ -16,10 +16,15 @@ from tests.ranks import run_ranks, start_session
 FULL_ROW = ((20, ((4, 4),)), (24, ()), (5, ((2, 4),)))
 
 
+# As many words as rows: torch counts those behind them too.
+WORDS = {"vocab_size": 128}
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {},
-    "tied": {"language": {"tied_embeddings": True}},
-    "windowed": {"vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,)}},
+    "plain": {"language": WORDS},
+    "tied": {"language": {**WORDS, "tied_embeddings": True}},
+    "windowed": {
+        "language": WORDS,
+        "vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,)},
+    },
 }
 
 

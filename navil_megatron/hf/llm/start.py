@@ -46,8 +46,8 @@ def model_config_for_llm(
     """The model that starts from a pretrained LLM, by its ``config.json`` and the run's ``[model]`` table (``wanted``).
 
     The table holds the encoder's settings. What it says about the language model must agree with the LLM, and it may
-    say nothing. A ``vocab_size`` larger than needed is taken, so that tensor-parallel ranks can split the table. The
-    ids of the 12 special tokens are given by name or in the order of ``SPECIAL_TOKENS``.
+    say nothing. A ``vocab_size`` larger than needed is taken. The ids of the 12 special tokens are given by name or in
+    the order of ``SPECIAL_TOKENS``.
 
     Raises:
         UserError: The LLM asks for something that the model does not have, or the two disagree; all problems at once.
