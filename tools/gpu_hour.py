@@ -38,6 +38,8 @@ GRACE_SECONDS = 8.0
 """Between asking a part to stop, asking it for its stacks, and killing it."""
 LEAST_SECONDS = 20.0
 """With less time left no part is started."""
+NO_TESTS = 5
+"""Pytest's exit code where it selects none."""
 TAIL_LINES = 60
 """Of what a part that failed printed last, in the summary."""
 ASK_TORCH = """
@@ -69,17 +71,28 @@ def all_parts() -> list[Part]:
     """The hour, in its order."""
     engine = ("transformer_engine",)
     parts = [
-        tests("device", "the device, uploads beside work", 120, "platform", "apex_kernels"),
-        tests("kernels", "Transformer Engine's kernels against torch's", 360, "te_kernels", needs=engine),
+        tests("device", "uploads, torch's attention", 120, "platform", "flash_attention", "apex_kernels"),
+        tests(
+            "kernels",
+            "Transformer Engine against torch",
+            360,
+            "te_kernels",
+            "kernels",
+            "products",
+            "no_rows",
+            needs=engine,
+        ),
         tests("layouts", "two GPUs over NCCL equal one", 360, "nccl_layouts", gpus=2),
         tests("fp8", "FP8 by every recipe beside BF16", 420, "fp8", needs=engine),
         tests("decode", "DALI's pixels and images a second", 150, "image_decode", needs=("nvidia.dali",)),
         tests("step", "a step waits for nothing and takes what is planned", 240, "no_syncs", "planner_memory"),
     ]
     named = {word for part in parts for word in part.command}
-    others = [Path(path).stem.removeprefix("test_") for path in test_files("*") if path not in named]
-    if others:
-        parts.append(tests("others", "what no part above names", 300, *others))
+    for name, folder, needs in (("others", "gpu", ()), ("others-engine", "engine", engine)):
+        paths = [Path(path) for path in test_files("*") if path not in named]
+        stems = [path.stem.removeprefix("test_") for path in paths if path.parent.name == folder]
+        if stems:
+            parts.append(tests(name, "what no part above names", 300, *stems, needs=needs))
     kernels = "engine engine-tensorwise engine-delayed engine-blockwise"
     return [
         *parts,
@@ -214,6 +227,8 @@ def run_part(part: Part, folder: Path, limit: float, rehearse: bool) -> dict[str
         try:
             code = process.wait(timeout=limit)
             status, why = ("passed", "") if code == 0 else ("failed", f"exit code {code}")
+            if code == NO_TESTS and "pytest" in part.needs:
+                status, why = "skipped", "no test there is for a GPU"
         except subprocess.TimeoutExpired:
             status, why = "stopped", f"at its limit of {limit:.0f} s"
         except KeyboardInterrupt:
