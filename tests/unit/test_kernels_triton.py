@@ -112,17 +112,19 @@ def test_fused_rows_are_written_once_each_way(name: str) -> None:
     assert written.total() < 2.05 * once
 
 
-def test_swiglu_on_a_device_that_poses_as_one() -> None:
+def test_swiglu_writes_what_it_returns() -> None:
     kernels = triton_kernels.with_triton(TORCH_KERNELS)
     with FakeTensorMode():
         gate_up = torch.empty(7, 1, 96, device="cuda", dtype=torch.bfloat16)
         weights = torch.empty(7, 1, device="cuda", dtype=torch.bfloat16)
         for given in (None, weights):
-            output = kernels.swiglu(gate_up, given)
+            with watching_writes() as written:
+                output = kernels.swiglu(gate_up, given)
+                grad, of_weights = kernels.swiglu_gradient(output, gate_up, given)
             assert (output.shape, output.dtype, output.device) == ((7, 1, 48), torch.bfloat16, gate_up.device)
-            grad, of_weights = kernels.swiglu_gradient(output, gate_up, given)
             assert grad.shape == gate_up.shape
             assert of_weights is None if given is None else of_weights.shape == given.shape
+            assert written.total() == output.nbytes + grad.nbytes + (0 if given is None else given.nbytes)
 
 
 def test_a_torch_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
