@@ -37,7 +37,7 @@ IMPORT_TABLE = {
     "blueprint": Row((), ("numpy",)),
     "files": Row((), ("xxhash", "PIL", "jinja2")),
     "runtime": Row((), _ENGINE),
-    "kernels": Row(("layers",), (*_ENGINE, "transformer_engine", "fused_weight_gradient_mlp_cuda")),
+    "kernels": Row(("layers",), (*_ENGINE, "transformer_engine", "fused_weight_gradient_mlp_cuda", "triton")),
     "layers": Row(("blueprint",), _ENGINE),
     "models": Row(("blueprint", "runtime", "kernels", "layers"), _ENGINE),
     "data": Row(
@@ -107,6 +107,7 @@ ONLY_IN = {
     "os.replace": "files",
     "shutil.disk_usage": "files",
     "transformer_engine": "kernels",
+    "triton": "kernels",
     "apex": "kernels",
     "nvidia.dali": "data/dali_decode.py",
     "lmms_eval": "evaluation/adapters",

@@ -32,6 +32,9 @@ BF16_CHUNKS = 2**-7
 """Relative L2 distance of a bf16 gradient summed in chunks from the same in one GEMM: parts, which may be larger than
 their sum, the sum and the GEMM's own result are rounded once, to 2^-9 each."""
 
+BF16_ONCE = {"rtol": 2**-7, "atol": 1e-6}
+"""A number that is rounded to bf16 once, or cut off, which is up to twice as far."""
+
 ONE_CHUNK = 1.05
 """Peak memory of the chunked loss, grown with the vocabulary, as a multiple of what one chunk's logits grew by."""
 

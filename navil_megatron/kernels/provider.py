@@ -7,6 +7,7 @@ from navil_megatron.kernels import flash_attention
 from navil_megatron.kernels.apex_kernels import with_apex
 from navil_megatron.kernels.te_install import require_transformer_engine
 from navil_megatron.kernels.torch_kernels import TORCH_KERNELS
+from navil_megatron.kernels.triton_kernels import with_triton
 from navil_megatron.layers.kernels import Kernels
 
 
@@ -25,4 +26,6 @@ def choose_kernels(config: NaViLConfig) -> Kernels:
     elif config.runtime.device == "cuda" and config.precision.type == "bf16":
         flash_attention.require_flash_attention()
         kernels = replace(kernels, segment_attention=flash_attention.segment_attention)
+    if config.runtime.device == "cuda":
+        kernels = with_triton(kernels)
     return with_apex(kernels) if config.runtime.gradient_accumulation_fusion == "apex" else kernels

@@ -52,8 +52,15 @@ def install_engine(folder: Path, version: str, extension: str = "transformer_eng
     importlib.invalidate_caches()
 
 
-def test_torch_needs_nothing() -> None:
-    assert choose_kernels(run_with()) is TORCH_KERNELS
+def test_torch_needs_nothing_on_a_cpu() -> None:
+    assert choose_kernels(tiny_config()) is TORCH_KERNELS
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this torch came without Triton")
+def test_a_gpu_gets_kernels_of_triton() -> None:
+    kernels = choose_kernels(run_with())
+    for name in ("attention_heads", "attention_heads_gradient", "swiglu", "swiglu_gradient"):
+        assert getattr(kernels, name) is not getattr(TORCH_KERNELS, name)
 
 
 @pytest.mark.parametrize("start", [lambda config: Platform.from_config(config.runtime, 0), dry_run])

@@ -105,7 +105,7 @@ def run_with(kernels: str = "torch", precision: str = "bf16") -> NaViLConfig:
 
 def test_only_bf16_on_a_gpu_asks_for_it() -> None:
     assert choose_kernels(run_with()).segment_attention is flash_attention.segment_attention
-    assert choose_kernels(run_with(precision="fp32")) is TORCH_KERNELS
+    assert choose_kernels(run_with(precision="fp32")).segment_attention is TORCH_KERNELS.segment_attention
     on_cpu = dataclasses.replace(run_with(), runtime=RuntimeConfig(device="cpu"))
     assert choose_kernels(on_cpu) is TORCH_KERNELS
 

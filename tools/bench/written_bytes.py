@@ -1,6 +1,6 @@
 """Bytes that operators write, by name: what each costs a GPU that has not fused it, beside a read of as many.
 
-Views write nothing; operators that write in place count what they write.
+Views and empty tensors write nothing; operators that write in place count what they write.
 """
 
 from collections import Counter
@@ -22,12 +22,13 @@ class _Writes(TorchDispatchMode):
         self.written = written
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         output = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            is_new = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given
-            if is_new or (isinstance(tensor, Tensor) and operator._schema.is_mutable):
-                self.written[operator._schema.name.removeprefix("aten::")] += tensor.nbytes
+            is_new = isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given
+            name = operator._schema.name.removeprefix("aten::")
+            if "empty" not in name and (is_new or (isinstance(tensor, Tensor) and operator._schema.is_mutable)):
+                self.written[name] += tensor.nbytes
         return output
 
 
