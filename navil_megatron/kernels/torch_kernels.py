@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from navil_megatron.kernels.adamw import AdamW
 from navil_megatron.kernels.modality_product import modality_product
@@ -64,6 +65,7 @@ TORCH_KERNELS = Kernels(
     modality_product=partial(partial, modality_product),
     grouped_product=grouped_product,
     add_weight_gradient=add_weight_gradient,
+    recompute=partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
     encoder_precision=nullcontext,
     encoder_rows=1,
     adam=AdamW,
