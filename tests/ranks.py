@@ -34,8 +34,7 @@ from navil_megatron.config.training import TrainingConfig
 from navil_megatron.config.vision import VisionConfig
 
 PRELOAD = (
-    "torch",
-    "megatron.core",
+    "navil_megatron.runtime",
     "megatron.core.dist_checkpointing",
     "megatron.core.distributed",
     "megatron.core.models.common.language_module.language_module",

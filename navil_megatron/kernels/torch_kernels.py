@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from navil_megatron.kernels.adamw import AdamW
+from navil_megatron.kernels.attention_heads import attention_heads, attention_heads_gradient
 from navil_megatron.kernels.modality_product import modality_product
 from navil_megatron.layers.kernels import Kernels
 
@@ -41,6 +42,25 @@ def segment_attention(
     return torch.cat(outputs).to(dtype)
 
 
+def swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """See ``layers.kernels``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    output = nn.functional.silu(gate).mul_(up)
+    return output if weights is None else output.mul_(weights.unsqueeze(-1))
+
+
+def swiglu_gradient(grad_output: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """See ``layers.kernels``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad.chunk(2, dim=-1)
+    factor = grad_output if weights is None else grad_output * weights.unsqueeze(-1)
+    activated = nn.functional.silu(gate)
+    torch.mul(factor, activated, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(factor * up, gate, grad_input=grad_gate)
+    return grad, None if weights is None else activated.mul_(up).mul_(grad_output).sum(-1)
+
+
 def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """See ``layers.kernels``."""
     if len(weight) == 1 or not len(rows):
@@ -60,9 +80,13 @@ def add_weight_gradient(total: Tensor, grad_output: Tensor, rows: Tensor) -> Non
 
 TORCH_KERNELS = Kernels(
     norms={"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm},
+    attention_heads=attention_heads,
+    attention_heads_gradient=attention_heads_gradient,
     segment_attention=segment_attention,
     linear=Linear,
     modality_product=partial(partial, modality_product),
+    swiglu=swiglu,
+    swiglu_gradient=swiglu_gradient,
     grouped_product=grouped_product,
     add_weight_gradient=add_weight_gradient,
     recompute=partial(checkpoint, use_reentrant=False, preserve_rng_state=False),

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,69 @@ class SegmentAttention(Protocol):
         ...
 
 
+class FusedHeads(NamedTuple):
+    """How query, key and value lie side by side in rows [t, ., ., d] of a fused projection."""
+
+    sizes: tuple[int, int, int]
+    """Of query, key and value along ``dim``."""
+    dim: int
+    """1: [t, 3, n, d]; 2: [t, g, n/g + 2, d]."""
+
+    def shape(self, part: int) -> tuple[int, int]:
+        """The two dimensions into which the heads of query, key or value (0, 1, 2) unfold."""
+        return (self.sizes[part], -1) if self.dim == 1 else (-1, self.sizes[part])
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorm of each head of query and key."""
+
+    weights: Tensor
+    """[2, 2, d] of query and key, of text and visual tokens; [2, 1, d] where those share theirs."""
+    is_visual: Tensor | None
+    """[t] bool, in attention order; None: shared."""
+    epsilon: float
+
+
+class AttentionHeads(Protocol):
+    """The softmax's query, key and value out of a fused projection."""
+
+    def __call__(
+        self, qkv: Tensor, fused: FusedHeads, order: Tensor | None, rotary: Tensor, norms: HeadNorms | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Not differentiable; no token at all is legal.
+
+        Args:
+            qkv: [t, ., ., d], rows of the projection.
+            fused: How they lie there.
+            order: [t] int64, the rows in attention order; None: they lie in it.
+            rotary: [t, 2, d/2] float32, cosines and sines in attention order (``rope.cos_sin``).
+            norms: Applied to query and key before they are turned; None: no norm.
+
+        Returns:
+            query [t, n, d], key and value [t, g, d], contiguous.
+        """
+        ...
+
+
+class AttentionHeadsGradient(Protocol):
+    """The backward pass of ``AttentionHeads``."""
+
+    def __call__(
+        self,
+        grads: tuple[Tensor, Tensor, Tensor],
+        qkv: Tensor | None,
+        fused: FusedHeads,
+        inverse: Tensor | None,
+        rotary: Tensor,
+        norms: HeadNorms | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of ``qkv`` and of the norms' weights, from those of query, key and value.
+
+        ``inverse`` [t] undoes ``order``; ``qkv`` may be None without norms; the rest is as it was given.
+        """
+        ...
+
+
 class ModalityProduct(Protocol):
     """Text tokens through one ``linear`` and visual ones through another, after a column layer's collective."""
 
@@ -76,11 +139,17 @@ class Kernels:
 
     norms: Mapping[str, Callable[..., nn.Module]]
     """``rmsnorm`` and ``layernorm`` over the last dimension, built with (size, eps=, dtype=): ``weight`` [size]."""
+    attention_heads: AttentionHeads
+    attention_heads_gradient: AttentionHeadsGradient
     segment_attention: SegmentAttention
     linear: Callable[..., nn.Module]
     """Built with (input size, output size, bias=, dtype=): ``weight`` [out, in] and, if asked for, ``bias`` [out]."""
     modality_product: Callable[[nn.Module, nn.Module], ModalityProduct]
     """Built once with the ``linear`` of text and that of visual tokens, which hold the weights."""
+    swiglu: Callable[[Tensor, Tensor | None], Tensor]
+    """[gate | up] [..., 2f] and None or a weight for each row [...]: -> silu(gate) * up [* weight] [..., f]."""
+    swiglu_gradient: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    """The gradients of both, from that of the output [..., f], which comes first."""
     grouped_product: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Rows [r, in] sorted by expert, weights [e, out, in] and [e] int32, one past the last row of each: -> [r, out]."""
     add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None]

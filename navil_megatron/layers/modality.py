@@ -25,6 +25,8 @@ class NaViLPackedSeqParams(PackedSeqParams):
     causal inside each."""
     to_modality_major: torch.Tensor
     """[t] int64: the inverse of ``to_attention``."""
+    is_visual: torch.Tensor
+    """[t] bool, in attention order."""
     attention_groups: tuple[SegmentGroup, ...]
     """Segments by length, in attention order."""
     sample_tokens: torch.Tensor
@@ -52,6 +54,8 @@ def build_packed_seq_params(order: ModalityOrder) -> NaViLPackedSeqParams:
         num_packed_tokens=order.rows.size,
         to_attention=torch.from_numpy(order.to_attention),
         to_modality_major=torch.from_numpy(inverse_order(order.to_attention)),
+        # Every context-parallel rank holds as many text tokens.
+        is_visual=torch.from_numpy(order.to_attention % max(order.rows.size, 1) >= order.num_text_tokens),
         attention_groups=order.attention.groups,
         sample_tokens=torch.from_numpy(order.sample_tokens),
     )

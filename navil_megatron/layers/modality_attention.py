@@ -1,7 +1,8 @@
 """Self-attention with one set of projections per modality and one joint causal softmax (paper, section 3.2.2).
 
-Projections run on modality-major rows. Queries, keys and values are gathered into attention order once, and the
-attention output back once; nothing else in a decoder layer moves tokens. Context-parallel ranks exchange heads there.
+Projections run on modality-major rows. The fused queries, keys and values are gathered into attention order once, where
+they are split, normed and turned, and the attention output back once; nothing else in a decoder layer moves tokens.
+Context-parallel ranks exchange heads there.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from navil_megatron.config.language import LanguageConfig
+from navil_megatron.layers.attention_heads import AttentionHeads
 from navil_megatron.layers.head_exchange import heads_to_rows, rows_to_heads
-from navil_megatron.layers.kernels import Kernels
+from navil_megatron.layers.kernels import FusedHeads, Kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams
 from navil_megatron.layers.modality_linear import (
     ComposedRowParallelLinear,
@@ -25,7 +27,6 @@ from navil_megatron.layers.modality_linear import (
 )
 from navil_megatron.layers.modality_norm import ModalityHeadNorm
 from navil_megatron.layers.reorder import Reorder
-from navil_megatron.layers.rope import apply_rotary
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ModalitySelfAttention(MegatronModule):
         self.cp_group = pg_collection.cp
         self.head_dim = config.kv_channels
         self.num_groups = divide(config.num_query_groups, tp_group.size())
-        self.heads_per_group = divide(config.num_attention_heads, config.num_query_groups)
+        self.fused = FusedHeads((divide(config.num_attention_heads, config.num_query_groups), 1, 1), dim=2)
         query_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_query_groups * self.head_dim
         self.linear_qkv = ModalityColumnParallelLinear(
@@ -79,7 +80,7 @@ class ModalitySelfAttention(MegatronModule):
         if language.qk_norm:
             self.q_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
             self.k_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
-        self.core_attention = kernels.segment_attention
+        self.kernels = kernels
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -93,38 +94,45 @@ class ModalitySelfAttention(MegatronModule):
         packed_seq_params: NaViLPackedSeqParams,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """[t/tp, 1, h] or [t, 1, h] -> the same, and no bias. ``rotary_pos_emb`` is [2, t, 1, d], modality-major.
+        """[t/tp, 1, h] or [t, 1, h] -> the same, and no bias. ``rotary_pos_emb`` is [t, 2, d/2] in attention order.
 
-        t are the tokens of this context-parallel rank, here and below.
+        t are the tokens of this context-parallel rank, here and below; in attention order, of all.
         """
         qkv = self.linear_qkv(hidden_states, packed_seq_params)
-        query, key, value = self._split_heads(qkv)
-        if self.config.qk_layernorm:
-            query = self.q_layernorm(query, packed_seq_params)
-            key = self.k_layernorm(key, packed_seq_params)
-        query, key = apply_rotary(query, rotary_pos_emb), apply_rotary(key, rotary_pos_emb)
+        weights = torch.stack([self.q_layernorm(), self.k_layernorm()]) if self.config.qk_layernorm else None
         if self.recompute_attention and torch.is_grad_enabled():
             context = torch.utils.checkpoint.checkpoint(
-                self._attend, query, key, value, packed_seq_params, use_reentrant=False, preserve_rng_state=False
+                self._attend,
+                qkv,
+                weights,
+                rotary_pos_emb,
+                packed_seq_params,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
-            context = self._attend(query, key, value, packed_seq_params)
+            context = self._attend(qkv, weights, rotary_pos_emb, packed_seq_params)
         return self.linear_proj(context.unsqueeze(1), packed_seq_params), None
 
-    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[t, 1, (n + 2g)/tp * d] -> query [t, n/tp, d], key and value [t, g/tp, d]."""
-        per_group = qkv.view(-1, self.num_groups, self.heads_per_group + 2, self.head_dim)
-        query, key, value = per_group.split([self.heads_per_group, 1, 1], dim=2)
-        return query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
-        """To attention order, softmax inside each segment, and back. -> [t, n/tp * d]."""
-        query, key, value = rows_to_heads(query, key, value, self.cp_group)
+    def _attend(self, qkv: Tensor, norm_weights: Tensor | None, rotary: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
+        """To attention order, softmax inside each segment, and back. [t, 1, (n + 2g)/tp * d] -> [t, n/tp * d]."""
         to_attention, back = packed.to_attention, packed.to_modality_major
-        context = self.core_attention(
-            Reorder.apply(query, to_attention, back),
-            Reorder.apply(key, to_attention, back),
-            Reorder.apply(value, to_attention, back),
+        per_group = qkv.view(-1, self.num_groups, sum(self.fused.sizes), self.head_dim)
+        query, key, value = AttentionHeads.apply(
+            rows_to_heads(per_group, self.cp_group),
+            norm_weights,
+            packed.is_visual if norm_weights is not None and norm_weights.shape[1] > 1 else None,
+            self.config.layernorm_epsilon,
+            to_attention,
+            back,
+            rotary,
+            self.fused,
+            self.kernels,
+        )
+        context = self.kernels.segment_attention(
+            query,
+            key,
+            value,
             groups=packed.attention_groups,
             cu_seqlens=packed.cu_seqlens_q,
             max_seqlen=packed.max_seqlen_q,

@@ -23,28 +23,9 @@ from navil_megatron.config.modality import MODALITIES, Modality
 from navil_megatron.layers.expert_linear import ExpertLinear
 from navil_megatron.layers.kernels import Kernels
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_mlp import SwiGLU, swiglu, swiglu_gradient
 from navil_megatron.layers.modality_router import ModalityRouter
 from navil_megatron.layers.reorder import Reorder
-
-
-class WeightedSwiGLU(torch.autograd.Function):
-    """weight * silu(gate) * up for each row; keeps its inputs alone. What follows is linear, so the weight may go first
-    and the row's experts then only have to be summed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
-        """[rows, 2f] and [rows] -> [rows, f]."""
-        ctx.save_for_backward(gate_up, weights)
-        return swiglu(gate_up) * weights.unsqueeze(-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, f] -> [rows, 2f] and [rows]."""
-        gate_up, weights = ctx.saved_tensors
-        grad_weights = (grad_output * swiglu(gate_up)).sum(-1)
-        return swiglu_gradient(gate_up, grad_output * weights.unsqueeze(-1)), grad_weights
+from navil_megatron.layers.swiglu import SwiGLU
 
 
 class ModalityExperts(MegatronModule):
@@ -57,7 +38,7 @@ class ModalityExperts(MegatronModule):
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, kernels: Kernels, **_: Any):
         super().__init__(config=config)
         assert config.num_moe_experts is not None
-        self.pg_collection = pg_collection
+        self.pg_collection, self.kernels = pg_collection, kernels
         rank, num_ranks = pg_collection.ep.rank(), pg_collection.ep.size()
         self.experts = local_experts(rank, num_ranks, config.num_moe_experts // len(MODALITIES))
         self.router = ModalityRouter(config, pg_collection)
@@ -136,6 +117,6 @@ class ModalityExperts(MegatronModule):
     def _experts(self, modality: Modality, rows: Tensor, ends: Tensor, weights: Tensor) -> Tensor:
         """Rows [r, h] of one modality sorted by expert, where each expert's end, weights [r] -> [r, h]."""
         gate_up = self.linear_fc1(rows, modality, ends)
-        is_learned = self.router.num_experts > 1
-        inner = WeightedSwiGLU.apply(gate_up, weights) if is_learned else SwiGLU.apply(gate_up)
+        # What follows is linear, so the weight may go first and the row's experts then only have to be summed.
+        inner = SwiGLU.apply(gate_up, weights if self.router.num_experts > 1 else None, self.kernels)
         return self.linear_fc2(inner, modality, ends)

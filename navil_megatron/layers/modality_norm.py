@@ -5,8 +5,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from navil_megatron.layers.modality import NaViLPackedSeqParams
-
 
 class NormWeight(nn.Module):
     """One modality's scale, [d]."""
@@ -17,7 +15,7 @@ class NormWeight(nn.Module):
 
 
 class ModalityHeadNorm(MegatronModule):
-    """[t, heads, d] -> [t, heads, d] in modality-major order.
+    """The scales of both modalities; ``AttentionHeads`` applies them to the heads of query or key.
 
     Every rank normalises its own heads with the same weights; megatron-core sums these weights' gradients over the
     tensor-parallel ranks because their names hold ``q_layernorm`` or ``k_layernorm``.
@@ -27,10 +25,10 @@ class ModalityHeadNorm(MegatronModule):
         super().__init__(config=config)
         self.text = NormWeight(head_dim, config.params_dtype)
         self.visual = self.text if shared else NormWeight(head_dim, config.params_dtype)
-        self.epsilon = config.layernorm_epsilon
 
-    def forward(self, heads: Tensor, packed_seq_params: NaViLPackedSeqParams) -> Tensor:
-        """Normalise every head of every token."""
-        normed = torch.nn.functional.rms_norm(heads, heads.shape[-1:], None, self.epsilon)
-        num_text = packed_seq_params.num_text_tokens
-        return torch.cat([normed[:num_text] * self.text.weight, normed[num_text:] * self.visual.weight])
+    def forward(self) -> Tensor:
+        """[2, d] of text and visual tokens, or [1, d] of both where they share it. A call, not a weight that is read:
+        core waits for gathered parameters when a module is called.
+        """
+        holders = [self.text] if self.visual is self.text else [self.text, self.visual]
+        return torch.stack([holder.weight for holder in holders])

@@ -54,14 +54,6 @@ def rotary_angles_2d(rows: Tensor, columns: Tensor, head_dim: int, theta: float)
     return torch.cat([rotary_angles(rows, frequencies), rotary_angles(columns, frequencies)], dim=-1)
 
 
-def cos_sin(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rotate-half tables. angles [t, d / 2] -> [2, t, 1, d], cosines before sines."""
-    doubled = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    return torch.stack([doubled.cos(), doubled.sin()]).to(dtype)
-
-
-def apply_rotary(heads: Tensor, rotary: Tensor) -> Tensor:
-    """Turn pairs of channels (i, i + d/2). heads [t, n, d], rotary from ``cos_sin``."""
-    cos, sin = rotary[0], rotary[1]
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
+def cos_sin(angles: Tensor) -> Tensor:
+    """Rotate-half tables. angles [t, d / 2] -> [t, 2, d / 2] float32, cosines before sines."""
+    return torch.stack([angles.cos(), angles.sin()], dim=1)

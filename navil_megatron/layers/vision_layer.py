@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from navil_megatron.blueprint.segments import SegmentGroup
 from navil_megatron.config.vision import VisionConfig
-from navil_megatron.layers.kernels import Kernels
+from navil_megatron.layers.attention_heads import AttentionHeads
+from navil_megatron.layers.kernels import FusedHeads, Kernels
 from navil_megatron.layers.reorder import Reorder
-from navil_megatron.layers.rope import apply_rotary
+
+FUSED = FusedHeads((1, 1, 1), dim=1)
 
 
 class VisionLayer(nn.Module):
@@ -24,7 +26,7 @@ class VisionLayer(nn.Module):
         width = config.hidden_size
         norm, linear = kernels.norms[config.norm], kernels.linear
         self.num_heads = config.num_attention_heads
-        self.attention, self.precision = kernels.segment_attention, kernels.encoder_precision
+        self.kernels, self.precision = kernels, kernels.encoder_precision
         self.norm1 = norm(width, eps=config.norm_epsilon, dtype=dtype)
         self.linear_qkv = linear(width, 3 * width, bias=config.qkv_bias, dtype=dtype)
         self.linear_proj = linear(width, width, dtype=dtype)
@@ -35,7 +37,7 @@ class VisionLayer(nn.Module):
         self.layer_scale2 = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, patches: Tensor, rotary: Tensor, segments: "VisionSegments") -> Tensor:
-        """patches [p, w] in encoder order; rotary [2, p, 1, d]."""
+        """patches [p, w] in encoder order; rotary [p, 2, d/2] in attention order."""
         with self.precision():
             patches = patches + self._attend(self.norm1(patches), rotary, segments) * self.layer_scale1
             hidden = nn.functional.gelu(self.linear_fc1(self.norm2(patches)))
@@ -43,11 +45,10 @@ class VisionLayer(nn.Module):
 
     def _attend(self, normed: Tensor, rotary: Tensor, segments: "VisionSegments") -> Tensor:
         qkv = self.linear_qkv(normed).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.unbind(1)
-        query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        if segments.order is not None:
-            query, key, value = (Reorder.apply(x, segments.order, segments.inverse) for x in (query, key, value))
-        context = self.attention(
+        query, key, value = AttentionHeads.apply(
+            qkv, None, None, 0.0, segments.order, segments.inverse, rotary, FUSED, self.kernels
+        )
+        context = self.kernels.segment_attention(
             query,
             key,
             value,
@@ -79,6 +80,10 @@ class VisionSegments:
     def max_seqlen(self) -> int:
         """Patches of the longest segment."""
         return max((group.length for group in self.groups), default=0)
+
+    def in_order(self, patches: Tensor) -> Tensor:
+        """[p, ...] in encoder order -> in attention order."""
+        return patches if self.order is None else patches.index_select(0, self.order)
 
     def padded(self, num_patches: int, padding: int) -> "VisionSegments":
         """The same with so many more patches at the end, a segment of their own."""

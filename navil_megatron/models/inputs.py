@@ -48,7 +48,7 @@ class ModelInputs:
     packed_seq_params: NaViLPackedSeqParams
     """The modality plan and the attention segments."""
     position_ids: Tensor
-    """[t] position of each token in its own sample."""
+    """[t] position of each token in its own sample, of all context-parallel ranks in attention order."""
     loss_positions: Tensor
     """[k] rows whose next token is predicted."""
     labels: Tensor | None

@@ -128,7 +128,7 @@ class NaViLModel(LanguageModule):
             On the last stage the cross entropy of each predicted position, [k] float32, or its logits [k, v/tp] where
             ``labels`` is None; else the activations for the next stage.
         """
-        rotary = cos_sin(decoder_angles(inputs.position_ids, self.model.language), self.config.params_dtype)
+        rotary = cos_sin(decoder_angles(inputs.position_ids, self.model.language))
         hidden_states = self.decoder(
             hidden_states=self.embed(inputs.first_stage) if inputs.first_stage and self.pre_process else None,
             attention_mask=None,

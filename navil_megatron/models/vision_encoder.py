@@ -40,9 +40,10 @@ class VisionEncoder(MegatronModule):
             patches = nn.functional.pad(patches, (0, 0, 0, padding))
             rows, columns = (nn.functional.pad(places, (0, padding)) for places in (rows, columns))
             whole_images, windows = (segments.padded(num_patches, padding) for segments in (whole_images, windows))
-        rotary = cos_sin(rotary_angles_2d(rows, columns, self.vision.head_dim, self.vision.rope_theta), dtype)
+        rotary = cos_sin(rotary_angles_2d(rows, columns, self.vision.head_dim, self.vision.rope_theta))
+        kinds = [(segments, segments.in_order(rotary)) for segments in (windows, whole_images)]
         for number, layer in enumerate(self.layers):
-            segments = whole_images if number in (self.vision.full_attention_layers or ()) else windows
+            segments, rotary = kinds[number in (self.vision.full_attention_layers or ())]
             if self.recompute and torch.is_grad_enabled():
                 patches = torch.utils.checkpoint.checkpoint(
                     layer, patches, rotary, segments, use_reentrant=False, preserve_rng_state=False

@@ -83,7 +83,7 @@ class ActivationModel:
         return kept + (self.hidden_bytes if self.config.training.recomputes("mlp") else self._feed_forward())
 
     def _attention(self) -> int:
-        """From linear_qkv's output to linear_proj's input; the softmax and its gathers may be computed again."""
+        """From linear_qkv's output to linear_proj's input; all of it may be computed again."""
         language, t, again = self.config.model.language, self._tokens, self.config.training.recomputes("attention")
         heads, groups = language.num_attention_heads // self._tensor, language.num_query_groups // self._tensor
         query, key = (t * n * language.head_dim * self._size for n in (heads, groups))
@@ -93,13 +93,8 @@ class ActivationModel:
             # In attention order: query, key, value, output, and a logarithm of each softmax's sum.
             on_cpu = 1 if self.fused else FP32 // self._size
             kept += (qkv + query) * on_cpu + t * heads * FP32
-        else:
-            kept += query + key  # turned by their positions; the value is a view of linear_qkv's output
-        if language.qk_norm:
-            copied = query if groups > 1 else 0  # heads of several groups do not lie side by side
-            kept += copied + query + key + t * (heads + groups) * FP32
         if language.qk_norm or again:
-            kept += qkv
+            kept += qkv  # linear_qkv's output
         return kept
 
     def _feed_forward(self) -> int:
@@ -121,10 +116,12 @@ class ActivationModel:
         return kept + (tokens * INT64 if parallel.expert_model_parallel_size > 1 else 0)
 
     def shared_by_layers(self) -> int:
-        """Rotary tables, and under attention without recompute the orders of all ranks' tokens."""
-        tables = self._tokens * 2 * self.config.model.language.head_dim * self._size
-        orders = 0 if self.config.training.recomputes("attention") else 2 * INT64
-        return tables + self.config.microbatch_tokens * orders
+        """Of all context-parallel ranks' tokens: the rotary table, and under attention without recompute their orders
+        and, for the norms of heads, their modalities.
+        """
+        language = self.config.model.language
+        orders = 0 if self.config.training.recomputes("attention") else 2 * INT64 + language.qk_norm
+        return self.config.microbatch_tokens * (language.head_dim * FP32 + orders)
 
     def final_norm(self) -> int:
         """That after the last layer; those inside keep as much."""
@@ -147,22 +144,21 @@ class ActivationModel:
         patches = self._patches
         tokens = patches // vision.merge_size**2
         kept = patches * vision.patch_dim * self._size  # input of the patch embedding
-        kept += 2 * patches * vision.head_dim * self._size  # rotary tables
-        for number in range(vision.num_layers):
-            windowed = vision.full_attention_layers is not None and number not in vision.full_attention_layers
-            kept += self._vision_layer(patches, windowed)
+        kinds = 2 if vision.full_attention_layers else 1
+        kept += kinds * patches * vision.head_dim * FP32  # a rotary table in each attention order
+        kept += vision.num_layers * self._vision_layer(patches)
         # Connector: the norm's input, also scaled, and two numbers a token; then the inputs of GELU and linear_fc2.
         kept += 2 * patches * vision.hidden_size * self._size + tokens * (2 * FP32 + 2 * hidden * self._size)
         return kept + self._image_places
 
-    def _vision_layer(self, patches: int, windowed: bool) -> int:
+    def _vision_layer(self, patches: int) -> int:
         vision = self.config.model.vision
         hidden = patches * vision.hidden_size * self._size
         if self.config.training.recomputes("encoder"):
             return hidden
         norm = self._norm(patches, vision.hidden_size) if vision.norm == "rmsnorm" else hidden + 2 * patches * FP32
-        value = hidden if windowed else 3 * hidden  # in place it is a view of linear_qkv's output
-        attention = 3 * hidden + value + patches * vision.num_attention_heads * FP32
+        # Query, key, value and output, and a logarithm of each softmax's sum.
+        attention = 4 * hidden + patches * vision.num_attention_heads * FP32
         # Inputs of linear_qkv, linear_proj, both LayerScales and linear_fc1; of GELU and linear_fc2.
         return 2 * norm + attention + 5 * hidden + 2 * patches * vision.ffn_hidden_size * self._size
 
@@ -203,7 +199,7 @@ class ActivationModel:
         """What the device is given of the microbatch in work and of the next: ids and orders, and the first stage's
         share of the pixels, a byte each.
         """
-        ids = (3 * self._tokens + 2 * self.config.microbatch_tokens) * INT64
+        ids = 2 * self._tokens * INT64 + self.config.microbatch_tokens * (3 * INT64 + 1)
         return min(2, num_microbatches) * (ids + is_first * self._patches * self.config.model.vision.patch_dim)
 
     def encoder_working(self) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from megatron.core.package_info import __shortversion__ as megatron_core_version
 
+from navil_megatron.runtime.core_import import stay_eager
+
 TESTED_MEGATRON_CORE = "0.19."
 """Releases whose call sites this seam was checked against."""
 
@@ -212,9 +214,9 @@ def enable_megatron_core_on_cpu() -> None:
     if _enabled:
         return
     require_tested_megatron_core()
+    stay_eager()
+    importlib.import_module("torch._dynamo")  # optimizers will: it must meet torch's functions, not what replaces them
     for patch in PATCHES:
         owner = _owner(patch.owner)
         setattr(owner, patch.name, patch.build(getattr(owner, patch.name)))
-    # Core decorates small fusions with torch.compile; eager is faster to start and bit-stable on a CPU.
-    torch.compiler.set_stance("force_eager")
     _enabled = True

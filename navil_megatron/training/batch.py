@@ -60,7 +60,7 @@ def build_model_inputs(
     packed_seq_params.router_loss_scale = router_loss_scale
     return ModelInputs(
         packed_seq_params=packed_seq_params,
-        position_ids=torch.from_numpy(microbatch.position_ids[order.rows]),
+        position_ids=torch.from_numpy(microbatch.position_ids[order.attention.order]),
         loss_positions=torch.from_numpy(order.row_of_token[predicted]),
         labels=torch.from_numpy(microbatch.labels[predicted]),
         loss_weights=torch.from_numpy(microbatch.loss_weights[predicted]),

@@ -56,6 +56,9 @@ def test_a_phase_is_the_papers(name: str) -> None:
     assert (training.train_steps, training.phase) == (steps, PHASES[Path(name).name])
     assert (optimizer.weight_decay, optimizer.lr_schedule, optimizer.lr) == (weight_decay, schedule, lr)
     assert config.precision.type == "bf16"
+    # 64 GPUs leave replicas of every layout, whose sums and gathers hide behind the computation.
+    assert config.parallel.model_parallel_size < 64
+    assert optimizer.distributed and optimizer.overlap_grad_reduce and optimizer.overlap_param_gather
     assert (optimizer.warmup_steps, optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (200, 0.9, 0.95, 1e-8)
     # The paper counts samples, a run rows: its tokens a sample are 1,079 and 756 on average.
     tokens = samples * (1079 if "2b" in name else 756)

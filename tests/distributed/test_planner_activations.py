@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import torch
 
 from navil_megatron.blueprint.workload import Workload
 from navil_megatron.layers.rope import cos_sin, decoder_angles
@@ -66,7 +65,7 @@ def held_by_parts(rank: int, world_size: int, sections: dict) -> dict[str, tuple
         with watching(parameters) as encoder:
             model.encode_images(inputs.first_stage)
         hidden_states = model.embed(inputs.first_stage).detach().clone().requires_grad_()
-        rotary = cos_sin(decoder_angles(inputs.position_ids, config.model.language), torch.float32)
+        rotary = cos_sin(decoder_angles(inputs.position_ids, config.model.language))
         with watching(parameters) as decoder:
             output = model.decoder(
                 hidden_states=hidden_states,

@@ -38,7 +38,7 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["", "experts"])
 def test_step_waits_only_in_the_optimizer(choice: str, experts: dict, overlap: bool, tmp_path: Path) -> None:
     config = oracle_config(
-        model=experts,
+        model={**experts, "vision": {"num_attention_heads": 3}},  # of 8 channels, which attention takes
         training=CHOICES[choice],
         precision={"type": "bf16"},
         optimizer={"overlap_grad_reduce": overlap, "overlap_param_gather": overlap},

@@ -330,6 +330,16 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
     ),
     ({**ENGINE, "precision__type": "fp32"}, 8, 'needs precision.type = "bf16", found "fp32"; change it or'),
     (
+        {"runtime__device": "cuda", "model__language__head_dim": 12},
+        8,
+        "model.language.head_dim is 12; attention in BF16 on a GPU takes heads of a multiple of 8 channels,",
+    ),
+    (
+        {"runtime__device": "cuda", "model__vision__hidden_size": 264, "model__vision__num_attention_heads": 1},
+        8,
+        "model.vision.hidden_size / num_attention_heads is 264; attention in BF16 on a GPU takes heads of a multiple",
+    ),
+    (
         {"runtime__gradient_accumulation_fusion": "transformer_engine"},
         8,
         'but runtime.kernels = "torch" has no such layers; set kernels = "transformer_engine" or the fusion to "none"',

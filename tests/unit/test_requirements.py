@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from navil_megatron.cli import VERBS
 from navil_megatron.doctor import read_requirements, satisfies
 from tests.house import REPOSITORY
 from tools.test_versions import BOUNDED, CORE
@@ -55,6 +56,17 @@ def test_each_set_holds_its_extras_and_no_more(python: str) -> None:
     assert extras["peers"] | extras["smollm2"] <= set(locked(f"peers-{python}"))
     for name in ("dali", "evaluate", "parquet", "peers", "smollm2", "test", "wandb"):
         assert not extras[name] & set(locked(f"quickstart-{python}"))
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("name", ["quickstart", "recipe-small"])
+def test_an_examples_set_holds_what_its_verbs_need(name: str, python: str) -> None:
+    scripts = (REPOSITORY / "examples" / name.replace("-", "_")).glob("*.py")
+    called = [words for path in scripts for words in re.findall(r'navil(?:_here)?\("([a-z]+)"', path.read_text())]
+    assert "convert" in called
+    extras = {verb.needs.name for verb in VERBS if verb.needs and verb.words.split()[0] in called}
+    needed = {wanted.name for wanted in read_requirements()[1].values() if wanted.extra in extras}
+    assert needed <= set(locked(f"{name}-{python}"))
 
 
 @pytest.mark.parametrize("python", PYTHONS)

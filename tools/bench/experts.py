@@ -39,9 +39,11 @@ import navil_megatron.runtime  # noqa: F401  quiets core's import-time warnings
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch
 from navil_megatron.kernels.provider import choose_kernels
+from navil_megatron.layers.attention_heads import AttentionHeads
 from navil_megatron.layers.modality import NaViLPackedSeqParams
-from navil_megatron.layers.modality_mlp import ModalityMLP, SwiGLU
+from navil_megatron.layers.modality_mlp import ModalityMLP
 from navil_megatron.layers.rope import cos_sin, decoder_angles
+from navil_megatron.layers.swiglu import SwiGLU
 from navil_megatron.models.build import initialize_weights
 from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.models.mcore_config import build_transformer_config
@@ -99,13 +101,14 @@ class PeerMLP(nn.Module):
 
     def __init__(self, mlp: ModalityMLP, combine: Combine):
         super().__init__()
-        self.linear_fc1, self.linear_fc2, self.combine = mlp.linear_fc1, mlp.linear_fc2, combine
+        self.linear_fc1, self.linear_fc2, self.kernels = mlp.linear_fc1, mlp.linear_fc2, mlp.kernels
+        self.combine = combine
 
     def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
         """[t, 1, h] -> the same."""
         first, second = self.linear_fc1, self.linear_fc2
         text, visual = (
-            lambda rows, m=name: second.get_submodule(m)(SwiGLU.apply(first.get_submodule(m)(rows)))
+            lambda rows, m=name: second.get_submodule(m)(SwiGLU.apply(first.get_submodule(m)(rows), None, self.kernels))
             for name in ("text", "visual")
         )
         return self.combine(hidden_states.flatten(0, 1), text, visual).view_as(hidden_states)
@@ -233,7 +236,7 @@ def decoders(bench: Bench) -> dict[str, Way]:
     """The decoder with every projection and feed-forward network in each way."""
     mask, index = by_mask(bench.is_visual), by_index(bench.is_visual)
     return {
-        "ours": _decoder(bench, bench.model, bench.inputs.position_ids),
+        "ours": _decoder(bench, bench.model),
         "mask": _peer(bench, mask, mask),
         "index": _peer(bench, index, index),
         "released": _peer(bench, everywhere(bench.is_visual), mask),
@@ -247,9 +250,13 @@ def _peer(bench: Bench, projection: Combine, feed_forward: Combine | None) -> Wa
     def product(text: nn.Module, visual: nn.Module) -> Callable[..., Tensor]:
         return lambda rows, *_: projection(rows, text, visual)
 
-    def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
+    def attend(attention: Any, qkv: Tensor, _: None, rotary: Tensor, packed: NaViLPackedSeqParams) -> Tensor:
+        heads = qkv.view(-1, attention.num_groups, sum(attention.fused.sizes), attention.head_dim)
+        query, key, value = AttentionHeads.apply(
+            heads, None, None, 0.0, None, None, rotary, attention.fused, attention.kernels
+        )
         segments = {"groups": packed.attention_groups, "cu_seqlens": packed.cu_seqlens_q}
-        context: Tensor = attention.core_attention(
+        context: Tensor = attention.kernels.segment_attention(
             query, key, value, max_seqlen=packed.max_seqlen_q, causal=True, **segments
         )
         return context
@@ -268,12 +275,12 @@ def _peer(bench: Bench, projection: Combine, feed_forward: Combine | None) -> Wa
         else:
             layer.mlp = MoE(layer.mlp, bench.session, bench.is_visual, bench.engine)
             renamed |= {f"layers.{number}.mlp.{name}": weight for name, weight in layer.mlp.weights.items()}
-    way = _decoder(bench, model, bench.inputs.position_ids[bench.packed.to_attention])
+    way = _decoder(bench, model)
     return Way(way.run, {**way.weights, **renamed})
 
 
-def _decoder(bench: Bench, model: NaViLModel, position_ids: Tensor) -> Way:
-    rotary = cos_sin(decoder_angles(position_ids, bench.config.model.language), model.config.params_dtype)
+def _decoder(bench: Bench, model: NaViLModel) -> Way:
+    rotary = cos_sin(decoder_angles(bench.inputs.position_ids, bench.config.model.language))
     weights = {name: p for name, p in model.decoder.named_parameters() if ".mlp.layer." not in name}
     return Way(lambda x: model.decoder(x, None, rotary_pos_emb=rotary, packed_seq_params=bench.packed), weights)
 

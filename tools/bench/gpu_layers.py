@@ -48,7 +48,7 @@ def _decoder_layers(scale: Scale, size: str, choice: str) -> dict[str, Any]:
     config = run_config(scale, model, choice)
     with built(config, scale) as (chunk, inputs, microbatch):
         hidden = random_rows(scale, model)
-        rotary = cos_sin(decoder_angles(inputs.position_ids, model.language), torch.bfloat16)
+        rotary = cos_sin(decoder_angles(inputs.position_ids, model.language))
 
         def step() -> None:
             output = chunk.module.decoder(
