@@ -6,8 +6,8 @@ loads into the other. Without ``_extra_state`` the scales of delayed FP8 start w
 Imported by ``provider.choose_kernels`` alone, once ``te_install`` has found that it can be.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformer_engine.common.recipe import Float8BlockScaling, Float8CurrentScaling, Recipe
+from transformer_engine.pytorch.distributed import get_activation_recompute_contexts
 from transformer_engine.pytorch.optimizers import FusedAdam
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from navil_megatron.config.precision import FP8_ROWS
 from navil_megatron.config.run import NaViLConfig
@@ -48,6 +51,7 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         swiglu=torch_kernels.swiglu,
         swiglu_gradient=torch_kernels.swiglu_gradient,
         adam=Adam,
+        recompute=recompute,
         encoder_precision=encoder_precision,
         encoder_rows=encoder_rows,
     )
@@ -145,6 +149,37 @@ def segment_attention(
             attn_mask_type="padding_causal" if causal else "padding",
         )
     return context
+
+
+def recompute(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """See ``layers.kernels``. Delayed scaling takes the scales of the first run again and learns nothing of it twice.
+
+    The engine's own ``checkpoint`` enters the recipe anew, which updates all scales once for each recomputed layer.
+    """
+    state = FP8GlobalStateManager.get_autocast_state()
+    first, second = get_activation_recompute_contexts()
+    # Every module takes the scales that it left, so none may be left out of the second run.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(
+            function,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (first, _again(second, state)),
+            **options,
+        )
+
+
+@contextmanager
+def _again(phase: AbstractContextManager[Any], state: tuple[Any, ...]) -> Iterator[None]:
+    """The second run, inside the recipe without entering it."""
+    outside = FP8GlobalStateManager.get_autocast_state()
+    with phase:
+        FP8GlobalStateManager.set_autocast_state(state)
+        try:
+            yield
+        finally:
+            FP8GlobalStateManager.set_autocast_state(outside)
 
 
 class Adam(FusedAdam):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from navil_megatron.kernels.adamw import AdamW
 from navil_megatron.kernels.attention_heads import attention_heads, attention_heads_gradient
@@ -88,6 +89,7 @@ TORCH_KERNELS = Kernels(
     swiglu_gradient=swiglu_gradient,
     grouped_product=grouped_product,
     add_weight_gradient=add_weight_gradient,
+    recompute=partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
     encoder_precision=nullcontext,
     encoder_rows=1,
     adam=AdamW,

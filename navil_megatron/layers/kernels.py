@@ -154,6 +154,8 @@ class Kernels:
     """Rows [r, in] sorted by expert, weights [e, out, in] and [e] int32, one past the last row of each: -> [r, out]."""
     add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None]
     """Adds grad_output [r, out]^T rows [r, in] to a sum [out, in] in float32, whatever the type of the two."""
+    recompute: Callable[..., Any]
+    """Calls a function with its arguments, and again in the backward pass, in the precision that it was called in."""
     encoder_precision: Callable[[], AbstractContextManager[Any]]
     """Entered around each layer of the encoder. The decoder's layers are entered by megatron-core."""
     encoder_rows: int

@@ -4,6 +4,7 @@ Core already threads ``packed_seq_params`` to the attention and to ``_forward_ml
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,26 @@ from torch import Tensor, nn
 
 
 class NaViLTransformerLayer(TransformerLayer):
-    """One decoder layer: norm, modality attention, residual, norm, modality experts, residual. Norms are shared."""
+    """One decoder layer: norm, modality attention, residual, norm, modality experts, residual. Norms are shared.
+
+    Args:
+        *args: As of core's.
+        recompute: Of ``layers.kernels``.
+        recomputes_all: The whole layer, not only what core's config names. Core would enter an FP8 recipe anew there.
+        **options: As of core's.
+    """
+
+    def __init__(self, *args: Any, recompute: Callable[..., Any], recomputes_all: bool, **options: Any):
+        super().__init__(*args, **options)
+        self.recompute, self.recomputes_all = recompute, recomputes_all
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        """As of core's."""
+        run: Callable[..., Any] = super().forward
+        if self.recomputes_all and torch.is_grad_enabled():
+            run = partial(self.recompute, run)
+        output: tuple[Tensor, None] = run(*args, **options)
+        return output
 
     def _forward_mlp(
         self,
@@ -24,18 +44,10 @@ class NaViLTransformerLayer(TransformerLayer):
     ) -> Tensor:
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         if self.recompute_mlp and torch.is_grad_enabled():
-            output = torch.utils.checkpoint.checkpoint(
-                self._experts, normed, packed_seq_params, use_reentrant=False, preserve_rng_state=False
-            )
+            output = self.recompute(self.mlp, normed, packed_seq_params)
         else:
             output = self.mlp(normed, packed_seq_params)
         return self._forward_post_mlp((output, None), hidden_states)
-
-    def _experts(self, normed: Tensor, packed_seq_params: Any) -> Tensor:
-        """The feed-forward network; its second run, in the backward pass, is in the layer's precision too."""
-        with self.get_inner_quantization_context():
-            output: Tensor = self.mlp(normed, packed_seq_params)
-        return output
 
 
 def decoder_norm(

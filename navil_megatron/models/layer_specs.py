@@ -16,7 +16,12 @@ from navil_megatron.layers.transformer_layer import NaViLTransformerLayer, decod
 
 
 def decoder_block_spec(
-    language: LanguageConfig, config: TransformerConfig, kernels: Kernels, vp_stage: int | None, pp_rank: int
+    language: LanguageConfig,
+    config: TransformerConfig,
+    kernels: Kernels,
+    recomputes_all: bool,
+    vp_stage: int | None,
+    pp_rank: int,
 ) -> TransformerBlockSubmodules:
     """The decoder layers of one pipeline stage (one chunk of it under the interleaved schedule)."""
     experts = (
@@ -28,6 +33,7 @@ def decoder_block_spec(
     attention = ModuleSpec(module=ModalitySelfAttention, submodules=ModalityAttentionSubmodules(kernels, language))
     layer = ModuleSpec(
         module=NaViLTransformerLayer,
+        params={"recompute": kernels.recompute, "recomputes_all": recomputes_all},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

@@ -86,7 +86,7 @@ def _interleaving(parallel: ParallelConfig) -> dict:
 
 
 def _fp8(precision: PrecisionConfig) -> dict:
-    """Core enters the recipe around each layer, around the whole pass for delayed scaling, and again in recompute."""
+    """Core enters the recipe around each layer, and around the whole pass for delayed scaling."""
     if precision.fp8 == "none":
         return {}
     return {
@@ -99,9 +99,9 @@ def _fp8(precision: PrecisionConfig) -> dict:
 
 
 def _recompute(training: TrainingConfig) -> dict:
-    """The decoder's part; the encoder is not core's and reads its own choice."""
+    """Pieces of the decoder's layers; whole layers and the encoder's are not core's."""
     if training.recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {}
     core_names: dict[Recomputed, str] = {"attention": "core_attn", "mlp": "mlp"}
     modules = [name for part, name in core_names.items() if training.recomputes(part)]
     return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}

@@ -68,7 +68,9 @@ class NaViLModel(LanguageModule):
             self.special_token_embedding = SpecialTokenEmbedding(model, config.params_dtype)
         self.decoder = TransformerBlock(
             config,
-            decoder_block_spec(model.language, config, kernels, vp_stage, self.pp_group.rank()),
+            decoder_block_spec(
+                model.language, config, kernels, training.recompute == "full", vp_stage, self.pp_group.rank()
+            ),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pg_collection,
