@@ -45,8 +45,8 @@ BF16_KERNELS = 0.05
 """Relative L2 distance of one kernel library's outputs and gradients from another's in bf16, and of a loss: as
 ``BF16_LOGITS``, since each side rounds on its own way."""
 
-BF16_KERNELS_WEIGHTS = 0.01
-"""The same of weights after one or a few updates, which move them little."""
+BF16_ROUTED = 0.15
+"""The same of gradients where rounding may send a token to another expert."""
 
 FP8_ROUNDING = 0.06
 """Relative L2 distance of an FP8 product from FP32's: each factor is rounded to 2^-4 of itself (E4M3; 2^-3 in E5M2's
@@ -54,6 +54,10 @@ gradients), evenly, so to about 2^-5.8 (2^-4.8) on average."""
 
 FUSED_ADAM = {"rtol": 1e-5, "atol": 1e-7}
 """Transformer Engine's AdamW against ours (fp32): the same formula in another order."""
+
+FP8_GRADIENTS = 0.25
+"""Relative L2 distance of a step's gradients in FP8 from BF16's: every product adds ``FP8_ROUNDING``, and those of all
+layers there and back add up as their square root."""
 
 FP8_LOSS = 0.01
 """Mean loss of some steps in FP8 against BF16's, relative."""

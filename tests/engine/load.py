@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,8 +39,11 @@ def _adapt_to_gloo(engine: Any) -> None:
     # torch.cuda.default_generators is empty without a GPU; recompute saves and restores what stands there.
     engine.distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     engine.distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # FP8 gathers of blocks group their collectives, which gloo cannot.
-    torch.distributed._coalescing_manager = lambda *args, **kwargs: nullcontext(SimpleNamespace(wait=lambda: None))
+    # Named with a device, collectives are grouped by the backend, which gloo cannot; without one, by torch.
+    manager = torch.distributed._coalescing_manager
+    torch.distributed._coalescing_manager = lambda group=None, device=None, async_ops=False: manager(
+        group, None, async_ops
+    )
 
 
 def load_engine() -> None:

@@ -7,19 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from navil_megatron.checkpoint.sharded import load_sharded, save_sharded
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
+from navil_megatron.config.precision import padding_of_segments
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.config.vision import VisionConfig
-from navil_megatron.data.types import ALONE, Microbatch
+from navil_megatron.data.types import ALONE, IGNORED_LABEL, Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import build_model_inputs, place_of
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.step import train_step
 from tests.oracle import Composition, global_loss, merge_sections
 from tests.ranks import start_session, tiny_config
@@ -27,6 +30,7 @@ from tests.whole import assemble, slices_of
 from tools.bench.synthetic import synthetic_microbatch
 
 SEQ_LENGTH, VOCABULARY, PAD_TO = 512, 512, 128
+NUM_LABELS = 8
 MODEL = ModelConfig(
     language=LanguageConfig(
         family="qwen3",
@@ -47,6 +51,16 @@ TEXT_ONLY: Composition = ((200, ()), (130, ()))
 IMAGE_ONLY: Composition = ((1, ((16, 16),)), (1, ((12, 8), (4, 4))))
 ENGINE = {"runtime": {"kernels": "transformer_engine"}}
 FUSED_SUMS = {"runtime": {"kernels": "transformer_engine", "gradient_accumulation_fusion": "transformer_engine"}}
+SMOOTH: dict[str, Any] = {
+    "lr": 1.0,
+    "epsilon": 0.1,
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "distributed": False,
+    "clip_grad": None,
+}
+"""Updates that are nearly the gradient times 10: Adam divides it by its own size and the large epsilon, so that what is
+nothing but rounding noise moves no weight by a whole learning rate."""
 
 
 @dataclass
@@ -72,7 +86,7 @@ def run_config(device: str, **sections: Any) -> NaViLConfig:
         "data": {"seq_length": SEQ_LENGTH, "max_image_pixels": 65_536, "pad_segments_to": PAD_TO},
         "training": {"global_batch_size": 4},
         "precision": {"type": "bf16"},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0, "epsilon": 1e-6, "distributed": False, "clip_grad": None},
+        "optimizer": SMOOTH,
         "runtime": {"device": device, "cpu_threads": 1},
     }
     merged = merge_sections(defaults, sections)
@@ -82,9 +96,15 @@ def run_config(device: str, **sections: Any) -> NaViLConfig:
 
 
 def row(config: NaViLConfig, composition: Composition, seed: int, session: Session | None = None) -> Microbatch:
-    """One row of this composition, planned for a rank; without one for a run's only rank."""
+    """One row of this composition, planned for a rank; without one for a run's only rank.
+
+    What is to be predicted follows from the token before it, so that a model learns from rows that it never saw again.
+    """
     place = ALONE if session is None else place_of(session)
-    return synthetic_microbatch(config.model, SEQ_LENGTH, seed, [composition], pad_segments_to=PAD_TO, place=place)
+    padding = padding_of_segments(config.precision, config.data, config.parallel)
+    drawn = synthetic_microbatch(config.model, SEQ_LENGTH, seed, [composition], pad_segments_to=padding, place=place)
+    labels = np.where(drawn.labels == IGNORED_LABEL, IGNORED_LABEL, drawn.input_ids % NUM_LABELS)
+    return dataclasses.replace(drawn, labels=labels)
 
 
 def run_steps(
@@ -118,6 +138,7 @@ def run_steps(
             outcome.grad_norms.append(float(result.grad_norm))
             if number == 0 and (replicas == 1 or not config.optimizer.distributed):
                 outcome.gradients = _on_host(slices_of([chunk.module for chunk in chunks], "main_grad"))
+        gather_parameters(chunks)
         outcome.weights = _on_host(slices_of([chunk.module for chunk in chunks]))
         outcome.step = max(int(group["step"]) for group in optimizer.param_groups)
         outcome.calls = calls()
@@ -176,3 +197,9 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     far = {name: distance(found[name], expected[name]) for name in expected}
     assert {name: value for name, value in far.items() if not value <= limit} == {}
+
+
+def moved(before: Sequence[Outcome], after: Sequence[Outcome]) -> dict[str, torch.Tensor]:
+    """What steps changed of each weight."""
+    start = whole(before, "weights")
+    return {name: weights - start[name] for name, weights in whole(after, "weights").items()}

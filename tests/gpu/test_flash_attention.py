@@ -5,7 +5,7 @@ import torch
 
 from navil_megatron.blueprint.segments import SegmentOrder
 from navil_megatron.kernels import flash_attention, torch_kernels
-from tests.gpu.runs import distance
+from tests.engine.runs import distance
 from tests.gpu.test_no_syncs import waiting_is_an_error
 from tests.tolerances import BF16_KERNELS
 
