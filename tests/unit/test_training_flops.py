@@ -19,6 +19,7 @@ FULL_ROW = ((20, ((4, 4),)), (24, ()), (5, ((2, 4),)))
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "tied": {"language": {"tied_embeddings": True}},
+    "composed": {"language": {"family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}},
     "windowed": {"vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,)}},
 }
 
