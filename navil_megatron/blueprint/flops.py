@@ -62,6 +62,8 @@ def layer_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
     )
     for part, tokens in parts:
         yield part, flops[part] // language.num_layers * tokens
+    if language.composed_visual_output_projection:
+        yield "text attention", _text_projection_flops(model) // language.num_layers * work.visual_tokens
     pairs = sum(length**2 for length in work.segment_lengths)
     yield None, _flops_per_token_pair(model) // language.num_layers * pairs
 
@@ -80,6 +82,8 @@ def sample_flops(
     flops, vision = flops_per_token(model), model.vision
     text = flops["text attention"] + flops["text feed-forward"] + flops["output_layer"]
     visual = flops["visual attention"] + flops["visual feed-forward"]
+    if model.language.composed_visual_output_projection:
+        visual += _text_projection_flops(model)
     decoder = text * num_text + visual * num_visual + _flops_per_token_pair(model) * (num_text + num_visual) ** 2
     encoder = flops["vision_encoder"] * patches + flops_per_patch_pair(vision) * pairs
     return decoder + encoder + flops["connector"] * (patches // vision.merge_size**2)
@@ -137,3 +141,9 @@ def _flops_per_token_pair(model: ModelConfig) -> int:
     """The same of two tokens of a segment, in all decoder layers; causal, so half of the pairs attend."""
     language = model.language
     return 2 * language.num_layers * language.num_attention_heads * language.head_dim
+
+
+def _text_projection_flops(model: ModelConfig) -> int:
+    """Of one token through the text experts' output projections, which visual tokens too pass where it is composed."""
+    language = model.language
+    return 2 * language.num_layers * language.hidden_size * language.num_attention_heads * language.head_dim

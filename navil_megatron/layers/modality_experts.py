@@ -4,6 +4,7 @@ With expert parallelism every rank sends its rows to the ranks of their experts 
 them back. Without it all experts are here and rows are only sorted. docs/experts.md says when to use which.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -101,15 +102,17 @@ class ModalityExperts(MegatronModule):
         rows, weights = dispatcher.dispatch_preprocess(hidden_states, routing_map, weights)
         rows, weights = dispatcher.token_dispatch(rows, weights)
         rows, num_rows, weights = dispatcher.dispatch_postprocess(rows, weights)
-        of_modality = num_rows.split([len(numbers) for numbers in self.experts.values()])
-        sizes = [len(rows)]
-        if len(of_modality) > 1:
-            num_text = sum(num_rows.tolist()[: len(of_modality[0])])  # core has put them on the host already
-            sizes = [num_text, len(rows) - num_text]
-        parts = zip(self.experts, of_modality, rows.split(sizes), weights.split(sizes), strict=True)
+        numbers = iter(num_rows.tolist())  # core has put them on the host already
+        of_modality = {modality: [next(numbers) for _ in experts] for modality, experts in self.experts.items()}
+        sizes = [sum(counts) for counts in of_modality.values()]
         outputs = []
-        for modality, counts, part, factors in parts:
-            ends = counts.cumsum(0).to(rows.device, torch.int32, non_blocking=True)
+        for (modality, counts), part, factors in zip(
+            of_modality.items(), rows.split(sizes), weights.split(sizes), strict=True
+        ):
+            # Filled on the device: a copy of numbers that the host holds may make it wait.
+            ends = torch.stack(
+                [torch.full((), end, dtype=torch.int32, device=rows.device) for end in accumulate(counts)]
+            )
             outputs.append(self._experts(modality, part, ends, factors))
         rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))

@@ -51,7 +51,9 @@ def widest_first(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """[bytes] uint8: tensors, widest first, one after the other."""
-    return torch.cat([torch.empty(0, dtype=torch.uint8), *(t.reshape(-1).view(torch.uint8) for t in tensors)])
+    # An empty array of NumPy has no stride by which to view it as bytes.
+    bytes_of = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.numel()]
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *bytes_of])
 
 
 def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

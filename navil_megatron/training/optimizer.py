@@ -14,6 +14,7 @@ from megatron.core.utils import get_model_config
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels.provider import choose_kernels
 from navil_megatron.runtime.session import Session
+from navil_megatron.training.clipping import clip_on_device
 from navil_megatron.training.overlap import set_schedule_hooks, wait_for_held_weights
 
 
@@ -50,6 +51,8 @@ def build_optimizer(config: NaViLConfig, chunks: list[DistributedDataParallel], 
     Load initial weights before this: the master weights are copied here.
     """
     _use_adam(choose_kernels(config).adam)
+    if config.runtime.kernels == "torch":
+        clip_on_device()
     optimizer = get_megatron_optimizer(
         _core_config(config), chunks, use_gloo_process_groups=False, pg_collection=session.groups
     )

@@ -41,8 +41,8 @@ class StepResult:
     """The same apart for each group of ``data.loss_groups``, [groups]."""
     loss_weight: Tensor
     """Weight of the global batch."""
-    grad_norm: float | None = None
-    """Global gradient norm before clipping; None in evaluation."""
+    grad_norm: Tensor | None = None
+    """Global gradient norm before clipping, [1]; None in evaluation."""
     skipped: bool = False
     """The optimizer refused the update (a gradient was not finite)."""
 

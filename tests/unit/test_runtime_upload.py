@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from navil_megatron.runtime.upload import exchanged, pack, unpack, widest_first
@@ -26,6 +27,7 @@ def test_packed_tensors_come_back_as_they_were() -> None:
         torch.arange(5),
         torch.tensor([True, False, True]),
         torch.zeros(0, dtype=torch.int64),
+        torch.from_numpy(np.zeros(0, dtype=np.int64)),  # has stride 0: the images of a microbatch without any
         torch.randn(3, 2).T,
         torch.tensor(7, dtype=torch.int32),
         torch.arange(9, dtype=torch.uint8).view(3, 3),

@@ -21,6 +21,9 @@ WORDS = {"vocab_size": 128}
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"language": WORDS},
     "tied": {"language": {**WORDS, "tied_embeddings": True}},
+    "composed": {
+        "language": {**WORDS, "family": "internlm2", "qk_norm": False, "composed_visual_output_projection": True}
+    },
     "windowed": {
         "language": WORDS,
         "vision": {"token_order": "window", "window_size": 4, "full_attention_layers": (1,)},
