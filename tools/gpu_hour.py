@@ -71,19 +71,19 @@ def all_parts() -> list[Part]:
     """The hour, in its order."""
     engine = ("transformer_engine",)
     parts = [
-        tests("device", "uploads, torch's attention", 120, "platform", "flash_attention", "apex_kernels"),
         tests(
-            "kernels",
-            "Transformer Engine against torch",
-            360,
-            "te_kernels",
-            "kernels",
-            "products",
-            "no_rows",
-            needs=engine,
+            "device",
+            "uploads, our own kernels, torch's attention",
+            180,
+            "platform",
+            "triton_kernels",
+            "flash_attention",
+            "apex_kernels",
         ),
+        tests("kernels", "Transformer Engine against torch", 360, "kernels", "products", "no_rows", needs=engine),
         tests("layouts", "two GPUs over NCCL equal one", 360, "nccl_layouts", gpus=2),
-        tests("fp8", "FP8 by every recipe beside BF16", 420, "fp8", needs=engine),
+        tests("layouts-engine", "the same with Transformer Engine", 360, "layouts", needs=engine, gpus=2),
+        tests("fp8", "FP8 by every recipe beside BF16", 420, "recipes", "recompute", needs=engine),
         tests("decode", "DALI's pixels and images a second", 150, "image_decode", needs=("nvidia.dali",)),
         tests("step", "a step waits for nothing and takes what is planned", 240, "no_syncs", "planner_memory"),
     ]

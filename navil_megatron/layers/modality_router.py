@@ -76,7 +76,10 @@ class ModalityRouter(MegatronModule):
         sizes = [len(part) for part in logits]
         pairs = zip(chosen.split(sizes), is_token.split(sizes), strict=True)
         loads = torch.stack([self._load(experts, counted) for experts, counted in pairs])
-        self.get_buffer("load").add_(loads)
+        # In the backward pass autograd has a number: the layer is computed again, and its tokens were counted before.
+        is_first = torch._C._current_graph_task_id() == -1
+        if is_first:
+            self.get_buffer("load").add_(loads)
         if self.row_group.size() > 1:
             torch.distributed.all_reduce(loads, group=self.row_group)
         # k * sum(share of the choices * sum of the scores): a token's part is 1 at perfect balance.
@@ -88,7 +91,8 @@ class ModalityRouter(MegatronModule):
             entropy = ((log_sum - (scores * values).sum(-1)) * counted).sum()
             sums.append(torch.stack([counted.sum(), entropy, balance, (log_sum.square() * counted).sum()]))
         measured = torch.stack(sums)
-        self.get_buffer("sums").add_(measured.detach())
+        if is_first:
+            self.get_buffer("sums").add_(measured.detach())
         losses = self.config.moe_aux_loss_coeff * measured[:, 2] + self.config.moe_z_loss_coeff * measured[:, 3]
         return (plan.router_loss_scale * losses).sum()
 

@@ -27,12 +27,13 @@ class NaViLTransformerLayer(TransformerLayer):
         super().__init__(*args, **options)
         self.recompute, self.recomputes_all = recompute, recomputes_all
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, None]:
         """As of core's."""
         run: Callable[..., Any] = super().forward
         if self.recomputes_all and torch.is_grad_enabled():
             run = partial(self.recompute, run)
-        output: tuple[Tensor, None] = run(*args, **options)
+        # By position: autograd then holds it until the second run, and no longer.
+        output: tuple[Tensor, None] = run(hidden_states, *args, **options)
         return output
 
     def _forward_mlp(

@@ -143,19 +143,27 @@ class RankTraffic:
         """Of a microbatch's hidden states on a context-parallel rank."""
         return self.config.rank_tokens * self._token_bytes
 
+    @property
+    def _stops_early(self) -> bool:
+        """Whether a feed-forward that is computed again stops at its last saved tensor, before the sum of its output.
+        Transformer Engine's kernels go on to the end.
+        """
+        return self.config.runtime.kernels == "torch" and self.config.training.recomputes("mlp")
+
     def _tensor_layer(self) -> Iterator[Sent]:
         training, size = self.config.training, self._tokens_bytes
         # A part that is computed again repeats the forward collectives of its column and its row layer.
         again = (training.recompute == "full") + training.recomputes("mlp")
+        sums_again = again - self._stops_early
         # Attention and feed-forward are a column and a row layer each.
         if self.config.parallel.sequence_parallel:
             # Each column layer gathers, forward and again backward; each row layer gathers its gradient.
             yield "tp", "all-gather", 6 + again, (6 + again) * size
             # Each row layer scatters its sum; each column layer the sum of its gradients.
-            yield "tp", "reduce-scatter", 4 + again, (4 + again) * size
+            yield "tp", "reduce-scatter", 4 + sums_again, (4 + sums_again) * size
         else:
             # Outputs of the row layers, gradients of the column layers.
-            yield "tp", "all-reduce", 4 + again, (4 + again) * size
+            yield "tp", "all-reduce", 4 + sums_again, (4 + sums_again) * size
 
     def _routed_tensor_layer(self) -> Iterator[Sent]:
         """The same under sequence parallelism where tokens are sent, or sorted, to their experts, without routers."""
@@ -169,8 +177,9 @@ class RankTraffic:
             is_sent = parallel.expert_model_parallel_size > 1
             size *= self.config.model.language.experts_per_token if is_sent else 1
             again = training.recomputes("mlp")
+            sums_again = again - self._stops_early
             yield "tp", "all-gather", 2 + again, (2 + again) * size
-            yield "tp", "reduce-scatter", 2 + again, (2 + again) * size
+            yield "tp", "reduce-scatter", 2 + sums_again, (2 + sums_again) * size
 
     def _tensor_edges(self, microbatch: MicrobatchSizes) -> Iterator[Sent]:
         parallel, size, num_predictions = self.config.parallel, self._tokens_bytes, microbatch.num_predictions

@@ -29,6 +29,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2-sp-bf16": (2, {"parallel": TP2_SP, **BF16}),
     "tp2-recompute": (2, {"parallel": {"tp": 2}, "training": {"recompute": "full"}}),
     "tp2-sp-recompute": (2, {"parallel": TP2_SP, "training": {"recompute": "full"}}),
+    "tp2-sp-mlp-recompute": (
+        2,
+        {"parallel": TP2_SP, "training": {"recompute": "selective", "recompute_modules": ("mlp",)}},
+    ),
     "pp2": (2, {"parallel": {"pp": 2}}),
     "pp2-uneven": (2, {"parallel": {"pp": 2, "pipeline_layers": (1, 3)}}),
     "pp2-interleaved-tied": (2, {"parallel": {"pp": 2, "vpp": 2}, "model": TIED}),

@@ -37,6 +37,7 @@ import torch
 from navil_2b import NAVIL_2B
 
 from navil_megatron.blueprint.parameters import Parameter, Shape, parameters
+from navil_megatron.blueprint.vocabulary import words_of_rank
 from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.atomic_folder import flush_folder
@@ -138,7 +139,11 @@ def chunks(model: ModelConfig, tp: int, pp: int, ep: int) -> Iterator[tuple[int,
 def _slices(parameter: Parameter, tp: int) -> Iterator[tuple[int, Shape, Shape]]:
     """Tensor-parallel rank, offsets and sizes of the chunks of one layer."""
     key, shape = parameter.key, parameter.shape
-    rows_are_cut = key.startswith(("embedding.", "output_layer."))
+    if parameter.is_vocabulary:
+        words = (words_of_rank(shape[0], rank, tp) for rank in range(tp))
+        yield from ((rank, (held.start, 0), (len(held), shape[1])) for rank, held in enumerate(words) if held)
+        return
+    rows_are_cut = False
     if key.startswith("decoder.layers."):
         rows_are_cut = "linear_qkv" in key or "linear_fc1" in key
         if "linear_proj" in key or "linear_fc2" in key:
