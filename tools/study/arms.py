@@ -36,11 +36,13 @@ class Arm:
     """Trained for so many times the config's steps."""
     rate: float | None = None
     """Learning rate; None: the config's."""
+    head_multiple: int = 4
+    """What the channels of a head are a multiple of: 4 for 2D rotary positions, 8 for attention in BF16 on a GPU."""
 
     @property
     def heads(self) -> int:
-        """Attention heads of the encoder, of about 32 channels; 2D rotary positions take a multiple of 4."""
-        fitting = (heads for heads in range(1, self.width // 4 + 1) if self.width % (4 * heads) == 0)
+        """Attention heads of the encoder, of about 32 channels."""
+        fitting = (heads for heads in range(1, self.width + 1) if self.width % (self.head_multiple * heads) == 0)
         return min(fitting, key=lambda heads: abs(self.width / heads - HEAD_DIM))
 
     @property
@@ -96,11 +98,13 @@ class Scale:
     """Updates that pretrain an LLM on captions alone."""
     overrides: tuple[str, ...] = ()
     """Settings over those of the config."""
+    head_multiple: int = 4
+    """As of ``Arm``."""
 
     @property
     def base(self) -> Arm:
         """The paper's choice in everything: what the other arms are compared with."""
-        return Arm(self.base_llm, *self.base_encoder)
+        return Arm(self.base_llm, *self.base_encoder, head_multiple=self.head_multiple)
 
 
 SCALES = {
@@ -144,12 +148,13 @@ SCALES = {
         base_llm="base",
         encoders=((6, 96), (6, 144), (6, 216), (6, 312), (6, 448)),
         base_encoder=(6, 216),
-        shapes=((1, 528), (3, 304), (6, 216), (12, 152), (24, 108)),
+        shapes=((1, 528), (3, 304), (6, 216), (12, 152), (24, 104)),
         num_emoji=48,
         difficulty=4,
         num_train=400_000,
         num_heldout=2_000,
         llm_steps=4_000,
+        head_multiple=8,
     ),
 }
 
