@@ -1,7 +1,7 @@
 """``navil-megatron train --dry-run``: everything of a run that can be checked on a machine without a GPU.
 
 The config is validated for its GPUs, the data is opened where it is here, and every pipeline stage is built with its
-optimizer by the code of a real run, on the meta device.
+optimizer by the code of a real run, on the meta device. ``--step`` takes a step of each too (``dry_step``).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from navil_megatron.blueprint.workload import typical_workload
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 from navil_megatron.data.loader import load_run_tokenizer, open_sources
+from navil_megatron.dry_step import dry_step
 from navil_megatron.models.build import build_model
 from navil_megatron.planner.estimate import Estimator
 from navil_megatron.planner.hardware import Hardware
@@ -26,6 +27,9 @@ from navil_megatron.runtime.logs import configure_logging
 from navil_megatron.runtime.meta_rank import meta_rank
 from navil_megatron.runtime.platform import require_device_of_kernels
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+
+_TEXT_TOKENS, _IMAGE_SIDE = 256, 1024
+"""Of a typical sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +48,12 @@ class BuiltRank:
     """Moments and master weights."""
 
 
-def dry_run(config: NaViLConfig, gpus: int | None = None) -> str:
-    """What a run on so many GPUs would be, by default on the fewest that hold the layout.
+def dry_run(config: NaViLConfig, gpus: int | None = None, step: bool = False) -> str:
+    """What a run on so many GPUs would be, by default on the fewest that hold the layout; with a step of each stage.
 
     Raises:
         UserError: The run would be refused: its settings, its layout on these GPUs, or its data.
+        DeviceError: In the step the host would wait for the device, or a tensor is on the wrong one.
     """
     parallel = config.parallel
     gpus = gpus or lcm(parallel.model_parallel_size, parallel.expert_ranks)
@@ -56,13 +61,15 @@ def dry_run(config: NaViLConfig, gpus: int | None = None) -> str:
     require_device_of_kernels(config.runtime)
     configure_logging(rank=0, world_size=1)
     lines = [f"settings and layout are valid on {gpus} GPUs", *_data_lines(config), "", *parameter_lines(config), ""]
+    # First, for the builds put core into its CPU form.
+    steps = ["", *dry_step(config, gpus, _TEXT_TOKENS, _IMAGE_SIDE)] if step else []
     for built in build_ranks(config, gpus):
         expert = f", expert rank {built.expert}" if parallel.expert_model_parallel_size > 1 else ""
         lines.append(
             f"stage {built.stage}{expert}: {sum(built.sizes.values()):,} parameters a rank, {built.num_trained:,} "
             f"trained in {built.num_groups} groups, optimizer state {built.optimizer_bytes / 1e9:.2f} GB"
         )
-    return "\n".join([*lines, *_memory_lines(config, gpus)])
+    return "\n".join([*lines, *_memory_lines(config, gpus), *steps])
 
 
 def build_ranks(config: NaViLConfig, gpus: int) -> Iterator[BuiltRank]:
@@ -123,11 +130,12 @@ def _data_lines(config: NaViLConfig) -> Iterator[str]:
 
 def _memory_lines(config: NaViLConfig, gpus: int) -> Iterator[str]:
     hardware = Hardware(gpus=gpus)
-    work = typical_workload(config, text_tokens=256, image_side=1024)
+    work = typical_workload(config, _TEXT_TOKENS, _IMAGE_SIDE)
     estimate = Estimator(config, hardware, work).estimate()
     yield from ("", "expected memory of a rank of each stage, in GB", *memory_lines(estimate))
     if estimate.fullest.peak <= hardware.usable_bytes:
         yield f"fits {hardware.hbm:g} GB"
     else:
         yield f"does NOT fit {hardware.hbm:g} GB: {what_is_too_large(estimate, hardware)}"
-    yield "(expected for rows of 1024 x 1024 images with 256 tokens of text; navil-megatron plan tells more)"
+    side = f"{_IMAGE_SIDE} x {_IMAGE_SIDE}"
+    yield f"(expected for rows of {side} images with {_TEXT_TOKENS} tokens of text; navil-megatron plan tells more)"

@@ -71,7 +71,8 @@ IMPORT_TABLE = {
     ),
     "evaluation/adapters": Row(("blueprint", "evaluation", "hf"), ("torch", "PIL", "lmms_eval", "vlmeval")),
     "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
-    "dry_run.py": Row(("blueprint", "runtime", "models", "data", "training", "planner"), ("torch",)),
+    "dry_run.py": Row(("blueprint", "runtime", "models", "data", "training", "planner", "dry_step.py"), ("torch",)),
+    "dry_step.py": Row(("blueprint", "runtime", "models", "data", "training", "planner"), ("torch",)),
     "launch.py": Row(),
     "doctor.py": Row(),
     "compare_outputs.py": Row(

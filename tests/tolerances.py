@@ -68,5 +68,11 @@ ACTIVATION_BYTES = 0.10
 ACTIVATION_BYTES_ON_GPU = 0.05
 """The same against what a GPU allocates."""
 
+PLANNED_PEAK = 0.05
+"""Relative distance of a rank's planned peak memory from what the tensors of a whole step hold."""
+
+PLANNED_FLOPS = 0.02
+"""The same of FLOPs: where visual tokens pass one matrix more, tensor-parallel ranks share them unevenly."""
+
 CAPTION_SCORE = 1e-6
 """Relative distance of BLEU by two libraries: one adds 1e-9 and 1e-15 to its counts to keep from dividing by zero."""

@@ -117,11 +117,6 @@ def _fp8_rules(precision: PrecisionConfig, model: ModelConfig, runtime: RuntimeC
             f'precision.fp8 = "{precision.fp8}" needs runtime.kernels = "transformer_engine", found '
             f'"{runtime.kernels}"; change one of the two'
         )
-    if model.language.num_experts > 1:
-        yield (
-            f'precision.fp8 = "{precision.fp8}" with model.language.num_experts = {model.language.num_experts}: '
-            'the grouped product of several experts runs in BF16 alone; set fp8 = "none" or num_experts = 1'
-        )
     if precision.fp8 == "delayed":
         for flag in flags:
             yield (

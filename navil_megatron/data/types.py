@@ -3,7 +3,7 @@
 RawSample -> EncodedSample -> PackedSequence -> PackedRows -> Microbatch
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -174,4 +174,15 @@ class Microbatch(PackedRows):
             segment_lengths=self.sample_lengths,
             grids=grids_of(self.image_grid_thw),
             num_predictions=int(np.count_nonzero(self.labels != IGNORED_LABEL)),
+        )
+
+    @property
+    def padded_workload(self) -> Workload:
+        """The same with padding, which is computed and kept like anything else."""
+        num_visual = int(np.count_nonzero(self.visual_token_mask))
+        return replace(
+            self.workload,
+            text_tokens=self.input_ids.size - num_visual,
+            visual_tokens=num_visual,
+            segment_lengths=self.segment_lengths,
         )

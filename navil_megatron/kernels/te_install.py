@@ -10,12 +10,10 @@ import torch
 
 from navil_megatron.config.errors import UserError
 
-OLDEST = (2, 20)
-"""The kernels are written against this version."""
-INSTALL = (
-    'pip install --no-build-isolation "transformer-engine[pytorch]>=2.20,<2.21" (docs/hopper.md), or set '
-    'runtime.kernels = "torch"'
-)
+VERSION = (2, 20)
+"""The kernels are written against this one: they use what the next may change."""
+REQUIREMENT = "transformer-engine[pytorch]>={0}.{1},<{0}.{2}".format(*VERSION, VERSION[1] + 1)
+INSTALL = f'pip install --no-build-isolation "{REQUIREMENT}" (docs/hopper.md), or set runtime.kernels = "torch"'
 
 
 def require_transformer_engine(fp8: str = "none") -> None:
@@ -53,8 +51,8 @@ def installation_problem() -> str | None:
     version = next((found.version for found in metadata.distributions(name="transformer-engine")), None)
     if version is None:
         return f"transformer_engine in {Path(spec.origin).parent} was copied there, not installed"
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        return f"transformer_engine is {version}, expected {'.'.join(map(str, OLDEST))} or newer"
+    if tuple(map(int, version.split(".")[:2])) != VERSION:
+        return f"transformer_engine is {version}, expected {'.'.join(map(str, VERSION))}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a CPU build"
     try:

@@ -24,7 +24,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from navil_megatron.config.precision import FP8_ROWS
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.kernels import torch_kernels
-from navil_megatron.kernels.te_product import GroupedProduct
+from navil_megatron.kernels.te_product import GroupedProduct, QuantizedOnce, StackProduct, WeightsAlone
 from navil_megatron.layers.kernels import Kernels
 
 ENCODER_RECIPES: Mapping[str, type[Recipe]] = {"tensorwise": Float8CurrentScaling, "blockwise": Float8BlockScaling}
@@ -45,7 +45,11 @@ def build_kernels(config: NaViLConfig) -> Kernels:
         attention_heads_gradient=torch_kernels.attention_heads_gradient,
         segment_attention=segment_attention,
         linear=partial(build_linear, fuse_wgrad_accumulation=fused_sums),
-        grouped_product=torch_kernels.grouped_product,
+        grouped_product=(
+            torch_kernels.TORCH_KERNELS.grouped_product
+            if precision.fp8 == "none"
+            else partial(StackProduct, row_multiple=FP8_ROWS[precision.fp8])
+        ),
         add_weight_gradient=torch_kernels.add_weight_gradient,
         modality_product=partial(ModalityProduct, fuse_wgrad_accumulation=fused_sums),
         swiglu=torch_kernels.swiglu,
@@ -57,18 +61,18 @@ def build_kernels(config: NaViLConfig) -> Kernels:
     )
 
 
-class _WeightsAlone:
-    """Leaves ``_extra_state`` out of state dicts: torch asks for it only where a class has its own methods."""
-
-    get_extra_state = nn.Module.get_extra_state
-    set_extra_state = nn.Module.set_extra_state
-
-
-class Linear(_WeightsAlone, te.Linear):
+class Linear(QuantizedOnce, te.Linear):
     """[..., in] -> [..., out] in the precision of the context that it runs in; no rows at all are legal."""
 
+    def forward(self, rows: Tensor) -> Tensor:
+        """Multiply."""
+        output: Tensor = super().forward(rows, is_first_microbatch=self.is_first_microbatch)
+        if self.is_first_microbatch:
+            self.is_first_microbatch = False
+        return output
 
-class RMSNorm(_WeightsAlone, te.RMSNorm):
+
+class RMSNorm(WeightsAlone, te.RMSNorm):
     """RMSNorm over the last dimension."""
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ class RMSNorm(_WeightsAlone, te.RMSNorm):
         return normed
 
 
-class LayerNorm(_WeightsAlone, te.LayerNorm):
+class LayerNorm(WeightsAlone, te.LayerNorm):
     """LayerNorm over the last dimension."""
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -131,11 +135,14 @@ def _attention(num_heads: int, head_dim: int, num_groups: int) -> nn.Module:
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, *, groups: Any, cu_seqlens: Tensor, max_seqlen: int, causal: bool
 ) -> Tensor:
-    """See ``layers.kernels``: one ``thd`` kernel, in BF16 under every recipe."""
+    """See ``layers.kernels``: one ``thd`` kernel, in BF16 under every recipe. A kernel that is set up for one longest
+    segment is set up again for another, so that there are few of them.
+    """
     if query.shape[0] == 0:
         return torch_kernels.segment_attention(
             query, key, value, groups=groups, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, causal=causal
         )
+    longest = 1 << (max_seqlen - 1).bit_length()
     attention = _attention(query.shape[1], query.shape[2], key.shape[1])
     with te.autocast(enabled=False):
         context: Tensor = attention(
@@ -144,14 +151,15 @@ def segment_attention(
             value,
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
             attn_mask_type="padding_causal" if causal else "padding",
+            window_size=(-1, 0 if causal else -1),
         )
     return context
 
 
-def recompute(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
     """See ``layers.kernels``. Delayed scaling takes the scales of the first run again and learns nothing of it twice.
 
     The engine's own ``checkpoint`` enters the recipe anew, which updates all scales once for each recomputed layer.
@@ -166,7 +174,6 @@ def recompute(function: Callable[..., Any], *arguments: Any, **options: Any) -> 
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (first, _again(second, state)),
-            **options,
         )
 
 

@@ -23,26 +23,62 @@ from transformer_engine.pytorch.tensor import Float8BlockQuantizer, Float8Curren
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
 from navil_megatron.kernels.modality_product import start_gather, start_reduce
+from navil_megatron.kernels.torch_kernels import grouped_product
 
 LAYOUTS = {"fprop": "TN", "dgrad": "NN", "wgrad": "NT"}
 """The engine's words for the three products of a linear, and how each reads its operands."""
 
 
-class GroupedProduct(te.GroupedLinear):
-    """The matrices of linears of one size. The linears hold the weights; this has what the engine's recipes know of
-    them, and nothing to save.
-    """
+class WeightsAlone:
+    """Leaves ``_extra_state`` out of state dicts: torch asks for it only where a class has its own methods."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
+
+class QuantizedOnce(WeightsAlone):
+    """A linear of the engine that holds quantized weights from one microbatch of a step to the next: megatron-core's
+    schedules mark each first one, and None, after the last, lets go of them. Without a mark each call quantizes.
+    """
+
+    _fp8_workspaces: dict[str, Any]
+    _is_first_microbatch: bool | None = None
+
+    @property
+    def is_first_microbatch(self) -> bool | None:
+        """None: outside a schedule."""
+        return self._is_first_microbatch
+
+    @is_first_microbatch.setter
+    def is_first_microbatch(self, value: bool | None) -> None:
+        self._is_first_microbatch = value
+        if value is not False:
+            self._fp8_workspaces.clear()
+
+
+class GroupedProduct(QuantizedOnce, te.GroupedLinear):
+    """The matrices of linears of one size. The linears hold the weights; this has what the engine's recipes know of
+    them, and nothing to save.
+    """
+
     def __init__(self, linears: Sequence[Any], fuse_wgrad_accumulation: bool):
-        output_size, input_size = linears[0].weight.shape
-        options = {"params_dtype": linears[0].weight.dtype, "fuse_wgrad_accumulation": fuse_wgrad_accumulation}
-        super().__init__(len(linears), input_size, output_size, bias=False, device="meta", **options)
-        for number in range(self.num_gemms):
-            self.register_parameter(f"weight{number}", None)
+        self._set_up(len(linears), linears[0].weight, fuse_wgrad_accumulation)
         self.linears = tuple(linears)  # in a tuple they are no children, which would name their weights twice
+
+    def _set_up(self, num_matrices: int, weight: Tensor, fuse_wgrad_accumulation: bool) -> None:
+        output_size, input_size = weight.shape[-2:]
+        options = {"params_dtype": weight.dtype, "fuse_wgrad_accumulation": fuse_wgrad_accumulation}
+        super().__init__(num_matrices, input_size, output_size, bias=False, device="meta", **options)
+        for number in range(num_matrices):
+            self.register_parameter(f"weight{number}", None)
+
+    def weights(self) -> list[Any]:
+        """The matrices."""
+        return [linear.weight for linear in self.linears]
+
+    def biases(self) -> list[Tensor]:
+        """Of all matrices or of none."""
+        return [linear.bias for linear in self.linears if linear.use_bias]
 
     def forward(
         self, rows: Tensor, sizes: Sequence[int], group: ProcessGroup | None = None, sequence_parallel: bool = False
@@ -74,11 +110,52 @@ class GroupedProduct(te.GroupedLinear):
                 with_backward=with_backward,
                 updates_scales=self.fp8 and with_backward and FP8GlobalStateManager.is_first_fp8_module(),
             )
-            biases = [linear.bias for linear in self.linears] if self.linears[0].use_bias else []
-            output: Tensor = _Product.apply(rows, call, *[linear.weight for linear in self.linears], *biases)
+            output: Tensor = _Product.apply(rows, call, *self.weights(), *self.biases())
             return output
         finally:
             self.end_forward()
+            if self.is_first_microbatch:
+                self.is_first_microbatch = False
+
+    def weight_operand(self, number: int, weight: Tensor, quantizer: Any, columnwise: bool) -> Any:
+        """A matrix as the engine's products take it."""
+        name = f"weight{number}"
+        held = self._fp8_workspaces.get(name)
+        if held is None:
+            held = quantized(weight.detach(), quantizer, rowwise=True, columnwise=columnwise)
+            if quantizer is not None and self.is_first_microbatch is not None:
+                self._fp8_workspaces[name] = held
+        return held
+
+
+class StackProduct(GroupedProduct):
+    """Several experts of a modality, whose matrices are one weight [e, out, in]: in FP8 by the engine, which must know
+    each expert's rows on the host and takes multiples of ``row_multiple``, and in BF16 by torch.
+    """
+
+    def __init__(self, holder: nn.Module, row_multiple: int):
+        weight = holder.get_parameter("weight")
+        self._set_up(len(weight), weight, fuse_wgrad_accumulation=False)
+        self.holders = (holder,)
+        self.pad = te.Fp8Padding(len(weight), row_multiple)
+        self.unpad = te.Fp8Unpadding(len(weight), row_multiple)
+
+    def weights(self) -> list[Any]:
+        """The matrices, as views whose gradients torch puts together."""
+        return list(self.holders[0].get_parameter("weight").unbind())
+
+    def biases(self) -> list[Tensor]:
+        """None."""
+        return []
+
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:  # type: ignore[override]
+        """See ``layers.kernels``."""
+        if not FP8GlobalStateManager.is_fp8_enabled():
+            return grouped_product(self.holders[0], rows, ends)
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        padded, padded_sizes = self.pad(rows, sizes)
+        output: Tensor = self.unpad(super().forward(padded, padded_sizes), sizes)
+        return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +223,7 @@ class _Call:
     def weight_operands(self, weights: Sequence[Tensor]) -> list[Any]:
         """The matrices, for the input's gradient too."""
         return [
-            quantized(weights[number].detach(), self.weight_quantizers[number], True, self.with_backward)
+            self.product.weight_operand(number, weights[number], self.weight_quantizers[number], self.with_backward)
             for number in self.used
         ]
 
@@ -277,8 +354,7 @@ def _weight_gradients(
     """
     results: list[Tensor | None] = [None] * len(trained)
     into: dict[int, Tensor] = {}
-    for number, linear in enumerate(call.product.linears):
-        weight = linear.weight
+    for number, weight in enumerate(call.product.weights()):
         if not trained[number]:
             continue
         if call.product.fuse_wgrad_accumulation:

@@ -61,8 +61,9 @@ def swiglu_gradient(grad_output: Tensor, gate_up: Tensor, weights: Tensor | None
     return grad, None if weights is None else activated.mul_(up).mul_(grad_output).sum(-1)
 
 
-def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_product(holder: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
     """See ``layers.kernels``."""
+    weight = holder.get_parameter("weight")
     if len(weight) == 1 or not len(rows):
         return nn.functional.linear(rows, weight[0])
     return nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
@@ -87,7 +88,7 @@ TORCH_KERNELS = Kernels(
     modality_product=partial(partial, modality_product),
     swiglu=swiglu,
     swiglu_gradient=swiglu_gradient,
-    grouped_product=grouped_product,
+    grouped_product=partial(partial, grouped_product),
     add_weight_gradient=add_weight_gradient,
     recompute=partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
     encoder_precision=nullcontext,

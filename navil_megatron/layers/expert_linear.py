@@ -37,7 +37,7 @@ class ExpertLinear(MegatronModule):
     ):
         super().__init__(config=config)
         assert config.num_moe_experts is not None
-        self.grouped_product = kernels.grouped_product
+        self.products: dict[str, Any] = {}
         self.is_stack = config.num_moe_experts > len(MODALITIES)
         shape = [output_size, input_size]
         shape[partition_dim] = divide(shape[partition_dim], pg_collection.expt_tp.size())
@@ -45,6 +45,10 @@ class ExpertLinear(MegatronModule):
             holder: Any = nn.Module()
             if self.is_stack:
                 holder.weight = nn.Parameter(torch.empty(len(numbers), *shape, dtype=config.params_dtype))
+                product = kernels.grouped_product(holder)
+                self.products[modality] = product
+                if isinstance(product, nn.Module):
+                    self.add_module(f"{modality}_product", product)
             else:
                 holder = kernels.linear(shape[1], shape[0], bias=False, dtype=config.params_dtype)
             dim = self.is_stack + partition_dim
@@ -60,4 +64,5 @@ class ExpertLinear(MegatronModule):
         if not self.is_stack:
             output: Tensor = self.get_submodule(modality)(rows)
             return output
-        return self.grouped_product(rows, self.get_parameter(f"{modality}.weight"), ends)
+        output = self.products[modality](rows, ends)
+        return output

@@ -150,8 +150,9 @@ class Kernels:
     """[gate | up] [..., 2f] and None or a weight for each row [...]: -> silu(gate) * up [* weight] [..., f]."""
     swiglu_gradient: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
     """The gradients of both, from that of the output [..., f], which comes first."""
-    grouped_product: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Rows [r, in] sorted by expert, weights [e, out, in] and [e] int32, one past the last row of each: -> [r, out]."""
+    grouped_product: Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]
+    """Built once with what holds ``weight`` [e, out, in]. Rows [r, in] sorted by expert and [e] int32, one past the
+    last row of each: -> [r, out]."""
     add_weight_gradient: Callable[[Tensor, Tensor, Tensor], None]
     """Adds grad_output [r, out]^T rows [r, in] to a sum [out, in] in float32, whatever the type of the two."""
     recompute: Callable[..., Any]

@@ -4,7 +4,6 @@ Core already threads ``packed_seq_params`` to the attention and to ``_forward_ml
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +26,19 @@ class NaViLTransformerLayer(TransformerLayer):
         super().__init__(*args, **options)
         self.recompute, self.recomputes_all = recompute, recomputes_all
 
-    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, rotary_pos_emb: Tensor, **options: Any) -> tuple[Tensor, None]:
         """As of core's."""
-        run: Callable[..., Any] = super().forward
+
+        def run(hidden_states: Tensor, rotary_pos_emb: Tensor) -> tuple[Tensor, None]:
+            output: tuple[Tensor, None] = super(NaViLTransformerLayer, self).forward(
+                hidden_states=hidden_states, rotary_pos_emb=rotary_pos_emb, **options
+            )
+            return output
+
         if self.recomputes_all and torch.is_grad_enabled():
-            run = partial(self.recompute, run)
-        # By position: autograd then holds it until the second run, and no longer.
-        output: tuple[Tensor, None] = run(hidden_states, *args, **options)
-        return output
+            recomputed: tuple[Tensor, None] = self.recompute(run, hidden_states, rotary_pos_emb)
+            return recomputed
+        return run(hidden_states, rotary_pos_emb)
 
     def _forward_mlp(
         self,

@@ -82,7 +82,7 @@ def _interleaving(parallel: ParallelConfig) -> dict:
     receives are matched by order alone, so with two stages they would be swapped, silently; overlapped ones are not.
     """
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
+    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved, "batch_p2p_sync": False}
 
 
 def _fp8(precision: PrecisionConfig) -> dict:
@@ -94,6 +94,8 @@ def _fp8(precision: PrecisionConfig) -> dict:
         "fp8_recipe": precision.fp8,
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
+        # The ranks that hold parts of a layer share scales; replicas need not, and would wait for one another.
+        "tp_only_amax_red": True,
         "first_last_layers_bf16": precision.fp8_first_last_layers_bf16,
     }
 

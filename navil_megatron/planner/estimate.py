@@ -12,7 +12,7 @@ from navil_megatron.blueprint.workload import Workload, expert_loads
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.planner.communication import MicrobatchSizes, RankTraffic, Sent
 from navil_megatron.planner.hardware import PEAK_TFLOPS, Hardware, ring_share
-from navil_megatron.planner.memory import ActivationModel, state_bytes
+from navil_megatron.planner.memory import ActivationModel, quantized_weight_bytes, state_bytes
 from navil_megatron.planner.schedule import ChunkTime, Schedule, balanced_layers, most_in_flight, simulate
 
 
@@ -28,7 +28,7 @@ class StageMemory:
     activations: float  # decoder, embeddings and head, of all microbatches in flight
     encoder: float  # encoder and connector, the same
     inputs: float  # pixels and ids of the step's microbatches, which are all on the device at once
-    working: float  # beside these while a layer or the head runs
+    working: float  # beside these while a layer or the head runs, and FP8 copies of weights
 
     @property
     def peak(self) -> float:
@@ -75,6 +75,15 @@ class Estimate:
     def mfu(self) -> float:
         """Model FLOPs over what the GPUs could do at their peak."""
         return self.model_flops / self.step_seconds / self.gpus / (PEAK_TFLOPS * 1e12)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Matrix products of a part of the model."""
+
+    terms: list[Term]  # of the forward pass
+    again: list[Term]  # repeated in the backward pass
+    ranks: int  # share them evenly
 
 
 class Estimator:
@@ -167,25 +176,33 @@ class Estimator:
         grids = fullest_share(self.work.grids, self.config.model.vision, self.config.parallel.row_ranks)
         return replace(self.work, grids=grids)
 
-    def _part_times(self) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
-        """Of one microbatch: one decoder layer; encoder, connector and embeddings; the head."""
-        model, ranks, work = self.config.model, self.config.parallel.row_ranks, self.work
-        flops = list(layer_terms(model, work))
+    def products(self) -> tuple[Products, Products, Products]:
+        """Of one microbatch: one decoder layer; encoder and connector; the head."""
+        model, ranks, training = self.config.model, self.config.parallel.row_ranks, self.config.training
+        layer = list(layer_terms(model, self.work))
         if max(self._loads) > 1:
             # A rank holds one modality's experts: the fullest computes its tokens of all ranks, the others wait for it.
-            of_experts = round(max(self._loads) * sum(forward for part, forward in flops if _is_feed_forward(part)))
-            flops = [term for term in flops if not _is_feed_forward(term[0])] + [("visual feed-forward", of_experts)]
-        again = sum(forward for part, forward in flops if self._is_repeated(part))
-        layer = self._compute(flops, ranks, again, self._layer_traffic)
+            of_experts = round(max(self._loads) * _forward(term for term in layer if _is_feed_forward(term[0])))
+            layer = [term for term in layer if not _is_feed_forward(term[0])] + [("visual feed-forward", of_experts)]
+        encoder, head = list(encoder_terms(model, self._fullest_images)), list(head_terms(model, self.work))
+        of_layers = [term for term in encoder if term[0] != "connector"] if training.recomputes("encoder") else []
+        return (
+            Products(layer, [term for term in layer if self._is_repeated(term[0])], ranks),
+            Products(encoder, of_layers, 1),
+            # The backward pass makes the logits again, chunk by chunk.
+            Products(head, head, ranks),
+        )
+
+    def _part_times(self) -> tuple[ChunkTime, ChunkTime, ChunkTime]:
+        """The same in seconds, with their collectives; embeddings are counted with the encoder."""
         before, behind = (self._seconds(rank.of_edges(rank.batch[0][0])) for rank in (self._ranks[0], self._ranks[-1]))
-        encoder = list(encoder_terms(model, self._fullest_images))
-        again = _forward(encoder) if self.config.training.recomputes("encoder") else 0
-        first = self._compute(encoder, 1, again, before)
-        # One stage is first and last at once: its collectives are counted with the encoder.
-        head = list(head_terms(model, work))
-        # The backward pass makes the logits again, chunk by chunk.
-        last = self._compute(head, ranks, _forward(head), behind if self._stages > 1 else 0)
-        return layer, first, last
+        layer, encoder, head = self.products()
+        return (
+            self._compute(layer, self._layer_traffic),
+            self._compute(encoder, before),
+            # One stage is first and last at once: its collectives are counted with the encoder.
+            self._compute(head, behind if self._stages > 1 else 0),
+        )
 
     def _is_repeated(self, part: Part | None) -> bool:
         """Whether the backward pass repeats a group of a layer's products; those of the softmax have no part."""
@@ -195,12 +212,11 @@ class Estimator:
         is_softmax = part is None and training.recomputes("attention")
         return training.recomputes("mlp") if _is_feed_forward(part) else is_softmax
 
-    def _compute(self, terms: list[Term], ranks: int, again: int, traffic_seconds: float) -> ChunkTime:
-        """Seconds of some products; ``again`` FLOPs of them are repeated in the backward pass."""
-        backward = backward_flops(terms, self.config.training.phase) + again
-        scale = 1 / (ranks * self.hardware.rate * 1e12)
+    def _compute(self, products: Products, traffic_seconds: float) -> ChunkTime:
+        backward = backward_flops(products.terms, self.config.training.phase) + _forward(products.again)
+        scale = 1 / (products.ranks * self.hardware.rate * 1e12)
         # Collectives of the two passes are nearly the same.
-        return ChunkTime(_forward(terms) * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2)
+        return ChunkTime(_forward(products.terms) * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2)
 
     @cached_property
     def _layer_traffic(self) -> float:
@@ -241,6 +257,8 @@ class Estimator:
         decoder[0] += activations.embedding()
         decoder[-1] += activations.final_norm() + activations.head()
         encoder = [activations.encoder(), *[0] * (len(decoder) - 1)]
+        # When the encoder runs backward, its microbatch has nothing left in the decoder.
+        in_encoder = activations.encoder_layer_working() - decoder[0]
         held = [piece for chunk in self._held[stage] for piece in chunk]
         is_first, is_last = stage == 0, stage == self._stages - 1
         return StageMemory(
@@ -250,10 +268,11 @@ class Estimator:
             activations=most_in_flight(stage, self._stages, num_microbatches, decoder),
             encoder=most_in_flight(stage, self._stages, num_microbatches, encoder),
             inputs=activations.inputs(is_first, num_microbatches),
-            working=max(
+            working=quantized_weight_bytes(self.config, held)
+            + max(
                 activations.layer_working(),
                 activations.head_working() if is_last else 0,
-                activations.encoder_working() if is_first else 0,
+                max(activations.encoder_working(), in_encoder) if is_first else 0,
             ),
         )
 

@@ -44,6 +44,21 @@ def state_bytes(config: NaViLConfig, held: Iterable[HeldParameter], dp_size: int
     return StateBytes(whole * size, trained * FP32, moments)
 
 
+def quantized_weight_bytes(config: NaViLConfig, held: Iterable[HeldParameter]) -> int:
+    """FP8 copies of matrices, one as it lies and one transposed, which a rank holds from a step's first microbatch to
+    its last. Layers that stay in BF16 are not left out.
+    """
+    if config.precision.fp8 == "none":
+        return 0
+    encoder = config.precision.fp8_encoder
+    matrices = (piece for piece in held if len(piece.shape) > 1)
+    return 2 * sum(
+        piece.numel
+        for piece in matrices
+        if piece.parameter.modality is not None or (encoder and piece.parameter.part == "vision_encoder")
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ActivationModel:
     """Activations of one microbatch on one rank of a layout."""
@@ -69,6 +84,14 @@ class ActivationModel:
         """Hidden states between the matrices, where sequence parallelism shares out the tokens."""
         return self._tokens * self.config.model.language.hidden_size * self._size // self.config.parallel.sequence_ranks
 
+    def _as_operand(self, num_bytes: int, gathered: bool = False) -> int:
+        """Of an input of a decoder's linear that has so many bytes: in FP8 a byte for each number, but for rows that
+        are gathered in BF16 since their blocks span ranks. Layers that stay in BF16 are not left out.
+        """
+        fp8 = self.config.precision.fp8
+        in_bf16 = gathered and fp8 == "blockwise" and self.config.parallel.sequence_parallel
+        return num_bytes if fp8 == "none" or in_bf16 else num_bytes // self._size
+
     def _norm(self, tokens: int, width: int) -> int:
         """An RMSNorm: its input, a number a token, and unless fused the scaled input."""
         return tokens * width * self._size * (1 if self.fused else 2) + tokens * FP32
@@ -78,7 +101,7 @@ class ActivationModel:
         if self.config.training.recompute == "full":
             return self.hidden_bytes
         # The norms, and the input of linear_qkv.
-        kept = 2 * self.final_norm() + self.hidden_bytes + self._attention()
+        kept = 2 * self.final_norm() + self._as_operand(self.hidden_bytes, gathered=True) + self._attention()
         if self.config.model.language.composed_visual_output_projection:
             kept += self.hidden_bytes  # output of the text projection, input of the visual one
         return kept + (self.hidden_bytes if self.config.training.recomputes("mlp") else self._feed_forward())
@@ -89,7 +112,7 @@ class ActivationModel:
         heads, groups = language.num_attention_heads // self._tensor, language.num_query_groups // self._tensor
         query, key = (t * n * language.head_dim * self._size for n in (heads, groups))
         qkv = query + 2 * key
-        kept = query  # input of linear_proj
+        kept = self._as_operand(query)  # input of linear_proj
         if not again:
             # In attention order: query, key, value, output, and a logarithm of each softmax's sum.
             on_cpu = 1 if self.fused else FP32 // self._size
@@ -103,7 +126,8 @@ class ActivationModel:
         language = self.config.model.language
         parallel, tokens = self.config.parallel, self._tokens
         if not is_routed(self.config.model, parallel):
-            return self.hidden_bytes + tokens * 3 * language.ffn_hidden_size // self._tensor * self._size
+            inner = tokens * language.ffn_hidden_size // self._tensor * self._size
+            return self._as_operand(self.hidden_bytes, gathered=True) + 2 * inner + self._as_operand(inner)
         # Tokens of the fullest expert-parallel rank, of all that send to it; one counts once for each of its experts.
         arriving = tokens * language.experts_per_token * max(expert_loads(self.work, self.config))
         arriving = arriving * parallel.expert_tensor_size / self._tensor
@@ -206,3 +230,10 @@ class ActivationModel:
     def encoder_working(self) -> int:
         """The patches in encoder order, and normalised, before the first layer runs."""
         return self._patches * self.config.model.vision.patch_dim * (1 + FP32)
+
+    def encoder_layer_working(self) -> int:
+        """As ``layer_working``, while one layer of the encoder runs backward."""
+        vision, training = self.config.model.vision, self.config.training
+        gradients = self._patches * (vision.ffn_hidden_size + 2 * vision.hidden_size) * self._size
+        whole = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
+        return gradients + whole._vision_layer(self._patches) - self._vision_layer(self._patches)

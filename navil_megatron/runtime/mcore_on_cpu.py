@@ -86,7 +86,7 @@ def _stay(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor
     return tensor
 
 
-def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
+def cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Tensor.type()`` names tensors as on a GPU, because the optimizers compare names."""
 
     @functools.wraps(original)
@@ -172,7 +172,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "manual_seed", _same(torch.manual_seed), "model_parallel_cuda_manual_seed"),
     Patch("torch.cuda.random", "get_rng_state", _same(_get_rng_state), "recompute saves the state"),
     Patch("torch:Tensor", "cuda", _same(_stay), "optimizer state gather, checkpoint exchange, tied embeddings"),
-    Patch("torch:Tensor", "type", _cuda_type_name, "optimizers compare with 'torch.cuda.FloatTensor'"),
+    Patch("torch:Tensor", "type", cuda_type_name, "optimizers compare with 'torch.cuda.FloatTensor'"),
     Patch(_RANDOM, "_get_cuda_rng_state", _same(_get_rng_state), "RNG tracker and recompute"),
     Patch(_RANDOM, "_set_cuda_rng_state", _same(_set_rng_state), "RNG tracker and recompute"),
     Patch(f"{_MOE}.moe_utils", "maybe_move_tensor_to_cpu", _same(_to_host), "all-to-all splits"),
@@ -197,7 +197,7 @@ def require_tested_megatron_core(version: str = megatron_core_version) -> None:
         )
 
 
-def _owner(path: str) -> Any:
+def owner_of(path: str) -> Any:
     """The module, or the class after a colon, that a path names."""
     module, _, attribute = path.partition(":")
     found = importlib.import_module(module)
@@ -216,6 +216,6 @@ def enable_megatron_core_on_cpu() -> None:
     require_tested_megatron_core()
     stay_eager()
     for patch in PATCHES:
-        owner = _owner(patch.owner)
+        owner = owner_of(patch.owner)
         setattr(owner, patch.name, patch.build(getattr(owner, patch.name)))
     _enabled = True

@@ -131,7 +131,7 @@ def schedule_over(
         )
         for number in range(len(chunks))
     ]
-    return schedule(
+    outputs: list[Any] = schedule(
         forward_step_func=forward,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
@@ -140,6 +140,12 @@ def schedule_over(
         micro_batch_size=1,
         **options,
     )
+    for chunk in chunks:
+        for module in chunk.modules():
+            # Core marks a first microbatch, after which layers may hold what they made of their weights; no longer.
+            if hasattr(module, "is_first_microbatch"):
+                module.is_first_microbatch = None
+    return outputs
 
 
 def forward_step(inputs: Iterator[ModelInputs], chunk: nn.Module, *, num_groups: int) -> tuple[Tensor, LossFunction]:

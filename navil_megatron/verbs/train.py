@@ -19,6 +19,7 @@ from navil_megatron.verbs.verb import Outcome, verb
     OVERRIDES,
     value("--nproc", "N", "ranks to start on this machine (1)", count, default=1),
     flag("--dry-run", "check and build everything without a GPU, and stop"),
+    flag("--step", "with --dry-run: also take a step of each stage at full size without a GPU (minutes)"),
     value("--gpus", "N", "of the dry run (the fewest that hold the layout)", count),
     has_json=False,
 )
@@ -35,9 +36,11 @@ def train(options: Namespace) -> Outcome:
         quiet_known_warnings()  # comes before the first import of megatron-core
         from navil_megatron.dry_run import dry_run
 
-        return Outcome({}, dry_run(config, options.gpus))
+        return Outcome({}, dry_run(config, options.gpus, options.step))
     if options.gpus is not None:
         raise UserError("--gpus belongs to --dry-run; a run has the ranks that --nproc or torchrun starts")
+    if options.step:
+        raise UserError("--step belongs to --dry-run; a run takes training.train_steps of them")
     arguments = [str(options.config), *options.overrides]
     if "RANK" not in os.environ:
         validate(config, options.nproc)

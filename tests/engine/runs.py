@@ -29,7 +29,7 @@ from tests.ranks import start_session, tiny_config
 from tests.whole import assemble, slices_of
 from tools.bench.synthetic import synthetic_microbatch
 
-SEQ_LENGTH, VOCABULARY, PAD_TO = 512, 512, 128
+SEQ_LENGTH, VOCABULARY, PAD_TO = 256, 512, 128
 NUM_LABELS = 8
 MODEL = ModelConfig(
     language=LanguageConfig(
@@ -46,21 +46,16 @@ MODEL = ModelConfig(
     vision=VisionConfig(num_layers=2, hidden_size=128, ffn_hidden_size=256, num_attention_heads=2),
     special_token_ids=tuple(range(VOCABULARY - len(SPECIAL_TOKENS), VOCABULARY)),
 )
-MIXED: Composition = ((60, ((8, 8), (4, 6))), (90, ()), (40, ((12, 10),)))
-TEXT_ONLY: Composition = ((200, ()), (130, ()))
+MIXED: Composition = ((30, ((8, 8), (4, 6))), (50, ()), (20, ((12, 10),)))
+TEXT_ONLY: Composition = ((150, ()), (90, ()))
 IMAGE_ONLY: Composition = ((1, ((16, 16),)), (1, ((12, 8), (4, 4))))
 ENGINE = {"runtime": {"kernels": "transformer_engine"}}
 FUSED_SUMS = {"runtime": {"kernels": "transformer_engine", "gradient_accumulation_fusion": "transformer_engine"}}
-SMOOTH: dict[str, Any] = {
-    "lr": 1.0,
-    "epsilon": 0.1,
-    "weight_decay": 0.0,
-    "warmup_steps": 0,
-    "distributed": False,
-    "clip_grad": None,
-}
+SMOOTH = {"lr": 1.0, "epsilon": 0.1, "weight_decay": 0.0}
 """Updates that are nearly the gradient times 10: Adam divides it by its own size and the large epsilon, so that what is
 nothing but rounding noise moves no weight by a whole learning rate."""
+FAR = {**SMOOTH, "lr": 1e4}
+"""A step so long that no weight's change is lost in BF16."""
 
 
 @dataclass
@@ -86,7 +81,7 @@ def run_config(device: str, **sections: Any) -> NaViLConfig:
         "data": {"seq_length": SEQ_LENGTH, "max_image_pixels": 65_536, "pad_segments_to": PAD_TO},
         "training": {"global_batch_size": 4},
         "precision": {"type": "bf16"},
-        "optimizer": SMOOTH,
+        "optimizer": {"lr": 1e-3, "warmup_steps": 0, "epsilon": 1e-6, "distributed": False, "clip_grad": None},
         "runtime": {"device": device, "cpu_threads": 1},
     }
     merged = merge_sections(defaults, sections)
@@ -102,7 +97,9 @@ def row(config: NaViLConfig, composition: Composition, seed: int, session: Sessi
     """
     place = ALONE if session is None else place_of(session)
     padding = padding_of_segments(config.precision, config.data, config.parallel)
-    drawn = synthetic_microbatch(config.model, SEQ_LENGTH, seed, [composition], pad_segments_to=padding, place=place)
+    drawn = synthetic_microbatch(
+        config.model, config.data.seq_length, seed, [composition], pad_segments_to=padding, place=place
+    )
     labels = np.where(drawn.labels == IGNORED_LABEL, IGNORED_LABEL, drawn.input_ids % NUM_LABELS)
     return dataclasses.replace(drawn, labels=labels)
 

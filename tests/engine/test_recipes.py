@@ -12,7 +12,7 @@ from navil_megatron.config.run import NaViLConfig
 from tests.engine.conftest import Place
 from tests.engine.runs import ENGINE, FUSED_SUMS, MIXED, Outcome, assert_near, run_config, run_steps, whole
 from tests.engine.test_kernels import RECOMPUTE
-from tests.oracle import Composition, merge_sections
+from tests.oracle import merge_sections
 from tests.tolerances import BF16_KERNELS, FP8_GRADIENTS, FP8_LOSS
 
 CHOICES: dict[str, dict[str, object]] = {
@@ -24,7 +24,8 @@ CHOICES: dict[str, dict[str, object]] = {
     "blockwise-encoder": {"fp8": "blockwise", "fp8_encoder": True},
 }
 RECIPES = list(CHOICES)[:3]
-BATCH = (MIXED, MIXED)
+STEP_AND_NEXT = [[MIXED, MIXED], [MIXED]]
+"""The second step runs in the scales that the first left."""
 LEARN = {"lr": 1e-3, "epsilon": 1e-8}
 STEPS = {"cpu": 12, "cuda": 200}
 NUM_WINDOWS = 3
@@ -34,16 +35,16 @@ def fp8_config(place: Place, choice: str, **sections: dict) -> NaViLConfig:
     return run_config(place.device, **merge_sections(ENGINE, {**sections, "precision": CHOICES[choice]}))
 
 
-def one_step(place: Place, config: NaViLConfig, batch: tuple[Composition, ...] = BATCH) -> Outcome:
-    (outcome,) = place.run(1, run_steps, config, [batch])
+def two_steps(place: Place, config: NaViLConfig) -> Outcome:
+    (outcome,) = place.run(1, run_steps, config, STEP_AND_NEXT)
     return outcome
 
 
 @functools.cache
-def whole_step(place: Place, choice: str) -> Outcome:
+def whole_steps(place: Place, choice: str) -> Outcome:
     """Everything is trained, nothing recomputed; ``torch``: by torch's kernels in BF16."""
     config = run_config(place.device) if choice == "torch" else fp8_config(place, choice)
-    return one_step(place, config)
+    return two_steps(place, config)
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def windows(losses: list[float]) -> list[float]:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_one_step(place: Place, choice: str) -> None:
     """Loss and gradients against torch's kernels in BF16."""
-    expected, found = whole_step(place, "torch"), whole_step(place, choice)
+    expected, found = whole_steps(place, "torch"), whole_steps(place, choice)
     assert found.losses == pytest.approx(expected.losses, rel=FP8_LOSS)
     assert_near(whole([found], "gradients"), whole([expected], "gradients"), FP8_GRADIENTS)
     assert found.losses != expected.losses
@@ -83,8 +84,8 @@ def test_loss_follows_bf16(place: Place, choice: str) -> None:
     ("choice", "recompute"), [pair for pair in product(RECIPES, RECOMPUTE) if pair != ("delayed", "mlp")]
 )
 def test_recompute_changes_nothing(place: Place, choice: str, recompute: str) -> None:
-    expected = whole_step(place, choice)
-    found = one_step(place, fp8_config(place, choice, training=RECOMPUTE[recompute]))
+    expected = whole_steps(place, choice)
+    found = two_steps(place, fp8_config(place, choice, training=RECOMPUTE[recompute]))
     assert found.losses == expected.losses
     assert_near(whole([found], "gradients"), whole([expected], "gradients"), 0)
 
@@ -92,8 +93,8 @@ def test_recompute_changes_nothing(place: Place, choice: str, recompute: str) ->
 @pytest.mark.parametrize("choice", RECIPES)
 def test_fused_sums(place: Place, choice: str) -> None:
     """Weight gradients added inside the product are those that are added behind it, but for a rounding to BF16."""
-    expected = whole_step(place, choice)
-    found = one_step(place, fp8_config(place, choice, **FUSED_SUMS))
+    expected = whole_steps(place, choice)
+    found = two_steps(place, fp8_config(place, choice, **FUSED_SUMS))
     assert found.losses == expected.losses
     assert_near(whole([found], "gradients"), whole([expected], "gradients"), BF16_KERNELS)
 
@@ -101,8 +102,8 @@ def test_fused_sums(place: Place, choice: str) -> None:
 @pytest.mark.parametrize("choice", RECIPES)
 def test_frozen_text_experts(place: Place, choice: str) -> None:
     """The visual experts' gradients are those of a run that trains everything."""
-    expected = whole([whole_step(place, choice)], "gradients")
-    found = whole([one_step(place, fp8_config(place, choice, training={"phase": "s1.1"}))], "gradients")
+    expected = whole([whole_steps(place, choice)], "gradients")
+    found = whole([two_steps(place, fp8_config(place, choice, training={"phase": "s1.1"}))], "gradients")
     assert found and not any(".text." in name for name in found)
     assert_near(found, {name: expected[name] for name in found}, BF16_KERNELS)
 

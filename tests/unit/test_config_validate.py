@@ -233,11 +233,6 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         "with tensor_model_parallel_size = 2 needs parallel.sequence_parallel = true; switch it on",
     ),
     (
-        {**TENSORWISE, "model__language__num_experts": 2},
-        1,
-        'fp8 = "tensorwise" with model.language.num_experts = 2: the grouped product of several experts runs in BF16',
-    ),
-    (
         {"model__language__num_experts": 2, "model__language__ffn_hidden_size": 50},
         1,
         "model.language.ffn_hidden_size is 50 on one of 1 expert tensor-parallel ranks; the grouped product of several",

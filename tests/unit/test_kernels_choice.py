@@ -88,7 +88,8 @@ def test_transformer_engine_absent() -> None:
     [
         ("2.20.2", "other.so", "has no part for torch"),
         ("", "transformer_engine_torch.so", "was copied there, not installed"),
-        ("2.8.0", "transformer_engine_torch.so", "transformer_engine is 2.8.0, expected 2.20 or newer"),
+        ("2.8.0", "transformer_engine_torch.so", "transformer_engine is 2.8.0, expected 2.20"),
+        ("2.21.0", "transformer_engine_torch.so", "transformer_engine is 2.21.0, expected 2.20"),
         ("2.20.2", "transformer_engine_torch.so", "is a CPU build" if CPU_BUILD else "does not load beside torch"),
     ],
 )
