@@ -26,7 +26,6 @@ CHOICES: dict[str, dict[str, object]] = {
 RECIPES = list(CHOICES)[:3]
 STEP_AND_NEXT = [[MIXED, MIXED], [MIXED]]
 """The second step runs in the scales that the first left."""
-LEARN = {"lr": 1e-3, "epsilon": 1e-8}
 STEPS = {"cpu": 12, "cuda": 200}
 NUM_WINDOWS = 3
 
@@ -50,8 +49,7 @@ def whole_steps(place: Place, choice: str) -> Outcome:
 @functools.cache
 def learning(place: Place, choice: str) -> list[float]:
     """Losses of steps on fresh rows; ``bf16``: by the engine without FP8."""
-    sections = merge_sections(ENGINE, {"optimizer": LEARN})
-    config = run_config(place.device, **sections) if choice == "bf16" else fp8_config(place, choice, optimizer=LEARN)
+    config = run_config(place.device, **ENGINE) if choice == "bf16" else fp8_config(place, choice)
     (outcome,) = place.run(1, run_steps, config, [[MIXED]] * STEPS[place.device])
     return outcome.losses
 
@@ -95,7 +93,8 @@ def test_fused_sums(place: Place, choice: str) -> None:
     """Weight gradients added inside the product are those that are added behind it, but for a rounding to BF16."""
     expected = whole_steps(place, choice)
     found = two_steps(place, fp8_config(place, choice, **FUSED_SUMS))
-    assert found.losses == expected.losses
+    assert found.losses[0] == expected.losses[0]
+    assert found.losses[1] == pytest.approx(expected.losses[1], rel=FP8_LOSS)
     assert_near(whole([found], "gradients"), whole([expected], "gradients"), BF16_KERNELS)
 
 
@@ -111,10 +110,9 @@ def test_frozen_text_experts(place: Place, choice: str) -> None:
 @pytest.mark.parametrize("choice", RECIPES)
 def test_resume(place: Place, tmp_path: Path, choice: str) -> None:
     """Scales are made again after a restore, those of ``delayed`` from 1 on."""
-    config = fp8_config(place, choice, optimizer=LEARN)
+    config = fp8_config(place, choice)
     place.run(1, run_steps, config, [[MIXED]] * 2, None, tmp_path / "checkpoint")
     (resumed,) = place.run(1, run_steps, config, [[MIXED]] * 2, tmp_path / "checkpoint")
-    again = run_config(place.device, **merge_sections(ENGINE, {"optimizer": LEARN}))
-    (in_bf16,) = place.run(1, run_steps, again, [[MIXED]] * 2, tmp_path / "checkpoint")
+    (in_bf16,) = place.run(1, run_steps, run_config(place.device, **ENGINE), [[MIXED]] * 2, tmp_path / "checkpoint")
     assert resumed.step == 4
     assert resumed.losses == pytest.approx(in_bf16.losses, rel=FP8_LOSS)
