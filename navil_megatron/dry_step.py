@@ -19,7 +19,7 @@ from navil_megatron.blueprint.flops import Term, backward_flops, encoding_cost
 from navil_megatron.blueprint.held_parameters import layers_of_chunks
 from navil_megatron.blueprint.image_plan import num_patches
 from navil_megatron.blueprint.modality_order import ModalityOrder
-from navil_megatron.blueprint.vision_plan import assign_images
+from navil_megatron.blueprint.vision_plan import assign_images, fullest_share
 from navil_megatron.blueprint.workload import Workload, expert_loads, typical_workload
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.run import NaViLConfig
@@ -220,6 +220,10 @@ def _expected_flops(estimator: Estimator, stage: int, num_microbatches: int) -> 
         softmax += _forward(term for term in part.again if term[0] is None)
         products += times * num_microbatches * of_weights / part.ranks
         attention += times * num_microbatches * softmax * pairs / part.ranks
+    if stage == 0:  # pixels want no gradient, and their embedding is not computed again
+        vision, again = estimator.config.model.vision, estimator.config.training.recomputes("encoder")
+        patches = num_patches(fullest_share(estimator.work.grids, vision, parallel.row_ranks))
+        products -= (1 + again) * num_microbatches * patches * 2 * vision.patch_dim * vision.hidden_size
     return Flops(products, attention)
 
 

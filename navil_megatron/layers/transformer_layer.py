@@ -48,6 +48,8 @@ class NaViLTransformerLayer(TransformerLayer):
         packed_seq_params: Any = None,
     ) -> Tensor:
         normed = self._forward_pre_mlp_layernorm(hidden_states)
+        # It would hold the layer's first half until its next forward pass: recompute stops before core lets it go.
+        self.mlp_norm_manager = None
         if self.recompute_mlp and torch.is_grad_enabled():
             output = self.recompute(self.mlp, normed, packed_seq_params)
         else:

@@ -208,11 +208,12 @@ class ActivationModel:
         return rows * (tokens * (FP32 + rounded) + language.hidden_size * rounded * (trained and not self.fused))
 
     def layer_working(self) -> int:
-        """Beyond what is kept, while one layer runs backward: gradients of the widest activation and of its input and
-        output, and with recompute the layer's own activations.
+        """Beyond what is kept, while one layer runs backward: gradients of SwiGLU's input, which is widest, and of the
+        layer's input and output, and with recompute the layer's own activations. That of SwiGLU's output is where
+        linear_fc2's input was.
         """
         language, training = self.config.model.language, self.config.training
-        wide = self._tokens * 3 * language.ffn_hidden_size // self._tensor * self._size * language.experts_per_token
+        wide = self._tokens * 2 * language.ffn_hidden_size // self._tensor * self._size * language.experts_per_token
         whole = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
         return wide + 2 * self.hidden_bytes + whole.layer() - self.layer()
 

@@ -72,7 +72,7 @@ class FakeGPU(TorchDispatchMode):
         if func is _ASKS_DEVICE:
             return _NOWHERE
         kwargs = kwargs or {}
-        tensors = list(_tensors(args))
+        tensors = list(_tensors((*args, *kwargs.values())))
         of_host = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
         is_on_device = len(of_host) < len(tensors)
         if not is_on_device and kwargs.get("device") in (None, HOST):

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 
@@ -18,7 +20,10 @@ class FlopCount:
         formula = flop_registry.get(func._overloadpacket) or flop_registry.get(getattr(torch.ops.aten, name, None))
         if formula is None:
             return
-        flops = formula(*args, **kwargs, out_val=made)
+        # Of segments of unknown length, which a fake tensor gives, torch would take each for the longest.
+        args = tree_map(lambda leaf: getattr(leaf, "known", leaf), args)
+        with unset_fake_temporarily():
+            flops = formula(*args, **kwargs, out_val=made)
         if "attention" in name or "attn" in name:
             self.attention += flops
         else:

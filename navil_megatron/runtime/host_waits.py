@@ -37,7 +37,9 @@ ALLOWED_WAITS = (
 
 _PACKAGE = str(Path(__file__).parents[1])
 _ROOT = f"{Path(_PACKAGE).parent}/"
-_STAND_INS = ("runtime/fake_gpu.py", "runtime/fake_rank.py", "runtime/host_waits.py", "runtime/known_values.py")
+_STAND_INS = tuple(
+    f"runtime/{name}.py" for name in ("fake_gpu", "fake_rank", "host_waits", "known_values", "live_bytes", "flop_count")
+)
 _met: set[AllowedWait] | None = None
 
 

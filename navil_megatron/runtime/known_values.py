@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_any, tree_map
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
 _WHOLE = (torch.bool, torch.uint8, torch.int32, torch.int64)
-_MOST_NUMBERS = 2**20
+_MOST_NUMBERS = 2**23
+"""More than a microbatch has places and orders, fewer than its pixels."""
 _WITHOUT_VALUES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 _BY_SHAPE = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
 _UNKNOWN = object()

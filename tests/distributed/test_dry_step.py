@@ -20,7 +20,12 @@ from tests.oracle import merge_sections, oracle_config
 from tests.ranks import run_ranks
 from tests.tolerances import PLANNED_FLOPS
 
-ON_GPU = {"precision": {"type": "bf16"}, "runtime": {"device": "cuda"}, "data": {"seq_length": 4096}}
+ON_GPU = {
+    "model": {"vision": {"num_attention_heads": 3}},
+    "precision": {"type": "bf16"},
+    "runtime": {"device": "cuda"},
+    "data": {"seq_length": 4096},
+}
 OVERLAP = {"optimizer": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
 RECOMPUTE = {"training": {"recompute": "selective", "recompute_modules": ("attention", "mlp", "encoder")}}
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
