@@ -21,6 +21,7 @@ from navil_megatron.blueprint.image_plan import num_patches
 from navil_megatron.blueprint.modality_order import ModalityOrder
 from navil_megatron.blueprint.vision_plan import assign_images, fullest_share
 from navil_megatron.blueprint.workload import Workload, expert_loads, typical_workload
+from navil_megatron.config.errors import UserError
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.typical import typical_microbatch
@@ -36,6 +37,8 @@ from navil_megatron.training.batch import place_of
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import Chunks, train_step
 
+OLDEST_TORCH = "2.14"
+"""Before, fake tensors do not know all kernels of a step in BF16."""
 _CAUSAL_PAIRS = 2
 """Pairs of tokens in a causal segment, all of which torch counts, over those that attend."""
 _SOFTMAX_BACKWARD = 2.5
@@ -74,7 +77,7 @@ def dry_step(config: NaViLConfig, gpus: int, text_tokens: int, image_side: int) 
     """Takes the steps and tells of them, line by line.
 
     Raises:
-        DeviceError: As ``step_ranks``.
+        UserError, DeviceError: As ``step_ranks``.
     """
     found = list(step_ranks(config, gpus, text_tokens, image_side))
     yield f"a step of the fullest rank of each stage with {found[0].num_microbatches} microbatches, without a GPU"
@@ -106,8 +109,13 @@ def step_ranks(config: NaViLConfig, gpus: int, text_tokens: int, image_side: int
     one square image, its side in pixels, and so many tokens of text.
 
     Raises:
+        UserError: No step can be taken with this torch, or in this precision.
         DeviceError: The host would wait for the device, or a tensor is on the wrong one of the two.
     """
+    if torch.__version__ < OLDEST_TORCH:
+        raise UserError(f"--step needs torch {OLDEST_TORCH} or newer, found {torch.__version__}; install a newer one")
+    if config.precision.type != "bf16":
+        raise UserError(f'--step takes a step in BF16; set precision.type = "bf16", found "{config.precision.type}"')
     runtime = replace(config.runtime, device="cuda", kernels="torch", gradient_accumulation_fusion="none")
     config = replace(config, runtime=runtime, precision=replace(config.precision, fp8="none"))
     for stage in range(config.parallel.pipeline_model_parallel_size):

@@ -91,7 +91,7 @@ class FakeGPU(TorchDispatchMode):
     def _on_host(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is aten.is_pinned.default:
             return self._is_pinned(args[0])
-        if func.namespace == "c10d" and any(_tensors(args)):
+        if func.namespace == "c10d" and next(_tensors(args), None) is not None:
             raise DeviceError(f"a tensor of the host is given to a collective of GPUs at {where()}")
         with unset_fake_temporarily():
             if func is not aten._pin_memory.default:

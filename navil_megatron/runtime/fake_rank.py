@@ -10,18 +10,17 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.runtime.fake_gpu import GPU, FakeGPU, Observer, ShapesOnly
 from navil_megatron.runtime.host_waits import wait
 from navil_megatron.runtime.known_values import Gather, KnownValues, gather_alike
 from navil_megatron.runtime.mcore_on_cpu import NothingPending, cuda_type_name, owner_of
+from navil_megatron.runtime.meta_rank import groups_without_peers
 from navil_megatron.runtime.platform import Platform
 from navil_megatron.runtime.seeding import seed_rank
-from navil_megatron.runtime.session import Session, build_process_groups
+from navil_megatron.runtime.session import Session
 from navil_megatron.runtime.upload import Uploader
 
 
@@ -51,11 +50,6 @@ def _random_state(*_: object, **__: object) -> Tensor:
     return torch.get_rng_state()
 
 
-def _answer_alike(found: list[Any], own: Any, group: Any = None) -> None:
-    """Core asks all ranks which parameter groups they have: here each answers as this one."""
-    found[:] = [own] * len(found)
-
-
 def _set_item(tensor: Tensor, index: Any, value: Any, set_item: Callable[..., None] = Tensor.__setitem__) -> None:
     """As torch does on a GPU, which a number that fills a mask never leaves."""
     mask, *rest = index if isinstance(index, tuple) else (index,)
@@ -64,23 +58,6 @@ def _set_item(tensor: Tensor, index: Any, value: Any, set_item: Callable[..., No
         tensor.masked_fill_(mask.reshape(*mask.shape, *(1,) * (tensor.dim() - mask.dim())), value)
     else:
         set_item(tensor, index, value)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-    attend: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention,
-) -> Tensor:
-    """Told of no device, torch would take the composite way. A GPU takes a fused kernel in BF16; which one makes no
-    difference to what is kept for the backward pass.
-    """
-    if query.dtype != torch.bfloat16:
-        return attend(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa)
-    output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
-    return output
 
 
 _RANDOM = "megatron.core.tensor_parallel.random"
@@ -100,7 +77,6 @@ _STAND_INS: tuple[tuple[str, str, Any], ...] = (
     ("torch.cuda.random", "get_rng_state", _random_state),
     (_RANDOM, "_get_cuda_rng_state", _random_state),
     (_RANDOM, "_set_cuda_rng_state", _nothing),
-    ("torch.nn.functional", "scaled_dot_product_attention", _attend),
     ("torch", "Stream", FakeStream),
     ("torch.accelerator", "current_stream", lambda *_: _STREAM),
     ("torch:Tensor", "cuda", lambda tensor, *_, **options: tensor.to(GPU, **options)),
@@ -108,7 +84,6 @@ _STAND_INS: tuple[tuple[str, str, Any], ...] = (
     ("torch:Tensor", "record_stream", _nothing),
     ("torch:Tensor", "__setitem__", _set_item),
     ("torch._subclasses.fake_tensor:FakeTensor", "is_cuda", property(lambda tensor: tensor.device == GPU)),
-    ("torch.distributed", "all_gather_object", _answer_alike),
 )
 """What asks for a driver, or answers from C++: owner, name and what stands there instead."""
 
@@ -124,36 +99,31 @@ def fake_rank(
     """The session of a rank; tensors made inside hold nothing. ``observers`` see what happens on the device, ``gather``
     says which whole numbers the other ranks have.
     """
-    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        groups = build_process_groups(parallel)
-        with ExitStack() as stack:
-            for owner, name, value in _STAND_INS:
-                stack.enter_context(mock.patch.object(owner_of(owner), name, value))
-            # Autograd's threads would be those of a GPU; and nothing is compiled for one.
-            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            seed_rank(0, groups.pp.rank())
-            platform = Platform(
-                name="cuda",
-                device=GPU,
-                collective_backend="nccl",
-                synchronize=lambda: wait("a wait for all kernels"),
-                upload=Uploader(GPU).start,
-                peak_memory_bytes=lambda: 0,
-            )
-            alone: Any = None  # no peer to talk to, none to wait for
-            stack.enter_context(ShapesOnly())
-            stack.enter_context(FakeGPU(observers, KnownValues(gather)))
-            yield Session(
-                platform=platform,
-                parallel=parallel,
-                groups=groups,
-                rank=rank,
-                world_size=world_size,
-                replica=alone,
-                watchdog=alone,
-            )
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    with ExitStack() as stack:
+        groups = stack.enter_context(groups_without_peers(parallel, rank, world_size))
+        for owner, name, value in _STAND_INS:
+            stack.enter_context(mock.patch.object(owner_of(owner), name, value))
+        # Autograd's threads would be those of a GPU; and nothing is compiled for one.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        seed_rank(0, groups.pp.rank())
+        platform = Platform(
+            name="cuda",
+            device=GPU,
+            collective_backend="nccl",
+            synchronize=lambda: wait("a wait for all kernels"),
+            upload=Uploader(GPU).start,
+            peak_memory_bytes=lambda: 0,
+        )
+        alone: Any = None  # no peer to talk to, none to wait for
+        stack.enter_context(ShapesOnly())
+        stack.enter_context(FakeGPU(observers, KnownValues(gather)))
+        yield Session(
+            platform=platform,
+            parallel=parallel,
+            groups=groups,
+            rank=rank,
+            world_size=world_size,
+            replica=alone,
+            watchdog=alone,
+        )

@@ -7,6 +7,7 @@ megatron-core builds exactly what the rank of a real run would, in a process of 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -35,24 +36,27 @@ class _OnMeta(TorchFunctionMode):
 
 
 @contextmanager
+def groups_without_peers(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[ProcessGroupCollection]:
+    """The process groups of a rank, through which nothing is sent."""
+    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        # Core asks all ranks which parameter groups they have: here each answers as this one.
+        with mock.patch.object(torch.distributed, "all_gather_object", _answer_alike):
+            yield build_process_groups(parallel)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
 def meta_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[ProcessGroupCollection]:
     """The process groups of a rank; tensors made inside hold nothing.
 
     For a process that will never train: megatron-core stays in its CPU form.
     """
     enable_megatron_core_on_cpu()
-    gather = torch.distributed.all_gather_object
-    torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    # Core asks all ranks which parameter groups they have: here each answers as this one.
-    torch.distributed.all_gather_object = _answer_alike  # type: ignore[assignment]
-    try:
-        groups = build_process_groups(parallel)
-        with _OnMeta():
-            yield groups
-    finally:
-        torch.distributed.all_gather_object = gather
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    with groups_without_peers(parallel, rank, world_size) as groups, _OnMeta():
+        yield groups
 
 
 def _answer_alike(found: list[Any], own: Any, group: Any = None) -> None:

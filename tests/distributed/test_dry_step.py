@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.modules.module import register_module_forward_hook
 
 from navil_megatron.config.run import NaViLConfig
@@ -21,7 +22,7 @@ from tests.ranks import run_ranks
 from tests.tolerances import PLANNED_FLOPS
 
 ON_GPU = {
-    "model": {"vision": {"num_attention_heads": 3}},
+    "model": {"vision": {"num_attention_heads": 3}, "language": {"num_layers": 2}},
     "precision": {"type": "bf16"},
     "runtime": {"device": "cuda"},
     "data": {"seq_length": 4096},
@@ -36,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "parallel": {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
             "training": {"recompute": "full"},
+            "model": {"language": {"num_layers": 4}},
             **OVERLAP,
         },
     ),
@@ -105,7 +107,7 @@ def dry_run_text(_rank: int, _world_size: int, config: NaViLConfig) -> str:
 
 def test_a_step_runs_at_every_kind_of_layout() -> None:
     configs = [(gpus, on_gpu(**sections)) for gpus, sections in LAYOUTS.values()]
-    (found,) = run_ranks(1, stepped, configs)
+    (found,) = run_ranks(1, stepped, configs, timeout=600)
     for (name, (_, sections)), stages in zip(LAYOUTS.items(), found, strict=True):
         assert len(stages) == sections.get("parallel", {}).get("pp", 1), name
         for step in stages:
@@ -175,7 +177,8 @@ def test_bytes_and_flops_are_counted() -> None:
     kept, peak, end, products, attention = found
     assert (kept, peak, end) == (4096 * 2, 4096 * 2 + 3 * 512, 512)
     assert products == 2 * 64 * 32 * 64 * 3
-    assert attention == 4 * 16 * 16 * 8 * 2 * 7 / 2  # twice the pairs, and 5 products backward for 2 forward
+    # Segments of 4 and 12, twice the pairs that attend, and 5 products backward for 2 forward.
+    assert attention == 4 * (4**2 + 12**2) * 8 * 2 * 7 / 2
 
 
 def counted(_rank: int, _world_size: int) -> tuple[int, int, int, int, int]:
@@ -188,9 +191,10 @@ def counted(_rank: int, _world_size: int) -> tuple[int, int, int, int, int]:
         peak = memory.peak
         del small
         (left @ right.t()).sum().backward()
-        query = torch.empty(1, 2, 16, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
-        del left, right, query
+        ends = torch.tensor([0, 4, 16], dtype=torch.int32).pin_memory().to(left.device, non_blocking=True)
+        query = torch.empty(16, 2, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        varlen_attn(query, query, query, ends, ends, 12, 12, window_size=(-1, 0)).sum().backward()
+        del left, right, query, ends
         assert view.shape == (32, 63)
         del view
         one = torch.empty(1, device="cuda")
