@@ -20,6 +20,10 @@ class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""
 
 
+class DamagedError(UserError):
+    """What lies on the disk is not what was written there."""
+
+
 class ConfigError(UserError, ValueError):
     """A config that cannot be run, with every problem found in it."""
 
