@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from navil_megatron.blueprint.image_plan import visual_tokens
-from navil_megatron.checkpoint.sharded import load_model
+from navil_megatron.checkpoint.sharded import load_model, read_contents
 from navil_megatron.config.checkpoint import CheckpointConfig
 from navil_megatron.config.data import DataConfig
 from navil_megatron.config.errors import UserError
@@ -221,7 +221,7 @@ def _run_training_model(source: ModelSource, model: ModelConfig, prompts: Sequen
         )
         with Session.start(config) as session:
             (chunk,) = build_model(config, session.groups, session.device)
-            load_model(source.path, [chunk])
+            load_model(source.path, read_contents(source.path), [chunk])
             chunk.eval()
             for prompt in prompts:
                 microbatch = _microbatch(prompt, model)

@@ -9,6 +9,8 @@ import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +30,35 @@ from navil_megatron.checkpoint.sharded import (
     load_model,
     load_optimizer,
     load_sharded,
+    read_contents,
     save_sharded,
     saved_bytes,
-    stored_shapes,
 )
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import DamagedError, UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.atomic_file import PARTIAL, partial_of
 from navil_megatron.files.atomic_folder import commit_folder
 from navil_megatron.files.checkpoint_folder import (
+    DAMAGED,
     STEP_PREFIX,
     complete_checkpoints,
     find_checkpoint,
     step_folder,
     write_config,
 )
+from navil_megatron.files.checkpoint_metadata import Contents
 from navil_megatron.files.disk_space import free_bytes, require_space
 from navil_megatron.runtime.session import Session
 
 logger = logging.getLogger(__name__)
 
-_BROKEN_FILE_ERRORS = (
+_READ_ERRORS = (
     *(OSError, EOFError, KeyError, ValueError, RuntimeError),
     *(pickle.UnpicklingError, CheckpointException, CheckpointingException),
 )
-"""What the readers of torch and megatron-core raise on files that are cut short or missing."""
+"""What the readers of torch and megatron-core raise."""
+_NOT_DAMAGE = (OSError, RuntimeError)
+"""What they raise, too, where a connection or a device fails."""
 
 
 class CheckpointManager:
@@ -104,16 +110,33 @@ class CheckpointManager:
     def restore_latest(self, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any] | None:
         """Restores the newest complete checkpoint and gives its training state; ``None`` where there is none.
 
+        Under ``checkpoint.fall_back``, one that is damaged is renamed and the one before it is tried.
+
         Raises:
             UserError: The checkpoint belongs to another model or optimizer, or is damaged.
         """
-        folder = self.latest()
-        if folder is None:
-            return None
-        require_same_model(folder, self.config)
-        require_same_optimizer(folder, self.config)
-        self._require_keys(folder)
-        state = self._guarded(folder, lambda: load_sharded(folder, self.session, chunks, optimizer))
+        damaged = None
+        while (folder := self.latest()) is not None:
+            try:
+                return self._restore(folder, chunks, optimizer)
+            except DamagedError as error:
+                if not self.config.checkpoint.fall_back:
+                    raise DamagedError(
+                        f"{error}; checkpoint.fall_back = true goes on from the newest whole one before it"
+                    ) from None
+                damaged = self._agree(partial(_set_aside, folder, error))
+                logger.warning("%s; it is %s now; going on from the one before it", error, damaged.name)
+        if damaged is not None:
+            raise UserError(
+                f"no whole checkpoint is left in {self.directory}: copy one there, or start in a new folder"
+            )
+        return None
+
+    def _restore(self, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any]:
+        self._agree(lambda: require_same_model(folder, self.config))
+        self._agree(lambda: require_same_optimizer(folder, self.config))
+        contents = self._contents(folder)
+        state = self._guarded(folder, lambda: load_sharded(folder, contents, self.session, chunks, optimizer))
         logger.info("restored %s", folder)
         return state
 
@@ -126,9 +149,9 @@ class CheckpointManager:
             UserError: There is no checkpoint, it holds another model, or it is damaged.
         """
         folder = self._agree(lambda: find_checkpoint(folder, "correct checkpoint.initial_weights"))
-        require_same_model(folder, self.config, only_function=True)
-        self._require_keys(folder)
-        self._guarded(folder, lambda: load_model(folder, chunks))
+        self._agree(lambda: require_same_model(folder, self.config, only_function=True))
+        contents = self._contents(folder)
+        self._guarded(folder, lambda: load_model(folder, contents, chunks))
         logger.info("loaded weights of %s", folder)
 
     def load_optimizer(self, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> None:
@@ -138,12 +161,16 @@ class CheckpointManager:
             UserError: The checkpoint holds the state of another optimizer, or none, or is damaged.
         """
         folder = self._agree(lambda: find_checkpoint(folder, "correct checkpoint.initial_weights"))
-        require_kept_optimizer(folder, self.config)
-        self._guarded(folder, lambda: load_optimizer(folder, chunks, optimizer))
+        self._agree(lambda: require_kept_optimizer(folder, self.config))
+        contents = self._agree(lambda: read_contents(folder))
+        self._guarded(folder, lambda: load_optimizer(folder, contents, chunks, optimizer))
         logger.info("kept the optimizer state of %s", folder)
 
-    def _require_keys(self, folder: Path) -> None:
-        require_keys(folder, self._agree(lambda: stored_shapes(folder)), self.shapes)
+    def _contents(self, folder: Path) -> Contents:
+        """What rank 0 finds in a checkpoint, which must hold the model's weights."""
+        contents = self._agree(lambda: read_contents(folder))
+        require_keys(folder, {key: tensor.shape for key, tensor in contents.weights.items()}, self.shapes)
+        return contents
 
     def _agree[T](self, look: Callable[[], T]) -> T:
         """What rank 0 sees on its file system, on every rank."""
@@ -159,20 +186,24 @@ class CheckpointManager:
         return found[0]
 
     def _guarded[T](self, folder: Path, read: Callable[[], T]) -> T:
-        """What ``read`` gives; if it fails on any rank, every rank says that the checkpoint is damaged."""
-        problem, result = "", None
+        """What ``read`` gives; if it fails on any rank, every rank says why."""
+        problem: UserError | None = None
+        result = None
         try:
             result = read()
-        except _BROKEN_FILE_ERRORS as error:
+        except DamagedError as error:
+            problem = error
+        except _READ_ERRORS as error:
             logger.debug("reading %s failed", folder, exc_info=True)
-            problem = _cause(error)
-        problems: list[str] = [""] * self.session.world_size
+            cause = _cause(error)
+            if isinstance(cause, _NOT_DAMAGE) and not isinstance(cause, FileNotFoundError):
+                problem = UserError(f"cannot read checkpoint {folder} ({_in_a_line(cause)}); mend that and start again")
+            else:
+                problem = DamagedError(f"cannot read checkpoint {folder}, it is damaged ({_in_a_line(cause)})")
+        problems: list[UserError | None] = [None] * self.session.world_size
         torch.distributed.all_gather_object(problems, problem)
-        first = next(filter(None, problems), None)
-        if first:
-            raise UserError(
-                f"cannot read checkpoint {folder}, it is damaged ({first}); move it away to use an older one"
-            )
+        for found in filter(None, problems):
+            raise found
         return result  # type: ignore[return-value]
 
     def _written(self, final: Path, write: Callable[[], object], failure: type[BaseException]) -> None:
@@ -184,8 +215,9 @@ class CheckpointManager:
             except failure as error:
                 logger.debug("writing %s failed", final, exc_info=True)
                 raise UserError(
-                    f"cannot write checkpoint {final} ({_cause(error)}), the disk has {free_bytes(final) / 1e6:,.0f} "
-                    f"MB free; mend that and start again: the run goes on from {self._newest() or 'its start'}"
+                    f"cannot write checkpoint {final} ({_in_a_line(_cause(error))}), the disk has "
+                    f"{free_bytes(final) / 1e6:,.0f} MB free; mend that and start again: the run goes on from "
+                    f"{self._newest() or 'its start'}"
                 ) from error
 
         try:
@@ -215,8 +247,20 @@ class CheckpointManager:
         return next(reversed(complete_checkpoints(self.directory)), None)
 
 
-def _cause(error: BaseException) -> str:
-    """What went wrong, in a line; torch wraps it, with its traceback, in an exception that names the ranks."""
+def _set_aside(folder: Path, error: DamagedError) -> Path:
+    """Renames a damaged checkpoint, so that it is neither restored nor in the way of the step's next save."""
+    names = (folder.with_name(f"{folder.name}{DAMAGED}{number or ''}") for number in count())
+    try:
+        return folder.rename(next(name for name in names if not name.exists()))
+    except OSError as failure:
+        raise UserError(f"{error}; it cannot be renamed either ({failure}): move it away to go on") from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong; torch wraps it, with its traceback, in an exception that names the ranks."""
     failures = getattr(error, "failures", None) or {0: (error,)}
-    cause = next(iter(failures.values()))[0]
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+    return next(iter(failures.values()))[0]
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

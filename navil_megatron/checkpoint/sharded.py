@@ -4,9 +4,7 @@ Weights and moments are megatron-core sharded tensors, so any layout reads what 
 hyperparameters only the step count is stored: the config of the resumed run decides the rest.
 """
 
-import io
 import queue
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,15 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import ChainedOptimizer
 
 from navil_megatron.blueprint.parameters import is_trainable, parameters_by_key
+from navil_megatron.checkpoint.checked_reader import checked_reading
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.files.checkpoint_metadata import read_metadata
+from navil_megatron.files.checkpoint_metadata import Contents, read_metadata
 from navil_megatron.runtime.seeding import restore_rng_state, rng_state
 from navil_megatron.runtime.session import Session
 
@@ -93,22 +93,37 @@ def saved_bytes(config: NaViLConfig) -> int:
     return total
 
 
+def read_contents(folder: Path) -> Contents:
+    """What a checkpoint holds and where; nothing but its metadata is read.
+
+    Raises:
+        UserError: It is damaged, or holds what would be read unchecked.
+    """
+    if (folder / COMMON_STATE_FNAME).exists():
+        raise UserError(
+            f"checkpoint {folder} holds {COMMON_STATE_FNAME}, which no checkpoint of ours does and nothing checks; if "
+            "you trust the rest, take it out"
+        )
+    return read_metadata(folder)
+
+
 def load_sharded(
-    folder: Path, session: Session, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer
+    folder: Path, contents: Contents, session: Session, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer
 ) -> dict[str, Any]:
     """Restores weights, optimizer and generators in place; gives the training state.
 
     Generators are restored where the layout is the one that saved; at another layout they keep their seeds.
     """
-    stored = dist_checkpointing.load_common_state_dict(str(folder))
-    wanted = model_state(chunks)
-    if not optimizer.is_stub_optimizer:
-        optimizer_state = _optimizer_state(optimizer, wanted, is_loading=True)
-        wanted["optimizer"] = _keep_local(optimizer_state)
-    same_layout = stored["layout"] == _layout(session)
-    if same_layout:
-        wanted[_RNG_KEY] = _sharded_rng(session)
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    with checked_reading(folder, contents):
+        stored = dist_checkpointing.load_common_state_dict(str(folder))
+        wanted = model_state(chunks)
+        if not optimizer.is_stub_optimizer:
+            optimizer_state = _optimizer_state(optimizer, wanted, is_loading=True)
+            wanted["optimizer"] = _keep_local(optimizer_state)
+        same_layout = stored["layout"] == _layout(session)
+        if same_layout:
+            wanted[_RNG_KEY] = _sharded_rng(session)
+        loaded = dist_checkpointing.load(wanted, str(folder))
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
     if not optimizer.is_stub_optimizer:
@@ -120,14 +135,17 @@ def load_sharded(
     return stored["training"]
 
 
-def load_model(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+def load_model(folder: Path, contents: Contents, chunks: Sequence[torch.nn.Module]) -> None:
     """Restores the weights alone."""
-    loaded = dist_checkpointing.load(model_state(chunks), str(folder))
+    with checked_reading(folder, contents):
+        loaded = dist_checkpointing.load(model_state(chunks), str(folder))
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
 
 
-def load_optimizer(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> None:
+def load_optimizer(
+    folder: Path, contents: Contents, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer
+) -> None:
     """Restores the optimizer state of another run, whose weights the chunks hold already.
 
     What it does not hold, because those parameters were frozen there, stays as the new optimizer has it: no moments,
@@ -135,39 +153,16 @@ def load_optimizer(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: C
     """
     if optimizer.is_stub_optimizer:
         return
-    stored = read_metadata(folder).keys
     weights = model_state(chunks)
     now = _optimizer_state(optimizer, weights, is_loading=False)
     wanted = _optimizer_state(optimizer, weights, is_loading=True)
-    loaded = dist_checkpointing.load({"optimizer": _keep_local(_take_stored(wanted, now, stored))}, str(folder))
+    taken = _keep_local(_take_stored(wanted, now, contents.tensors))
+    with checked_reading(folder, contents):
+        loaded = dist_checkpointing.load({"optimizer": taken}, str(folder))
+        updates = dist_checkpointing.load_common_state_dict(str(folder))["optimizer_step"]
     optimizer.load_state_dict(_with_lists(loaded["optimizer"], wanted))
-    updates = dist_checkpointing.load_common_state_dict(str(folder))["optimizer_step"]
     for group in optimizer.param_groups:
         group["step"] = updates
-
-
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Key and whole shape of every weight in a checkpoint; optimizer state is left out.
-
-    Core un-pickles what lies in a checkpoint, whatever it names: this comes first, and refuses anything but plain data.
-
-    Raises:
-        UserError: It holds something else, or is damaged.
-    """
-    contents = read_metadata(folder)
-    for key, place in contents.objects.items():
-        with (folder / place.file).open("rb") as file:
-            file.seek(place.start)
-            content = io.BytesIO(file.read(place.length))
-        try:
-            torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises whatever the damage leads to
-            name = re.search(r"GLOBAL (\S+)", str(error))
-            problem = f"holds {name[1]!r}, which is not part of such data" if name else "cannot be read"
-            raise UserError(
-                f"checkpoint {folder} is damaged: {key} in {place.file} {problem}; copy it again or use an older one"
-            ) from error
-    return {key: tensor.shape for key, tensor in contents.weights.items()}
 
 
 def _layout(session: Session) -> dict[str, int]:

@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Steps between saves; ``None``: only at the end and on SIGTERM."""
     keep_last: Count = 2
     """Newest checkpoints kept; older ones are deleted after a good save."""
+    fall_back: bool = False
+    """Where the newest checkpoint is damaged, go on from the newest whole one, with a warning, and do the steps since
+    then again; ``false``: end with a line that names what is damaged."""
     initial_weights: str | None = None
     """Checkpoint whose weights (and not its data state) start a run that has no checkpoint of its own."""
     initial_optimizer: Literal["fresh", "kept"] = "fresh"

@@ -20,6 +20,10 @@ class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""
 
 
+class DamagedError(UserError):
+    """What lies on the disk is not what was written there."""
+
+
 class ConfigError(UserError, ValueError):
     """A config that cannot be run, with every problem found in it."""
 
@@ -33,7 +37,12 @@ class ConfigError(UserError, ValueError):
         return type(self), (self.problems,)
 
 
+def printable(text: str) -> str:
+    """The text in one line that cannot steer a terminal: control characters, as names hold them, are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def describe(error: UserError) -> str:
     """The error as a terminal shows it: one ``error: ...`` line for each problem."""
     problems = error.problems if isinstance(error, ConfigError) else (" ".join(str(error).split("\n")),)
-    return "\n".join(f"error: {problem}" for problem in problems)
+    return "\n".join(f"error: {printable(problem)}" for problem in problems)

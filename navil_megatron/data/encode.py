@@ -28,3 +28,17 @@ def encode_sample(
     loss_weights = np.repeat([piece.loss for piece in pieces], [len(part) for part in parts]).astype(np.float32)
     loss_weights[:1] = 0.0  # nothing predicts the first token
     return EncodedSample(sample=sample, input_ids=np.concatenate(parts), loss_weights=loss_weights, scales=scales)
+
+
+def blank_sample(
+    sample: SampleId,
+    num_text_tokens: int,
+    scales: tuple[tuple[ScalePlan, ...], ...],
+    tokenizer: SampleTokenizer,
+    merge_size: int,
+    damage: str,
+) -> EncodedSample:
+    """As many tokens as the plan counts on, for a sample whose text cannot be read: its images, and padding."""
+    images = [image_token_ids(image, merge_size, tokenizer.special_token_ids) for image in scales]
+    input_ids = np.concatenate([*images, np.full(num_text_tokens, tokenizer.pad_id, dtype=np.int64)])
+    return EncodedSample(sample, input_ids, np.zeros(len(input_ids), dtype=np.float32), scales, damage)

@@ -1,7 +1,8 @@
 """Rows of the plan to a microbatch: read, encode, decode, assemble.
 
-An image that does not decode although the plan counts on it becomes a blank image of the planned grid, and its sample
-loses its loss: plan, packing and resume stay exact. The encoder's ranks split the images, and later pipeline stages
+What cannot be read although the plan counts on it, because it does not decode or is not what was indexed, becomes a
+blank image of the planned grid or as many tokens of padding, and its sample loses its loss: plan, packing and resume
+stay exact. The encoder's ranks split the images, and later pipeline stages
 need none.
 """
 
@@ -18,11 +19,11 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.choose_decoder import build_image_decoder
-from navil_megatron.data.encode import encode_sample
+from navil_megatron.data.encode import blank_sample, encode_sample
 from navil_megatron.data.image_decode import DecodeJob, ImageDecodeError, ImageDecoder, blank_patches
 from navil_megatron.data.plan import Row
 from navil_megatron.data.rank_share import plan_microbatch
-from navil_megatron.data.shards.source import Source
+from navil_megatron.data.shards.source import DamagedSampleError, Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import DataPlace, EncodedSample, FailedSample, Microbatch, PackedSequence, SampleId
 
@@ -33,6 +34,7 @@ class _Picture(NamedTuple):
     position: int  # its sample's place in the microbatch
     shown: SampleId  # whose picture it is
     job: DecodeJob
+    damage: ImageDecodeError | None  # what is wrong with the file even before it is decoded
 
 
 class MicrobatchBuilder:
@@ -64,12 +66,17 @@ class MicrobatchBuilder:
         sequences = self.encode(rows)
         microbatch = plan_microbatch(assemble(sequences, self.row_format), self._model, self._place)
         microbatch = replace(microbatch, num_shrunk=sum(int((row.dropped > 0).sum()) for row in rows))
-        if self._decoder is None:
-            return microbatch
         samples = [sample for row in sequences for sample in row.samples]
-        pictures = list(self._pictures(samples, microbatch.vision_plan.is_mine))
-        pixel_values, failures = self._decode(pictures, self._decoder)
-        return replace(microbatch, pixel_values=pixel_values, failures=failures)
+        failures = {
+            position: self._failed(position, sample.sample, sample.damage)
+            for position, sample in enumerate(samples)
+            if sample.damage
+        }
+        if self._decoder is not None:
+            pictures = list(self._pictures(samples, microbatch.vision_plan.is_mine))
+            pixel_values, without_picture = self._decode(pictures, self._decoder)
+            microbatch, failures = replace(microbatch, pixel_values=pixel_values), without_picture | failures
+        return replace(microbatch, failures=tuple(failures.values()))
 
     def encode(self, rows: Sequence[Row]) -> list[PackedSequence]:
         """Rows with their tokens and image plans; no picture is read."""
@@ -81,9 +88,14 @@ class MicrobatchBuilder:
         images = source.index.images_of(sample.number)
         sizes = list(zip(images["height"].tolist(), images["width"].tolist(), strict=True))
         scales = self._planner.plan_images(sizes, dropped)
-        content = source.read(sample.number, images=False).content
+        num_text_tokens = int(source.index.samples[sample.number]["text_tokens"])
+        planned = self._planner.count_tokens(scales) + num_text_tokens
+        try:
+            content = source.read_content(sample.number)
+        except DamagedSampleError:
+            blank = sample, num_text_tokens, scales, self._tokenizer, self._planner.merge_size
+            return blank_sample(*blank, damage="text differs from the index")
         encoded = encode_sample(sample, content, scales, self._tokenizer, self._planner.merge_size)
-        planned = self._planner.count_tokens(scales) + int(source.index.samples[sample.number]["text_tokens"])
         if len(encoded.input_ids) != planned:
             raise UserError(
                 f"{source.shard_of(sample.number)}: {source.key(sample.number)} has {len(encoded.input_ids)} tokens, "
@@ -101,23 +113,35 @@ class MicrobatchBuilder:
                 if any(chosen):
                     image = source.index.images_of(shown.number)[number]
                     size = int(image["height"]), int(image["width"])
-                    file = source.read_image(shown.number, number)
-                    yield _Picture(position, shown, DecodeJob(file=file, size=size, scales=scales, wanted=chosen))
+                    file, damage = b"", None
+                    try:
+                        file = source.read_image(shown.number, number)
+                    except DamagedSampleError:
+                        damage = ImageDecodeError("image differs from the index")
+                    job = DecodeJob(file=file, size=size, scales=scales, wanted=chosen)
+                    yield _Picture(position, shown, job, damage)
 
     def _decode(
         self, pictures: Sequence[_Picture], decoder: ImageDecoder
-    ) -> tuple[torch.Tensor, tuple[FailedSample, ...]]:
+    ) -> tuple[torch.Tensor, dict[int, FailedSample]]:
         """[p, 3 * patch * patch] of the wanted scales in order, blank where an image fails; and who failed."""
         patches = [torch.zeros(0, self._model.vision.patch_dim, dtype=torch.uint8)]
         failures: dict[int, FailedSample] = {}
-        for picture, decoded in zip(pictures, decoder.decode([job for _, _, job in pictures]), strict=True):
+        sound = iter(decoder.decode([picture.job for picture in pictures if picture.damage is None]))
+        for picture in pictures:
+            decoded = picture.damage or next(sound)
             if isinstance(decoded, ImageDecodeError):
-                source, number = self._sources[picture.shown.source], picture.shown.number
-                failures[picture.position] = FailedSample(
-                    picture.position, source.shard_of(number), source.key(number), str(decoded)
-                )
+                failures[picture.position] = self._failed(picture.position, picture.shown, str(decoded))
                 scales, patch_size = picture.job.wanted_scales, self._model.vision.patch_size
                 decoded = [blank_patches(scale, patch_size) for scale in scales]
             patches += decoded
         pixel_values = torch.cat(patches)
-        return pixel_values.pin_memory() if self._place.pins_pixels else pixel_values, tuple(failures.values())
+        return pixel_values.pin_memory() if self._place.pins_pixels else pixel_values, failures
+
+    def _failed(self, position: int, sample: SampleId, reason: str) -> FailedSample:
+        source = self._sources[sample.source]
+        try:
+            key = source.key(sample.number)
+        except DamagedSampleError:
+            key = f"sample {sample.number}"  # its name is damaged, too
+        return FailedSample(position, source.shard_of(sample.number), key, reason)

@@ -143,7 +143,7 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
     try:
         if not [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]:
             raise FileNotFoundError("no tokenizer.json in it")  # transformers 5.0 makes a tokenizer of its own up
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for a broken folder
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): save the tokenizer anew") from error

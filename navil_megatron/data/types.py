@@ -80,6 +80,8 @@ class EncodedSample:
     """[n] float32: the weight of *predicting* input_ids[i]; 0 on image tokens and on the first token."""
     scales: tuple[tuple[ScalePlan, ...], ...]
     """For each image its scales, small to large."""
+    damage: str = ""
+    """Why the text could not be read; then padding stands for it, without loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class PackedSequence:
 
 @dataclass(frozen=True, slots=True)
 class FailedSample:
-    """A sample of a microbatch with an image that did not decode: blank, and without loss."""
+    """A sample of a microbatch whose text or image could not be read: blank, and without loss."""
 
     position: int
     """Which sample of the microbatch, from 0."""

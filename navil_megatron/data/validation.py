@@ -16,8 +16,8 @@ from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import MicrobatchBuilder
 from navil_megatron.data.plan import Row, plan_rows
 from navil_megatron.data.prefetch import Prefetch
-from navil_megatron.data.shards.source import Source
-from navil_megatron.data.types import DataPlace, Microbatch, SampleId
+from navil_megatron.data.shards.source import DamagedSampleError, Source
+from navil_megatron.data.types import Content, DataPlace, Microbatch, SampleId
 
 _NEIGHBOURS = 64  # samples of the next larger pictures among which a swap is looked for
 
@@ -58,7 +58,7 @@ class ValidationLoader:
 def swapped_pictures(source: Source) -> Callable[[SampleId], SampleId]:
     """For each sample another with as many pictures and other words, with first pictures of the same size if it can."""
     samples, images = source.index.samples, source.index.images
-    contents = [source.read(index, images=False).content for index in range(len(samples))]
+    contents = [_content(source, index) for index in range(len(samples))]
     with_images = np.flatnonzero(samples["num_images"])
     first = images[samples["first_image"][with_images]]
     order = with_images[np.lexsort((first["width"], first["height"], samples["num_images"][with_images]))].tolist()
@@ -74,3 +74,10 @@ def swapped_pictures(source: Source) -> Callable[[SampleId], SampleId]:
         alike = [other for other in others if looks(other) == looks(index)]
         swapped[index] = next(iter(alike or others), index)
     return lambda sample: SampleId(sample.source, swapped.get(sample.number, sample.number))
+
+
+def _content(source: Source, index: int) -> Content | None:
+    try:
+        return source.read_content(index)
+    except DamagedSampleError:
+        return None  # it will have no loss

@@ -2,7 +2,8 @@
 
 ::
 
-    run/step_00000100/            a complete checkpoint; ``.partial`` behind its name: one that is being written
+    run/step_00000100/            a complete checkpoint; ``.partial`` behind its name: one that is being written,
+                                  ``.damaged``: one that a run with ``checkpoint.fall_back`` went past
         navil_config.json         the resolved config, or what is known of it: its model and data sections
         .metadata                 torch's table of tensors: size, type, and which bytes of which file hold them
         metadata.json             megatron-core's name of the format
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import DamagedError, UserError
 from navil_megatron.files.json_file import read_json
 
 CONFIG_FILE = "navil_config.json"
@@ -24,6 +25,8 @@ FORMAT_FILE = "metadata.json"
 OPTIMIZER_PREFIX = "optimizer."
 """Keys of tensors that are optimizer state."""
 STEP_PREFIX = "step_"
+DAMAGED = ".damaged"
+"""Behind the name of a checkpoint that was set aside."""
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -67,14 +70,17 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """The config of a checkpoint as plain values.
 
     Raises:
-        UserError: The file is missing, or is not JSON with a model section.
+        DamagedError: The file is missing, or is not JSON with a model section.
     """
     path = checkpoint / CONFIG_FILE
-    config = read_json(path, "the checkpoint is damaged; copy it again, or move it away to use an older one")
+    try:
+        config = read_json(path, "the checkpoint is damaged; copy it again, or move it away to use an older one")
+    except UserError as error:
+        raise DamagedError(str(error)) from None
     if not isinstance(config.get("model"), dict):
-        raise UserError(f"{path} has no model section: expected the config that the checkpoint was saved with")
+        raise DamagedError(f"{path} has no model section: expected the config that the checkpoint was saved with")
     if not isinstance(config.get("data") or {}, dict):
-        raise UserError(f"{path} has a data section that is no table: expected the config of the checkpoint")
+        raise DamagedError(f"{path} has a data section that is no table: expected the config of the checkpoint")
     return config
 
 

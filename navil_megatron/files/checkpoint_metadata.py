@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import DamagedError, UserError
 from navil_megatron.files.checkpoint_folder import METADATA_FILE, OPTIMIZER_PREFIX
 from navil_megatron.files.closed_pickle import StandIn, read_pickle
 
@@ -78,12 +78,15 @@ class StoredTensor:
 class Contents:
     """What a checkpoint holds."""
 
-    weights: dict[str, StoredTensor]
-    """Every tensor that is not optimizer state. Chunks fill each one exactly, and lie in existing files."""
+    tensors: dict[str, StoredTensor]
+    """Chunks fill each one exactly, and lie in existing files."""
     objects: dict[str, Place]
     """What is no tensor, each a pickle by ``torch.save``."""
-    keys: frozenset[str]
-    """Of everything, optimizer state included."""
+
+    @property
+    def weights(self) -> dict[str, StoredTensor]:
+        """Every tensor that is not optimizer state."""
+        return {key: tensor for key, tensor in self.tensors.items() if not key.startswith(OPTIMIZER_PREFIX)}
 
 
 def read_metadata(folder: Path) -> Contents:
@@ -94,15 +97,16 @@ def read_metadata(folder: Path) -> Contents:
     """
     path = folder / METADATA_FILE
     if not path.is_file():
-        raise UserError(f"{folder} has no {METADATA_FILE}: its save was cut short; use an older checkpoint")
+        raise DamagedError(f"{folder} has no {METADATA_FILE}: its save was cut short; use an older checkpoint")
     try:
         contents = _contents(read_pickle(path.read_bytes(), _ALLOWED))
-        for key, tensor in contents.weights.items():
+        for key, tensor in contents.tensors.items():
             _require_cover(key, tensor)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         problem = error if isinstance(error, ValueError) else "lacks something that belongs to it"
-        raise UserError(f"checkpoint {folder} is damaged ({METADATA_FILE} {problem}); use an older one") from None
-    _require_files(folder, [chunk.place for tensor in contents.weights.values() for chunk in tensor.chunks])
+        raise DamagedError(f"checkpoint {folder} is damaged ({METADATA_FILE} {problem}); use an older one") from None
+    chunks = (chunk.place for tensor in contents.tensors.values() for chunk in tensor.chunks)
+    _require_files(folder, [*chunks, *contents.objects.values()])
     return contents
 
 
@@ -114,13 +118,12 @@ def _contents(metadata: Any) -> Contents:
         offset = named.get("offset")
         places[_text(named["fqn"]), None if offset is None else _size(offset)] = _place(info)
     _require_apart(places.values())
-    entries = fields["state_dict_metadata"]
-    contents = Contents({}, {}, frozenset(map(_text, entries)))
-    for key, entry in entries.items():
-        if not _is(entry, "metadata.TensorStorageMetadata"):
-            contents.objects[key] = places[key, None]
-        elif not key.startswith(OPTIMIZER_PREFIX):
-            contents.weights[key] = _tensor(key, entry, places)
+    contents = Contents({}, {})
+    for key, entry in fields["state_dict_metadata"].items():
+        if _is(entry, "metadata.TensorStorageMetadata"):
+            contents.tensors[_text(key)] = _tensor(key, entry, places)
+        else:
+            contents.objects[_text(key)] = places[key, None]
     return contents
 
 
@@ -194,14 +197,14 @@ def _require_files(folder: Path, places: Iterable[Place]) -> None:
         needed[place.file] = max(needed.get(place.file, 0), place.start + place.length)
     missing = sorted(name for name in needed if not (folder / name).is_file())
     if missing:
-        raise UserError(f"checkpoint {folder} lacks {', '.join(missing)}: its save was cut short; use an older one")
+        raise DamagedError(f"checkpoint {folder} lacks {', '.join(missing)}: its save was cut short; use an older one")
     outside = sorted(name for name in needed if (folder / name).resolve().parent != folder.resolve())
     if outside:
         raise UserError(f"checkpoint {folder} has {', '.join(outside)} as links to other places; copy the files there")
     for name, size in sorted(needed.items()):
         found = (folder / name).stat().st_size
         if found < size:
-            raise UserError(
+            raise DamagedError(
                 f"checkpoint {folder} is damaged: {name} has {found} bytes, expected {size}; copy it again or use an "
                 "older one"
             )

@@ -15,8 +15,8 @@ _WORTH_DROPPING = 1 << 20
 _LAG = 1 << 25
 
 
-def read_into(path: Path, position: int, target: memoryview) -> None:
-    """Fills ``target`` from a place in a file.
+def read_into(path: Path, position: int, target: memoryview, is_last: bool = True) -> None:
+    """Fills ``target`` from a place in a file; ``is_last``: nobody on this machine will read it again soon.
 
     Raises:
         ValueError: The file ends before.
@@ -29,7 +29,7 @@ def read_into(path: Path, position: int, target: memoryview) -> None:
             if count == 0:
                 raise ValueError(f"{path.name} ends {len(target) - done} bytes early")
             done += count
-        if len(target) >= _WORTH_DROPPING:
+        if is_last and len(target) >= _WORTH_DROPPING:
             os.posix_fadvise(descriptor, position, len(target), os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -19,6 +19,16 @@ def digest(content: Buffer) -> str:
     return xxhash.xxh3_128_hexdigest(content)
 
 
+def check(content: Buffer) -> int:
+    """Hash of bytes as a number of 64 bits, to be kept in a table."""
+    return xxhash.xxh3_64_intdigest(content)
+
+
+def short_check(content: Buffer) -> int:
+    """The same in 32 bits."""
+    return check(content) & 0xFFFF_FFFF
+
+
 def digest_of_files(paths: Iterable[Path], folder: Path | None = None) -> str:
     """Hash of files' bytes, and of their names relative to ``folder`` where one is given."""
     state = xxhash.xxh3_128()

@@ -4,6 +4,8 @@ import logging
 import sys
 import warnings
 
+from navil_megatron.config.errors import printable
+
 _NOISY_LOGGERS = ("megatron", "torch", "DDP", "transformers", "PIL", "matplotlib")
 
 _KNOWN_WARNINGS = (
@@ -32,11 +34,20 @@ def quiet_known_warnings() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+class _OneLine(logging.Formatter):
+    """A name that a record quotes can neither begin a line of its own nor steer the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """What is said, in a line; a traceback follows in its own."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def configure_logging(rank: int, world_size: int) -> None:
     """Sends records to stderr: everything from rank 0, warnings and errors from the others."""
     handler = logging.StreamHandler(sys.stderr)
     who = f"[rank {rank}/{world_size}] " if world_size > 1 else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_OneLine(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s", "%H:%M:%S"))
     ours = logging.getLogger("navil_megatron")
     ours.handlers = [handler]
     ours.propagate = False

@@ -181,13 +181,12 @@ class Session:
             raise first if self.is_main else SystemExit(EXIT_CODE)
         return made  # type: ignore[return-value]
 
-    def any_in_replica(self, flags: np.ndarray) -> np.ndarray:
-        """[n] bool: what is true on any rank of the replica; each of them gives [n] flags at the same point."""
-        if self.replica.size() == 1:
-            return flags
-        shared = torch.from_numpy(flags.astype(np.uint8))
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=self.replica)
-        return shared.numpy().astype(bool)
+    def first_in_replica(self, flags: np.ndarray) -> np.ndarray:
+        """[n] int: the first rank of the replica that gave true, -1: none did; each gives [n] at the same point."""
+        first = np.where(flags, self.rank, self.world_size).astype(np.int32)
+        if self.replica.size() > 1:
+            torch.distributed.all_reduce(torch.from_numpy(first), op=torch.distributed.ReduceOp.MIN, group=self.replica)
+        return np.where(first == self.world_size, -1, first)
 
     def stop_asked(self) -> bool:
         """Whether any rank was asked to stop (SIGTERM or SIGINT). Every rank must call it at the same point."""

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from navil_megatron.config.errors import UserError
 from navil_megatron.verbs.arguments import CONFIG, JOBS, OVERRIDES, chosen, count, count_from_0, flag, value
 from navil_megatron.verbs.verb import Outcome, verb
 
@@ -22,6 +23,7 @@ _TOKENIZER = value("--tokenizer", "FOLDER", "the run's tokenizer; its tokens are
     value("--prefix", "PREFIX", "start of the shards' names (shard)", str, default="shard"),
     value("--samples-per-shard", "N", "lines a shard (10000)", count, default=10_000),
     value("--text-column", "NAME", "of parquet (text)", str, default="text"),
+    flag("--allow-outside", "also take images from outside the manifest's folder; only if you trust the manifest"),
     _TOKENIZER,
     JOBS,
     counts="shards",
@@ -36,7 +38,7 @@ def build(options: Namespace) -> Outcome:
         options.manifest,
         options.output,
         load_tokenizer(options.tokenizer),
-        **chosen(options, "prefix", "samples_per_shard", "text_column", "jobs", "on_progress"),
+        **chosen(options, "prefix", "samples_per_shard", "text_column", "allow_outside", "jobs", "on_progress"),
     )
     return Outcome(report, describe_index_report(report))
 
@@ -71,18 +73,26 @@ def index(options: Namespace) -> Outcome:
 @verb(
     "data inspect",
     "tell what an index holds: samples, images, tokens, sizes, shards",
-    "navil-megatron data inspect shards/web.index --check",
+    "navil-megatron data inspect shards/web.index --check --deep",
     value("index", "INDEX", "what data build or data index wrote"),
     flag("--check", "look whether every shard is there with the right size"),
+    flag("--deep", "with --check: read every shard, and compare all bytes with what was indexed"),
+    JOBS,
+    counts="shards",
 )
 def inspect(options: Namespace) -> Outcome:
     """Says what an index holds."""
+    from navil_megatron.data.shards.deep_check import check_all_bytes
     from navil_megatron.data.shards.index_report import describe_index_report, report_index
     from navil_megatron.data.shards.source import Source
 
+    if options.deep and not options.check:
+        raise UserError("--deep compares every byte, which belongs to --check: give both")
     report = report_index(options.index)
     if options.check:
         Source(options.index).check_shards(urls=True)
+    if options.deep:
+        check_all_bytes(options.index, **chosen(options, "jobs", "on_progress"))
     return Outcome(report, describe_index_report(report))
 
 

@@ -19,7 +19,7 @@ from navil_megatron.training.step import train_step
 from tests.oracle import Outcome, _gradients, compare, global_loss, merge_sections
 from tests.ranks import run_ranks, start_session, tiny_config
 from tests.tolerances import RANKS
-from tests.unit.data_examples import damage_image, make_config, write_samples
+from tests.unit.data_examples import damage_image, damage_text, make_config, write_samples
 from tests.whole import slices_of
 
 BATCH_ROWS = 4
@@ -38,8 +38,10 @@ def run_config(data: NaViLConfig, sections: dict) -> NaViLConfig:
     return replace(tiny_config(model=model, **merge_sections(SECTIONS, sections)), data=data.data)
 
 
-def learn(rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: bool = False) -> tuple[Outcome, int]:
-    """One step on real data: what it learned, and how many samples failed on the replica."""
+def learn(
+    rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: bool = False
+) -> tuple[Outcome, int, list[str]]:
+    """One step on real data: what it learned, how many samples failed on the replica, and which this rank lists."""
     config = run_config(data, sections)
     with start_session(rank, world_size, config) as session:
         loader = TrainLoader(config, place_of(session))
@@ -55,7 +57,7 @@ def learn(rank: int, world_size: int, data: NaViLConfig, sections: dict, alone: 
         if session.groups.dp.size() * session.groups.cp.size() == 1:
             outcome.gradients = _gradients(chunks)
         outcome.parameters = slices_of([chunk.module for chunk in chunks])
-        return outcome, num_failed
+        return outcome, num_failed, [failed.key for batch in microbatches for failed in batch.failures]
 
 
 def _rows(loader: TrainLoader) -> list[Row]:
@@ -77,7 +79,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> NaViLConfig:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> NaViLConfig:
-    """The same, with an image lost in every third sample that has two, and in some that have one."""
+    """The same, with an image lost in every third sample that has two, and in some that have one; and some texts."""
     folder: Path = tmp_path_factory.mktemp("damaged")
     index = write_samples(folder, "train", 40)
     source = Source(index)
@@ -85,12 +87,14 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> NaViLConfig:
         images = len(source.index.images_of(number))
         if images:
             damage_image(source, number, images - 1)
+    for number in range(0, 40, 6):
+        damage_text(source, number)
     return make_config(folder, index, global_batch_size=BATCH_ROWS)
 
 
 def test_packed_rows_teach_what_their_samples_alone_teach(data: NaViLConfig) -> None:
-    ((packed, _),) = run_ranks(1, learn, data, {})
-    ((alone, _),) = run_ranks(1, learn, data, {}, True)
+    ((packed, _, _),) = run_ranks(1, learn, data, {})
+    ((alone, _, _),) = run_ranks(1, learn, data, {}, True)
     compare([packed], alone, **RANKS)
 
 
@@ -109,9 +113,10 @@ def test_ranks_that_share_the_images_learn_what_one_rank_learns(
 ) -> None:
     world_size, sections = LAYOUTS[layout]
     for clean, config in ((True, data), (False, damaged)):
-        ((one, num_failed),) = run_ranks(1, learn, config, {})
-        assert (num_failed == 0) == clean
+        ((one, num_failed, listed),) = run_ranks(1, learn, config, {})
+        assert (num_failed == 0) == clean and len(listed) == num_failed
         outcomes = run_ranks(world_size, learn, config, sections)
-        compare([outcome for outcome, _ in outcomes], one, **RANKS)
+        compare([outcome for outcome, _, _ in outcomes], one, **RANKS)
         replicas = 2 if layout == "dp2" else 1
-        assert sum(failed for _, failed in outcomes) == num_failed * world_size // replicas
+        assert sum(failed for _, failed, _ in outcomes) == num_failed * world_size // replicas
+        assert sorted(name for _, _, names in outcomes for name in names) == sorted(listed), "each is listed once"

@@ -35,7 +35,7 @@ from tests.e2e.runs import (
 )
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import EXPORT, RANKS
-from tests.unit.data_examples import damage_image, write_samples
+from tests.unit.data_examples import damage_image, damage_text, write_samples
 from tests.whole import assemble, slices_of
 from tests.whole_checkpoint import read_whole_checkpoint
 
@@ -228,12 +228,12 @@ def test_initial_weights_bring_nothing_but_weights(world: World, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}])
-def test_damaged_pictures_are_skipped_counted_and_named(world: World, tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_damaged_samples_are_skipped_counted_and_named(world: World, tmp_path: Path, layout: dict[str, Any]) -> None:
     """One in twenty: the run goes to its end, and counts what the plan says it met."""
     index = write_samples(tmp_path / "shards", "rotten", 40)
     source, damaged = Source(index), (5, 24)
-    for number in damaged:
-        damage_image(source, number, len(source.index.images_of(number)) - 1)
+    damage_text(source, damaged[0])
+    damage_image(source, damaged[1], len(source.index.images_of(damaged[1])) - 1)
     sources, world_size = (SourceConfig(index=str(index)),), 2 if layout else 1
     config = make_run(world, tmp_path, data={"train_sources": sources}, training={"train_steps": 12}, parallel=layout)
     assert all(state["step"] == 12 for state in run_ranks(world_size, train_in_rank, config))

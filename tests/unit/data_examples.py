@@ -12,11 +12,12 @@ from navil_megatron.config.data import SourceConfig
 from navil_megatron.config.evaluation import EvaluationConfig
 from navil_megatron.config.load import load_config
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.shards.shard_index import BLOCK
+from navil_megatron.data.shards.shard_index import BLOCK, ShardEntries, save_index
 from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
 from navil_megatron.data.types import Turn
+from navil_megatron.files.hashes import short_check
 from tests.unit.config_examples import EXAMPLE_TOML
 
 WORDS = ["red", "green", "apple", "key", "fish", "house", "left", "of", "above", "two", "three", "small", "star"]
@@ -91,3 +92,28 @@ def damage_image(source: Source, index: int, number: int = 0) -> None:
     with open(source.shard_of(index), "r+b") as file:
         file.seek(int(image["block"]) * BLOCK)
         file.write(bytes(int(image["bytes"])))
+
+
+def damage_text(source: Source, index: int) -> None:
+    """Another letter in the text of one sample, as one flipped bit leaves it: still a text, of about as many tokens."""
+    record = source.index.samples[index]
+    with open(source.shard_of(index), "r+b") as file:
+        file.seek(int(record["text_block"]) * BLOCK + int(record["text_bytes"]) - 1)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+
+
+def trust_images(index: Path) -> None:
+    """Makes an index whose hashes fit the images as they are now: damaged before they were indexed."""
+    source = Source(index)
+    samples, images = source.index.samples[:].copy(), source.index.images[:].copy()
+    for number, sample in enumerate(samples):
+        first = int(sample["first_image"])
+        for image in images[first : first + int(sample["num_images"])]:
+            with open(source.shard_of(number), "rb") as file:
+                file.seek(int(image["block"]) * BLOCK)
+                image["check"] = short_check(file.read(int(image["bytes"])))
+    shards = source.index.shards
+    entries = ShardEntries(samples, images, shards[0], [])
+    save_index(index, lambda: [entries], shards, source.index.tokenizer)

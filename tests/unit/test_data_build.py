@@ -225,3 +225,34 @@ def test_the_script_of_a_checkout(
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["num_samples"] == 1
+
+
+@pytest.mark.parametrize("kind", ["absolute", "climbs", "link", "linked folder"])
+def test_a_manifest_takes_no_picture_from_outside_its_folder(
+    kind: str, tmp_path: Path, tokenizer: SampleTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    (theirs / "in").mkdir(parents=True)
+    mine.mkdir()
+    (mine / "private.png").write_bytes(picture(40, 50))
+    (theirs / "in" / "a.png").write_bytes(picture(40, 50, seed=1))
+    name = {"absolute": str(mine / "private.png"), "climbs": "in/../../mine/private.png"}.get(kind, "out/private.png")
+    if kind == "link":
+        (theirs / "out").mkdir()
+        (theirs / "out" / "private.png").symlink_to(mine / "private.png")
+    elif kind == "linked folder":
+        (theirs / "out").symlink_to(mine)
+    (theirs / "in" / "b.png").symlink_to(theirs / "in" / "a.png")
+    lines = [{"image": "in/../in/b.png", "caption": "one"}, {"image": name, "caption": "two"}]
+    (theirs / "m.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "theirs too").symlink_to(theirs)
+    build = ["data", "build", str(tmp_path / "theirs too" / "m.jsonl"), str(tmp_path / "out"), "--tokenizer"]
+    build.append(tokenizer.hugging_face.name_or_path)
+    assert main(build) == main([*build, "--jobs", "2", "--samples-per-shard", "10000"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2
+    for line in lines:
+        assert "m.jsonl, line 2, names " in line and "give --allow-outside" in line
+    assert not list((tmp_path / "out").glob("*.tar"))
+    assert main([*build, "--allow-outside"]) == 0
+    assert Source(tmp_path / "out" / "shard.index").read(1).images == ((mine / "private.png").read_bytes(),)

@@ -14,11 +14,20 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import drop_loss
 from navil_megatron.data.loader import MIN_SAMPLES_TO_JUDGE, StepData, TrainLoader, load_run_tokenizer
+from navil_megatron.data.shards.shard_index import BLOCK, ShardEntries, save_index
 from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.types import ALONE, DataPlace, Microbatch, SampleId
 from navil_megatron.data.validation import ValidationLoader, swapped_pictures
-from tests.unit.data_examples import damage_image, example_tokenizer, make_config, picture, write_samples
+from tests.unit.data_examples import (
+    damage_image,
+    damage_text,
+    example_tokenizer,
+    make_config,
+    picture,
+    trust_images,
+    write_samples,
+)
 
 NUM_SAMPLES = 60
 LATER_STAGE = DataPlace(is_first_stage=False)
@@ -191,11 +200,14 @@ def damage(index: Path, every: int) -> set[str]:
     return {source.key(number) for number in with_images}
 
 
-def test_damaged_images_become_blank_and_their_samples_can_lose_their_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", ["image differs from the index", "not a readable image file"])
+def test_damaged_images_become_blank_and_their_samples_can_lose_their_loss(tmp_path: Path, reason: str) -> None:
     index = write_samples(tmp_path, "train", NUM_SAMPLES)
     config = make_config(tmp_path, index)
     whole = take(TrainLoader(config, ALONE), 10)
     damaged = damage(index, every=14)
+    if reason == "not a readable image file":
+        trust_images(index)
     assert len(damaged) >= 4
     source, seen = Source(index), set()
     for expected, found in zip(whole, take(TrainLoader(config, ALONE), 10), strict=True):
@@ -205,7 +217,7 @@ def test_damaged_images_become_blank_and_their_samples_can_lose_their_loss(tmp_p
             keys = [source.key(sample.number) for sample in left.samples]
             assert [keys[failure.position] for failure in failures] == [failure.key for failure in failures]
             assert {failure.key for failure in failures} == damaged.intersection(keys)
-            assert {failure.reason for failure in failures} <= {"not a readable image file"}
+            assert {failure.reason for failure in failures} <= {reason}
             seen |= {failure.key for failure in failures}
             settled = drop_loss(right, [failure.position for failure in failures])
             for key, start, length in zip(keys, left.sample_starts, left.sample_lengths, strict=True):
@@ -217,6 +229,47 @@ def test_damaged_images_become_blank_and_their_samples_can_lose_their_loss(tmp_p
             differs = (left.pixel_values != right.pixel_values).any(dim=1)
             assert bool((right.pixel_values[differs] == 127).all()) and bool(differs.any()) == bool(failures)
     assert seen == damaged
+
+
+def test_a_bad_byte_in_a_text_costs_its_sample(tmp_path: Path) -> None:
+    """Images, places and lengths stay as planned, in documents and conversations, with their names and without."""
+    index = write_samples(tmp_path, "train", NUM_SAMPLES)
+    config = make_config(tmp_path, index)
+    whole = take(TrainLoader(config, ALONE), 10)
+    source = Source(index)
+    names = {number: source.key(number) for number in (3, 4, 9, 14, 20)}
+    for number in names:
+        damage_text(source, number)
+    with open(source.shard_of(3), "r+b") as shard:  # the tar's own header, which names the sample
+        record = source.index.samples[3]
+        shard.seek((int(record["text_block"]) - int(record["name_blocks"])) * BLOCK)
+        shard.write(b"x")
+    names[3] = "sample 3"
+    seen = set()
+    for stage in (ALONE, LATER_STAGE):
+        for expected, found in zip(whole, take(TrainLoader(config, stage), 10), strict=True):
+            for left, right in zip(expected.microbatches, found.microbatches, strict=True):
+                assert left.samples == right.samples and left.segment_lengths == right.segment_lengths
+                bad = {position for position, sample in enumerate(left.samples) if sample.number in names}
+                assert {failure.position for failure in right.failures} == bad
+                for failure in right.failures:
+                    assert failure.reason == "text differs from the index"
+                    assert failure.key == names[left.samples[failure.position].number]
+                    seen.add(failure.key)
+                for position, start in enumerate(left.sample_starts):
+                    part = slice(start, start + left.sample_lengths[position])
+                    if position in bad:
+                        assert not right.loss_weights[part].any()
+                        assert (right.labels[part] == -100).all()
+                        assert right.visual_token_mask[part].sum() == left.visual_token_mask[part].sum()
+                    else:
+                        assert np.array_equal(left.input_ids[part], right.input_ids[part])
+                        assert np.array_equal(left.loss_weights[part], right.loss_weights[part])
+                if stage is ALONE:
+                    assert left.pixel_values is not None and right.pixel_values is not None
+                    assert np.array_equal(left.image_grid_thw, right.image_grid_thw)
+    met = {sample.number for step in whole for microbatch in step.microbatches for sample in microbatch.samples}
+    assert seen == {names[number] for number in met & names.keys()} and "sample 3" in seen and len(seen) >= 4
 
 
 def test_too_many_failed_samples_stop_the_run(config: NaViLConfig) -> None:
@@ -342,10 +395,11 @@ def test_swapped_images_change_pixels_and_nothing_else(config: NaViLConfig) -> N
 
 def test_tokens_that_do_not_fit_the_index_are_refused(tmp_path: Path) -> None:
     index = write_samples(tmp_path, "train", 20)
-    content = bytearray(index.read_bytes())
-    place = 72 + 8  # text_tokens of the first record, behind the header
-    content[place : place + 4] = (7777).to_bytes(4, "little")
-    index.write_bytes(bytes(content))
+    found = Source(index).index
+    samples = found.samples[:].copy()
+    samples["text_tokens"][0] = 7777
+    entries = ShardEntries(samples, found.images[:].copy(), found.shards[0], [])
+    save_index(index, lambda: [entries], found.shards, found.tokenizer)
     loader = TrainLoader(replace(make_config(tmp_path, index, seq_length=8192)), ALONE)
     with pytest.raises(UserError, match=r"train00000 has \d+ tokens, but its index says \d+"):
         take(loader, 20)

@@ -142,7 +142,7 @@ def test_sources_of_which_nothing_fits_end_in_one_line(indexes: list[SourceIndex
 def replace_text(index: SourceIndex) -> SourceIndex:
     """The index with texts that are longer than any row."""
     index = SourceIndex(index.path)
-    index.samples = index.samples.copy()
+    index.samples = index.samples[:].copy()
     index.samples["text_tokens"] = 1000
     return index
 

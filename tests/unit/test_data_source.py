@@ -7,17 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import dump_content
 from navil_megatron.data.shards import source as source_module
+from navil_megatron.data.shards.shard_index import BLOCK, HEADER, SAMPLE, ShardEntries, SourceIndex, save_index
 from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import Turn
+from tests.unit.index_examples import random_index
 from tests.unit.shard_examples import files_of, index_tar, picture, small_tokenizer, write_tar
 
 PICTURES = [
@@ -155,7 +159,8 @@ def test_a_damaged_index_is_one_clear_line(tmp_path: Path, tokenizer: SampleToke
         (content[:-1], r"is damaged \(\d+ bytes, expected \d+\)"),
         (content[:10], r"is damaged \(10 bytes\)"),
         (b"something else" * 10, "is damaged or of another version"),
-        (content[:-1] + b"}", "is damaged .its list of shards"),
+        (content[:8] + b"\2" + content[9:], "is damaged or of another version .expected version 3"),
+        (content[:-1] + b"}", "is damaged .its header or what follows its records differs from its checksum"),
     ]:
         index.write_bytes(damage)
         with pytest.raises(UserError, match=match) as caught:
@@ -164,3 +169,85 @@ def test_a_damaged_index_is_one_clear_line(tmp_path: Path, tokenizer: SampleToke
     index.unlink()
     with pytest.raises(UserError, match="cannot be read"):
         Source(index)
+
+
+def test_no_flipped_bit_of_an_index_is_believed(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
+    """A bit of any byte: header, records, hashes, list of shards; records are asked for as planning does."""
+    index = write_samples(tmp_path, tokenizer).index
+    content = index.read_bytes()
+
+    def plan() -> None:
+        source = SourceIndex(index)
+        records = source.samples[np.arange(len(source))]
+        assert len(source.images[np.unique(records["first_image"][records["num_images"] > 0])])
+
+    plan()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        index.write_bytes(damaged)
+        with pytest.raises(UserError, match="index .* is damaged") as caught:
+            plan()
+        assert "\n" not in str(caught.value)
+
+
+def test_records_of_one_block_do_not_spoil_the_others(tmp_path: Path) -> None:
+    """A large index is checked where it is used, and no one has to read all of it."""
+    whole = random_index(tmp_path / "a.index", [3000, 100])
+    content = bytearray(whole.path.read_bytes())
+    content[HEADER.itemsize + 2000 * SAMPLE.itemsize] ^= 4
+    whole.path.write_bytes(content)
+    index = SourceIndex(whole.path)
+    assert (len(index.samples[:1024]), len(index.samples[2048:])) == (1024, 1052)
+    assert index.samples[np.array([0, 1023, 2048, 3099])]["kind"].tolist() == [0] * 4
+    assert index.samples[-1]["num_images"] >= 0
+    for ask in (1500, slice(1000, 1030), np.array([3, 1999]), "kind"):
+        with pytest.raises(UserError, match="records from 1024 on differ from their checksum"):
+            index.samples[ask]
+    with pytest.raises(UserError, match="differ from their checksum"):
+        index.check_records()
+
+
+def test_a_hostile_index_cannot_point_outside(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
+    """Its hashes fit, its numbers do not: neither a traceback nor gigabytes of memory."""
+    writer = write_samples(tmp_path, tokenizer)
+    true = Source(writer.index).index
+    forged = {
+        ("samples", "first_image"): "sample 1 has images that it does not hold",
+        ("samples", "text_block"): "refers to bytes that .* does not have",
+        ("images", "bytes"): "refers to bytes that .* does not have",
+    }
+    for (table, field), match in forged.items():
+        tables = {"samples": true.samples[:].copy(), "images": true.images[:].copy()}
+        tables[table][field] = 2**32 - 1
+        entries = ShardEntries(tables["samples"], tables["images"], true.shards[0], [])
+        forged_index = tmp_path / "forged.index"
+        save_index(forged_index, lambda entries=entries: [entries], true.shards, true.tokenizer)
+        with pytest.raises(UserError, match=match):
+            Source(forged_index).read(1)
+
+
+def test_all_bytes_are_compared_with_what_was_indexed(
+    tmp_path: Path, tokenizer: SampleTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = write_samples(tmp_path, tokenizer)
+    inspect = ["data", "inspect", str(writer.index), "--check", "--deep"]
+    assert main(inspect) == main([*inspect, "--jobs", "2"]) == 0
+    source = Source(writer.index)
+    whole = {shard: shard.read_bytes() for shard in writer.shards}
+    image, text = source.index.images_of(7)[0], source.index.samples[11]
+    name = (int(source.index.samples[3]["text_block"]) - 1) * BLOCK
+    places = [(1, int(image["block"]) * BLOCK + int(image["bytes"]) - 5, "image 0 of sample 7")]
+    places += [(2, int(text["text_block"]) * BLOCK, "the text of sample 11"), (0, name, "the header of sample 3")]
+    for shard, place, _ in places:
+        damaged = bytearray(whole[writer.shards[shard]])
+        damaged[place] ^= 1
+        writer.shards[shard].write_bytes(damaged)
+    capsys.readouterr()
+    assert main(inspect[:-1]) == 0  # sizes alone
+    assert main(inspect) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: 3 of 3 shards: ")
+    for shard, _, what in places:
+        assert f"{writer.shards[shard]} is damaged, it does not fit its index" in line and what in line
+    assert main(["data", "inspect", str(writer.index), "--deep"]) == 2

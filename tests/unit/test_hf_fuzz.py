@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from navil_megatron.config.errors import UserError
+from navil_megatron.files.archive import find_numbers
 from navil_megatron.files.checkpoint_metadata import read_metadata
 from navil_megatron.files.checksums import CHECKSUMS_FILE
 from navil_megatron.files.hashes import digest
-from navil_megatron.hf.checkpoint.archive import find_numbers
 from navil_megatron.hf.export import convert_to_hf
 from navil_megatron.hf.inspect import describe_contents, inspect
 from navil_megatron.hf.memory import raw_bytes
@@ -111,7 +110,7 @@ def stretches(kind: str, path: Path) -> list[tuple[int, int]]:
     found = []
     for tensor in read_metadata(path.parent).weights.values():
         for chunk in tensor.chunks:
-            numbers, place = find_numbers(path.parent, chunk, getattr(torch, tensor.dtype)), chunk.place
+            numbers, place = find_numbers(path.parent, chunk, tensor.dtype), chunk.place
             after = numbers.position + numbers.num_bytes
             if place.file == path.name:
                 found += [(place.start, numbers.position), (after, place.start + place.length)]

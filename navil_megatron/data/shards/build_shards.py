@@ -41,6 +41,7 @@ def build_shards(
     prefix: str = "shard",
     samples_per_shard: int = 10_000,
     text_column: str = "text",
+    allow_outside: bool = False,
     jobs: int = 1,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
@@ -51,10 +52,12 @@ def build_shards(
 
     A line of ``manifest``, JSON lines or parquet of texts alone, has a ``caption`` or ``text``, or ``conversations`` or
     ``messages``; and it may have an ``image`` (or ``images``), a path or a list of paths, relative to the manifest's
-    folder. Image files are stored as they are. Lines that are left out are missing from their shard.
+    folder, and in it unless ``allow_outside``. Image files are stored as they are. Lines that are left out are missing
+    from their shard.
 
     Raises:
-        UserError: the manifest cannot be read, the output holds other shards of this name, or no sample is any good.
+        UserError: the manifest cannot be read or names a file elsewhere, the output holds other shards of this name, or
+            no sample is any good.
     """
     index = output / f"{prefix}.index"
     lines = Manifest(manifest, text_column)
@@ -63,7 +66,13 @@ def build_shards(
         files = PieceFiles(pieces_folder(index) / f"{chunk.number:06d}.index")
         tasks.append((chunk, output / f"{prefix}-{chunk.number:06d}.tar", files))
     left = [task for task in tasks if not _is_done(task)]
-    run_tasks(partial(_build_one, manifest=lines, counter=counter), left, len(tasks), jobs, on_progress)
+    run_tasks(
+        partial(_build_one, manifest=lines, counter=counter, allow_outside=allow_outside),
+        left,
+        len(tasks),
+        jobs,
+        on_progress,
+    )
     return merge_pieces(index, [files for _, _, files in tasks], counter.fingerprint)
 
 
@@ -99,16 +108,25 @@ def _is_done(task: Task) -> bool:
     return not shard.num_samples or (path.exists() and path.stat().st_size == shard.num_bytes)
 
 
-def _build_one(_: int, task: Task, tell: Tell, *, manifest: Manifest, counter: TokenCounter) -> None:
+def _build_one(
+    _: int, task: Task, tell: Tell, *, manifest: Manifest, counter: TokenCounter, allow_outside: bool
+) -> None:
     """Writes one shard and its piece of the index; images are decoded here, once."""
     chunk, path, files = task
+    folder = manifest.path.parent
+    inside = None if allow_outside else folder.resolve()
     rejected: list[tuple[str, str]] = []
     with write_tar(path) as tar:
         for number, line in manifest.read(chunk):
             try:
                 if isinstance(line, RejectedSample):
                     raise line
-                tar.write(_read_line(f"{number:09d}", line, manifest.path.parent))
+                tar.write(_read_line(f"{number:09d}", line, folder, inside))
+            except _OutsideError as error:
+                raise UserError(
+                    f"{manifest.path}, line {number + 1}, names {error}, which is not in the manifest's folder: if you "
+                    "trust the manifest with all that you can read, give --allow-outside"
+                ) from None
             except RejectedSample as rejection:
                 rejected.append((f"line {number + 1}", str(rejection)))
     entries = index_shard(str(path), counter, decode=False, name=path.name)
@@ -119,7 +137,11 @@ def _build_one(_: int, task: Task, tell: Tell, *, manifest: Manifest, counter: T
     tell(1)
 
 
-def _read_line(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+class _OutsideError(Exception):
+    """A file that does not lie where it may; its name."""
+
+
+def _read_line(key: str, fields: dict[str, Any], folder: Path, inside: Path | None) -> dict[str, Any]:
     """One line as a sample of a tar, checked; raises ``RejectedSample`` where it cannot be trained on."""
     named = fields.get("image", fields.get("images"))
     paths = [] if named is None else named if isinstance(named, list) else [named]
@@ -127,7 +149,7 @@ def _read_line(key: str, fields: dict[str, Any], folder: Path) -> dict[str, Any]
     if len(text) > MAX_TEXT_BYTES:
         raise RejectedSample(f"text of more than {MAX_TEXT_BYTES} bytes")
     parse_content(text, extension == "json", len(paths))
-    images = [_read_image(folder, path) for path in paths]
+    images = [_read_image(folder, path, inside) for path in paths]
     for image in images:
         check_image(image, decode=True)
     return tar_sample(key, extension, text, images)
@@ -146,10 +168,12 @@ def _text_member(fields: dict[str, Any]) -> tuple[str, bytes]:
         raise RejectedSample("text is not Unicode") from None
 
 
-def _read_image(folder: Path, name: Any) -> bytes:
-    """The bytes of an image file; what is no regular file, or too large, is not opened."""
+def _read_image(folder: Path, name: Any, inside: Path | None) -> bytes:
+    """The bytes of an image file; what is no file, too large, or not ``inside`` (links followed) stays closed."""
     try:
         path = folder / name
+        if inside is not None and not path.resolve().is_relative_to(inside):
+            raise _OutsideError(path)
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise RejectedSample("image file cannot be read")

@@ -20,6 +20,7 @@ from navil_megatron.data.image_decode import ImageDecodeError, decode_image, rea
 from navil_megatron.data.shards.shard_files import open_file
 from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard, ShardEntries
 from navil_megatron.data.types import Content
+from navil_megatron.files.hashes import short_check
 
 IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"),
@@ -47,6 +48,7 @@ class _Sample(NamedTuple):
     """One good sample, its tokens not yet counted."""
 
     text: tarfile.TarInfo
+    text_check: int
     kind: int
     images: list[tuple[int, ...]]  # entries of ``IMAGE``
     content: Content
@@ -75,7 +77,8 @@ def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name:
             counts = counter.count([found.content for found in batch], [len(found.images) for found in batch])
             for found, tokens in zip(batch, counts.tolist(), strict=True):
                 place = found.text.offset_data // BLOCK, found.text.size
-                samples.append((*place, tokens, len(images), len(found.images), found.name_blocks, found.kind))
+                about = tokens, len(images), len(found.images), found.name_blocks, found.kind, found.text_check
+                samples.append((*place, *about))
                 images += found.images
     entry = Shard(name or shard, len(samples), num_bytes, digest.hexdigest()[:32])
     return ShardEntries(np.array(samples, dtype=SAMPLE), np.array(images, dtype=IMAGE), entry, rejected)
@@ -173,19 +176,20 @@ def _read_sample(
     if len(images) > MAX_IMAGES_OF_A_SAMPLE:
         raise RejectedSample(f"more than {MAX_IMAGES_OF_A_SAMPLE} images")
     text, kind, content, text_bytes = _read_text(file, files, len(images))
-    found = _Sample(text, kind, [], content)
+    found = _Sample(text, short_check(text_bytes), kind, [], content)
     if found.name_blocks > np.iinfo(np.uint8).max:
         raise RejectedSample("name too long")
-    own_digest = hashlib.sha256(_framed(key.encode("utf-8", "surrogateescape")) + _framed(text_bytes))
+    own_digest = hashlib.sha256(framed(key.encode("utf-8", "surrogateescape")) + framed(text_bytes))
     for image in images:
         image_file = _read_member(file, image, MAX_IMAGE_BYTES, "image")
-        found.images.append((image.offset_data // BLOCK, image.size, *check_image(image_file, decode)))
-        own_digest.update(_framed(image_file))
+        place = image.offset_data // BLOCK, image.size
+        found.images.append((*place, *check_image(image_file, decode), short_check(image_file)))
+        own_digest.update(framed(image_file))
     digest.update(own_digest.digest())
     return found
 
 
-def _framed(content: bytes) -> bytes:
+def framed(content: bytes) -> bytes:
     """Bytes behind their length, so that no two lists of them read the same."""
     return len(content).to_bytes(8, "little") + content
 

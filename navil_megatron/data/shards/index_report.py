@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from navil_megatron.data.shards.shard_index import IMAGE, KIND_CONVERSATION, SourceIndex
+from navil_megatron.data.shards.shard_index import IMAGE, KIND_CONVERSATION, SourceIndex, Table
 
 _ENTRIES_AT_ONCE = 2**20
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -54,7 +54,7 @@ def _measure_samples(index: SourceIndex) -> dict[str, Any]:
     }
 
 
-def _measure_images(images: np.ndarray) -> dict[str, Any]:
+def _measure_images(images: Table) -> dict[str, Any]:
     """Their number and bytes, and quantiles over a million of them, evenly spaced."""
     some = np.asarray(images[:: max(1, len(images) // _ENTRIES_AT_ONCE)], dtype=IMAGE)
     values = {side: some[side] for side in ("height", "width")}

@@ -81,11 +81,12 @@ def run_tasks[T](
     meter = Meter(total, on_progress)
     meter.add(total - len(tasks))
     try:
-        run_shares(work, tasks, jobs, meter, _prepare)
+        run_shares(work, tasks, jobs, meter, prepare_worker)
     except ChildProcessError as error:
         raise UserError(f"{error}, it goes on") from None
 
 
-def _prepare() -> None:
+def prepare_worker() -> None:
+    """What a process that works on shards does first."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 Nothing is opened before it is read. A shard that is not what was indexed is refused, with its name.
 """
 
+import hashlib
 import io
 import os
 import tarfile
@@ -14,12 +15,13 @@ from typing import NoReturn
 
 from fsspec.core import url_to_fs
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import DamagedError, UserError
 from navil_megatron.data.content import RejectedSample, parse_content
-from navil_megatron.data.shards.index_build import sample_key
+from navil_megatron.data.shards.index_build import framed, sample_key
 from navil_megatron.data.shards.shard_files import is_url, reaching, resolve_path
 from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
-from navil_megatron.data.types import RawSample
+from navil_megatron.data.types import Content, RawSample
+from navil_megatron.files.hashes import short_check
 
 MAX_OPEN_FILES = 64  # shards of one source that are kept open
 _NEAR_BYTES = 8 * BLOCK  # stretches of a shard that lie no farther apart are read in one go
@@ -29,6 +31,10 @@ type Span = tuple[int, int]
 
 _reaching = partial(reaching, missing="restore it", unreadable="restore it or its connection", errors=Exception)
 """Of any type: every remote file system raises types of its own."""
+
+
+class DamagedSampleError(DamagedError):
+    """One sample is not what was indexed; its neighbours may be."""
 
 
 class Source:
@@ -58,7 +64,7 @@ class Source:
         number = self.index.shard_number(index)
         start, text, _ = self._text_place(index)
         (header,) = self._read(number, [(start, text)])
-        return self._parse_key(number, header)
+        return self._parse_key(index, header)
 
     def read(self, index: int, *, images: bool = True) -> RawSample:
         """One sample's bytes, or its text alone; UserError: the shard is gone or not the one that was indexed."""
@@ -66,16 +72,37 @@ class Source:
         start, text, end = self._text_place(index)
         pictures = [self._image_place(index, image) for image in range(int(record["num_images"]) if images else 0)]
         header, member, *files = self._read(number, [(start, text), (text, end), *pictures])
-        try:
-            _, content = parse_content(member, record["kind"] != KIND_TEXT, int(record["num_images"]))
-        except RejectedSample:
-            self._refuse(number)
-        return RawSample(self._path(number), self._parse_key(number, header), tuple(files), content)
+        for image, file in enumerate(files):
+            self._require_same(index, file, image)
+        content = self._parse_content(index, member)
+        return RawSample(self._path(number), self._parse_key(index, header), tuple(files), content)
+
+    def read_content(self, index: int) -> Content:
+        """What one sample says; DamagedSampleError: not what was indexed; other errors as of ``read``."""
+        return self._parse_content(index, self._read_text(index))
 
     def read_image(self, index: int, number: int) -> bytes:
-        """One image file of a sample; errors as of ``read``."""
+        """One image file of a sample; DamagedSampleError: not what was indexed; other errors as of ``read``."""
         (file,) = self._read(self.index.shard_number(index), [self._image_place(index, number)])
+        self._require_same(index, file, number)
         return file
+
+    def check_shard(self, number: int) -> None:
+        """Reads all samples of a shard.
+
+        Raises:
+            DamagedError: They are not what was indexed; the first one that differs is named.
+        """
+        digest = hashlib.sha256()
+        for index in range(int(self.index.starts[number]), int(self.index.starts[number + 1])):
+            text = self._read_text(index)
+            self._parse_content(index, text)
+            own_digest = hashlib.sha256(framed(self.key(index).encode("utf-8", "surrogateescape")) + framed(text))
+            for image in range(int(self.index.samples[index]["num_images"])):
+                own_digest.update(framed(self.read_image(index, image)))
+            digest.update(own_digest.digest())
+        if digest.hexdigest()[:32] != self.index.shards[number].content:
+            self._refuse(number)
 
     def _text_place(self, index: int) -> tuple[int, int, int]:
         """Where the header of the text member, its bytes, and what follows them begin."""
@@ -87,14 +114,34 @@ class Source:
         record = self.index.samples[index]
         if not 0 <= number < record["num_images"]:
             raise IndexError(f"sample {index} has {record['num_images']} images, not {number + 1}")
-        image = self.index.images[int(record["first_image"]) + number]
+        image = self.index.images_of(index)[number]
         start = int(image["block"]) * BLOCK
         return start, start + int(image["bytes"])
+
+    def _read_text(self, index: int) -> bytes:
+        _, text, end = self._text_place(index)
+        (member,) = self._read(self.index.shard_number(index), [(text, end)])
+        return member
+
+    def _parse_content(self, index: int, member: bytes) -> Content:
+        record = self.index.samples[index]
+        self._require_same(index, member)
+        try:
+            return parse_content(member, record["kind"] != KIND_TEXT, int(record["num_images"]))[1]
+        except RejectedSample:
+            self._refuse(self.index.shard_number(index), f"the text of sample {index}")
+
+    def _require_same(self, index: int, content: bytes, image: int | None = None) -> None:
+        """Compares the text of a sample, or one of its images, with the hash that the index has of it."""
+        record = self.index.samples[index] if image is None else self.index.images_of(index)[image]
+        if short_check(content) != record["check"]:
+            what = "the text" if image is None else f"image {image}"
+            self._refuse(self.index.shard_number(index), f"{what} of sample {index}")
 
     def _path(self, number: int) -> str:
         return resolve_path(self.index.shards[number].path, self.index.path.parent)
 
-    def _parse_key(self, number: int, header: bytes) -> str:
+    def _parse_key(self, index: int, header: bytes) -> str:
         try:
             if len(header) == BLOCK:
                 member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -102,11 +149,13 @@ class Source:
                 with tarfile.open(fileobj=io.BytesIO(header + bytes(2 * BLOCK))) as tar:
                     member = tar.next() or tarfile.TarInfo()
         except (tarfile.TarError, ValueError):
-            self._refuse(number)
+            self._refuse(self.index.shard_number(index), f"the header of sample {index}")
         return sample_key(member.name)
 
     def _read(self, number: int, spans: Sequence[Span]) -> list[bytes]:
         """The bytes of each span of a shard."""
+        if max(end for _, end in spans) > self.index.shards[number].num_bytes:
+            raise self.index.damaged(f"it refers to bytes that {self._path(number)} does not have")
         file = self._open(number)
         found: dict[Span, bytes] = {}
         for group in _neighbours(spans):
@@ -114,7 +163,7 @@ class Source:
             with _reaching(self._path(number)):
                 content = file.read(start, end)
             if len(content) != end - start:
-                self._refuse(number)
+                self._refuse(number, "it ends early", DamagedError)
             found |= {span: content[span[0] - start : span[1] - start] for span in group}
         return [found[span] for span in spans]
 
@@ -140,10 +189,10 @@ class Source:
                 f"when it was indexed: restore it, or make {self.index.path} anew with: navil-megatron data index"
             )
 
-    def _refuse(self, number: int) -> NoReturn:
-        raise UserError(
-            f"shard {self._path(number)} is damaged, it does not fit its index: restore it, or make "
-            f"{self.index.path} anew with: navil-megatron data index"
+    def _refuse(self, number: int, what: str = "", kind: type[DamagedError] = DamagedSampleError) -> NoReturn:
+        raise kind(
+            f"shard {self._path(number)} is damaged, it does not fit its index{what and f' ({what})'}: restore it, or "
+            f"make {self.index.path} anew with: navil-megatron data index"
         )
 
 

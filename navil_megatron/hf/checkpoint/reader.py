@@ -10,10 +10,11 @@ import torch
 from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
+from navil_megatron.files.archive import find_numbers
 from navil_megatron.files.checkpoint_folder import FORMAT_FILE, find_checkpoint
 from navil_megatron.files.checkpoint_metadata import Chunk, read_metadata
 from navil_megatron.files.checksums import read_checksums, require_digest
-from navil_megatron.hf.checkpoint.archive import find_numbers
+from navil_megatron.hf.checkpoint.archive import read_rows
 from navil_megatron.hf.hf_parameters import Slot
 from navil_megatron.hf.memory import raw_bytes
 from navil_megatron.hf.verify import Signature, read_model_config, require_tensors
@@ -70,13 +71,13 @@ class CheckpointReader:
     def _read_rows(self, slot: Slot, chunk: Chunk, rows: slice, target: torch.Tensor) -> None:
         """Fills ``target`` with some rows of a chunk."""
         try:
-            numbers = find_numbers(self.folder, chunk, target.dtype)
+            numbers = find_numbers(self.folder, chunk, self.tensors[slot.key].dtype)
             if self.checksums is not None:
                 numbers = replace(numbers, crc=0)  # the hash of the whole slot says more
             elif rows != slice(0, chunk.sizes[0] if chunk.sizes else 1) and chunk not in self._sound:
                 numbers.require_sound()
                 self._sound.add(chunk)
-            numbers.read_rows(rows, target)
+            read_rows(numbers, rows, target)
         except ValueError as error:
             raise UserError(
                 f"checkpoint {self.folder} is damaged: {slot.name} in {chunk.place.file} {error}; copy it again or use "
