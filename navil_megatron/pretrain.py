@@ -9,6 +9,7 @@ from pathlib import Path
 from navil_megatron.config.errors import EXIT_CODE, OTHERS_STOPPED_EXIT_CODE, UserError, describe
 from navil_megatron.config.load import load_config
 from navil_megatron.config.validate import validate
+from navil_megatron.launch import end_with_launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CODE
     try:
         # Imported late: a config that cannot run is refused before torch and megatron-core are loaded.
+        from navil_megatron.checkpoint.run_lock import owned_run
         from navil_megatron.runtime.session import Session
         from navil_megatron.training.loop import train
 
-        with Session.start(config) as session:
+        with Session.start(config) as session, owned_run(config, session):
             state = train(config, session)
     except UserError as error:
         sys.stderr.write(describe(error) + "\n")
@@ -49,4 +51,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main())
