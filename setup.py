@@ -69,8 +69,12 @@ setup(
         "test": [
             "navil_megatron[dali,evaluate,parquet,quickstart,study,wandb]",
             "pytest",
-            # fsspec reads shards behind http with it.
+            # fsspec reads shards behind http and in S3 with them; moto is a server of S3.
             "aiohttp",
+            "s3fs",
+            "moto[s3]",
+            "flask",
+            "flask-cors",
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",

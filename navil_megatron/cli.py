@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from navil_megatron import __version__
-from navil_megatron.config.errors import EXIT_CODE, UserError, describe, printable
+from navil_megatron.config.errors import UserError, describe, printable
 from navil_megatron.verbs.convert import CONVERT_VERBS
 from navil_megatron.verbs.data import DATA_VERBS
 from navil_megatron.verbs.doctor import doctor
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return outcome.status
     except UserError as error:
         print(describe(error), file=sys.stderr)
-        return EXIT_CODE
+        return error.exit_code
     except OSError as error:
         # The machine's fault, not the user's: a full or failing disk, a folder that may not be written.
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)

@@ -123,7 +123,7 @@ def _data_lines(config: NaViLConfig) -> Iterator[str]:
         elif tokenizer is None:
             yield f"NOT CHECKED: source {index} is here, but not the tokenizer that it must have been built with"
         else:
-            (source,) = open_sources([index], tokenizer)
+            (source,) = open_sources([index], tokenizer, config.data.remote)
             source.check_shards()
             yield f"source {index}: {len(source.index):,} samples, all shards present"
 

@@ -1,7 +1,8 @@
 """Starts the ranks of one machine for ``navil-megatron train --nproc N``; a cluster uses torchrun.
 
 The ranks get torchrun's environment variables. Unlike torchrun, a rank that stops on a user's mistake keeps its exit
-code 2 and its one line, and ranks that save on SIGTERM get all the time they need.
+code 2 and its one line, and ranks that save on SIGTERM get all the time they need. By whichever of the two it was
+started, a rank ends with its launcher.
 """
 
 import os
@@ -9,13 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 from navil_megatron.config.errors import EXIT_CODE, HANG_EXIT_CODE
 
+_LAUNCHER = "NAVIL_LAUNCHER_PID"
+"""Tells a rank which process started it."""
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun's agent, whose children its ranks are."""
+_PARENT_SECONDS = 1.0  # between two looks at the launcher
 _POLL_SECONDS = 0.05
+_STDERR = 2
 _HANG_GRACE_SECONDS = 3.0  # ranks that end a hung run have asked all others to stop: who is still there now never will
 
 
@@ -43,7 +52,8 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
     try:
         for rank in range(num_ranks):
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-            environment = os.environ | {name: str(number) for name, number in (numbers | address).items()}
+            settings = numbers | address | {_LAUNCHER: os.getpid()}
+            environment = os.environ | {name: str(value) for name, value in settings.items()}
             # A session of its own: the terminal's Ctrl-C reaches a rank once, through pass_on.
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(ranks, grace_seconds)
@@ -54,6 +64,27 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
                 process.wait()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """Makes this rank end soon after the process that started it: ranks whose launcher was killed would go on writing.
+
+    Without a launcher, as when a scheduler starts each rank, nothing is watched: a shell may end before its jobs. To be
+    called first of all, while the parent is surely the launcher.
+    """
+    # Not PR_SET_PDEATHSIG: that follows the thread that forked, and comes too when this thread ends before its process.
+    if _LAUNCHER in os.environ or _TORCHRUN in os.environ:
+        launcher = int(os.environ.get(_LAUNCHER, os.getppid()))
+        threading.Thread(target=_watch_parent, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def _watch_parent(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_PARENT_SECONDS)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):  # what it wrote to may be gone as well
+            os.write(_STDERR, f"error: the launcher, process {launcher}, is gone; its ranks end\n".encode())
+    os._exit(1)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], grace_seconds: float) -> int:

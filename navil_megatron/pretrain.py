@@ -9,10 +9,12 @@ from pathlib import Path
 from navil_megatron.config.errors import EXIT_CODE, OTHERS_STOPPED_EXIT_CODE, UserError, describe
 from navil_megatron.config.load import load_config
 from navil_megatron.config.validate import validate
+from navil_megatron.launch import end_with_launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend.
+    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend; 1: the
+    network gave up, or anything else.
 
     A run whose ranks wait for one another too long ends with 3, from its watchdog. Ranks that stop because only others
     were asked to (one node of several is drained) end with 4: for them the run is not over.
@@ -30,14 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_CODE
     try:
         # Imported late: a config that cannot run is refused before torch and megatron-core are loaded.
+        from navil_megatron.checkpoint.run_lock import owned_run
         from navil_megatron.runtime.session import Session
         from navil_megatron.training.loop import train
 
-        with Session.start(config) as session:
+        with Session.start(config) as session, owned_run(config, session):
             state = train(config, session)
     except UserError as error:
         sys.stderr.write(describe(error) + "\n")
-        return EXIT_CODE
+        return error.exit_code
     except OSError as error:
         # A disk that takes no more, noticed anywhere; the run goes on from its newest checkpoint.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -49,4 +52,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(main())

@@ -70,7 +70,7 @@ IMPORT_TABLE = {
         ("torch", "numpy", "PIL", "jinja2", "rapidfuzz", "nltk", "pycocoevalcap", "sacrebleu", "matplotlib"),
     ),
     "evaluation/adapters": Row(("blueprint", "evaluation", "hf"), ("torch", "PIL", "lmms_eval", "vlmeval")),
-    "pretrain.py": Row((*_BELOW_TRAINING, "training"), ("torch",)),
+    "pretrain.py": Row((*_BELOW_TRAINING, "training", "launch.py"), ("torch",)),
     "dry_run.py": Row(("blueprint", "runtime", "models", "data", "training", "planner", "dry_step.py"), ("torch",)),
     "dry_step.py": Row(("blueprint", "runtime", "models", "data", "training", "planner"), ("torch",)),
     "launch.py": Row(),
@@ -103,7 +103,6 @@ IMPORT_TABLE = {
 ONLY_IN = {
     "torch.cuda": "runtime",
     "concurrent.futures.ProcessPoolExecutor": "files",
-    "fcntl": "files",
     "os.fsync": "files",
     "os.replace": "files",
     "shutil.disk_usage": "files",

@@ -19,6 +19,18 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteConfig:
+    """How shards behind a URL are read. ``[data.remote]``; ``data index`` takes the defaults."""
+
+    tries: Annotated[int, Range(1, 100)] = 6
+    """Times that a read is tried before the network is said to have given up. The pauses between them double from half
+    a second to half a minute, each drawn between half of that and one and a half."""
+    timeout_seconds: Positive = 60.0
+    """Longest wait for one read, a sample or 16 MiB of a shard that is indexed. Its product with ``tries`` should stay
+    below ``runtime.collective_timeout_seconds``: the other ranks wait meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Where samples come from and how they become packed rows."""
 
@@ -49,6 +61,8 @@ class DataConfig:
     """Steps prepared ahead."""
     max_failed_share: Annotated[float, Range(0, 1)] = 0.05
     """Largest share of samples seen so far that may fail to decode before the run stops."""
+    remote: RemoteConfig = RemoteConfig()
+    """How shards behind a URL are read."""
     pad_segments_to: Count | None = None
     """Each modality's segment of a row is padded to a multiple of this many tokens; ``None``: 16, or more where FP8 or
     context parallelism need it."""

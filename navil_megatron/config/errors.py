@@ -19,6 +19,15 @@ OTHERS_STOPPED_EXIT_CODE = 4
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""
 
+    exit_code = EXIT_CODE
+    """Of a command that ends with it."""
+
+
+class NetworkError(UserError):
+    """A store did not answer, however often it was asked: nobody's mistake, and the same command may do it later."""
+
+    exit_code = 1
+
 
 class DamagedError(UserError):
     """What lies on the disk is not what was written there."""

@@ -10,6 +10,7 @@ from itertools import batched
 from typing import Any
 
 from navil_megatron.blueprint.image_plan import ImagePlanner
+from navil_megatron.config.data import RemoteConfig
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import Ruler
@@ -149,9 +150,9 @@ def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:
     return tokenizer
 
 
-def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Source]:
+def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer, remote: RemoteConfig) -> list[Source]:
     """The sources behind index files; UserError where one is missing, damaged or of another tokenizer."""
-    sources = [Source(index) for index in indexes]
+    sources = [Source(index, remote) for index in indexes]
     for source in sources:
         if source.index.tokenizer != tokenizer.fingerprint:
             raise UserError(
@@ -163,7 +164,7 @@ def open_sources(indexes: Sequence[str], tokenizer: SampleTokenizer) -> list[Sou
 
 def open_train_sources(config: NaViLConfig, tokenizer: SampleTokenizer) -> list[Source]:
     """Those of a run, in the order of its config."""
-    return open_sources([source.index for source in config.data.train_sources], tokenizer)
+    return open_sources([source.index for source in config.data.train_sources], tokenizer, config.data.remote)
 
 
 def plan_run(config: NaViLConfig, sources: Sequence[Source]) -> DataPlan:

@@ -28,7 +28,7 @@ class ValidationLoader:
     def __init__(self, config: NaViLConfig, index: str, place: DataPlace, *, swap_images: bool = False) -> None:
         """Opens an index; UserError where index, shards or tokenizer are missing, damaged or do not fit."""
         tokenizer = load_run_tokenizer(config)
-        (source,) = sources = open_sources([index], tokenizer)
+        (source,) = sources = open_sources([index], tokenizer, config.data.remote)
         source.check_shards()
         every = np.arange(len(source.index))
         rows, refused = plan_rows(Ruler(config), [source.index], np.zeros_like(every), every)

@@ -1,6 +1,5 @@
 """Folders that appear whole or not at all: written as a ``.partial`` sibling, renamed when complete."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_file import partial_of
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.files.file_bytes import flush
+from navil_megatron.files.lock import LOCK, owned
 
 
 @contextmanager
@@ -27,8 +27,9 @@ def new_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     target = target.absolute()
     partial = partial_of(target)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with _held(partial):
-        _empty(partial)
+    with owned(target.with_name(target.name + LOCK), f"{partial}"):
+        _remove(partial)
+        partial.mkdir()
         try:
             require_space(partial, needed_bytes)
             yield partial
@@ -67,30 +68,8 @@ def flush_folder(folder: Path) -> None:
         flush(path)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Makes the folder and locks it; the lock ends with this process, however that ends."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"{folder} is being written by another process; wait for it, or stop it") from None
-        # The other process may have renamed or removed it between the two calls: then this lock is of no use.
-        if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
-            break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _remove(folder: Path) -> None:
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)

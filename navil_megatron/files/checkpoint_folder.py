@@ -12,7 +12,8 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def is_checkpoint(path: Path) -> bool:
     return any((path / name).is_file() for name in (CONFIG_FILE, METADATA_FILE)) or any(path.glob(f"{STEP_PREFIX}*"))
 
 
+@contextmanager
+def still_there(checkpoint: Path) -> Iterator[None]:
+    """Around reading a checkpoint: what a run deletes meanwhile is said to be deleted, and not to be damaged."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        if checkpoint.is_dir():
+            raise
+        raise UserError(
+            f"checkpoint {checkpoint} was deleted while it was read, as a run deletes those beyond "
+            "checkpoint.keep_last: run the same again with the newest one, or give the run a larger keep_last"
+        ) from None
+
+
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """The config of a checkpoint as plain values.
 
@@ -73,10 +88,11 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         DamagedError: The file is missing, or is not JSON with a model section.
     """
     path = checkpoint / CONFIG_FILE
-    try:
-        config = read_json(path, "the checkpoint is damaged; copy it again, or move it away to use an older one")
-    except UserError as error:
-        raise DamagedError(str(error)) from None
+    with still_there(checkpoint):
+        try:
+            config = read_json(path, "the checkpoint is damaged; copy it again, or move it away to use an older one")
+        except UserError as error:
+            raise DamagedError(str(error)) from None
     if not isinstance(config.get("model"), dict):
         raise DamagedError(f"{path} has no model section: expected the config that the checkpoint was saved with")
     if not isinstance(config.get("data") or {}, dict):

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pytest
 from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.shards.build_shards import build_shards
+from navil_megatron.data.shards.index_shards import index_shards
 from navil_megatron.data.shards.manifest import MAX_LINE_BYTES, Manifest
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
@@ -136,6 +138,36 @@ def test_a_killed_build_is_finished_to_the_same_bytes(tmp_path: Path, tokenizer:
     build(tokenizer)
     assert files_of(cut) == files_of(whole)
     assert [path.stat().st_mtime_ns for path in sorted(cut.glob("*.tar"))] == finished
+
+
+def hold(build: Callable[[], object], started: Path) -> None:
+    """A build that stands still after its first shard."""
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            started.touch()
+            signal.pause()
+
+    build(on_progress=stop)  # type: ignore[call-arg]
+
+
+def test_two_builds_of_one_index_do_not_meet(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
+    manifest, out, started = write_manifest(tmp_path), tmp_path / "out", tmp_path / "started"
+    build = partial(build_shards, manifest, out, tokenizer, samples_per_shard=4)
+    process = get_context("forkserver").Process(target=hold, args=(build, started), daemon=True)
+    process.start()
+    while not started.exists():
+        assert process.is_alive()
+    before = files_of(out)
+    for make in (build, partial(index_shards, [f"{out}/*.tar"], out / "shard.index", tokenizer)):
+        with pytest.raises(UserError, match=rf"shard.index is being written by another process; .* {process.pid} on"):
+            make()
+    assert files_of(out) == before
+    build_shards(manifest, out, tokenizer, prefix="other")  # beside it
+    process.kill()
+    process.join()
+    assert build()["num_samples"] == 7
+    assert not [path for path in out.iterdir() if path.suffix not in (".tar", ".index", ".jsonl")]
 
 
 def test_another_manifest_does_not_go_on_with_an_old_build(tmp_path: Path, tokenizer: SampleTokenizer) -> None:

@@ -1,11 +1,8 @@
 """From tars to one index: what it holds, that it is small, that the work is shared and resumed, and remote shards."""
 
-import http.server
 import json
 import signal
-import threading
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -21,6 +18,7 @@ from navil_megatron.data.shards.shard_index import HEADER, IMAGE, SAMPLE
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import Turn
+from tests.unit.range_server import served
 from tests.unit.shard_examples import (
     DeadlyCounter,
     DieAt,
@@ -212,7 +210,7 @@ def test_shards_may_lie_anywhere(tmp_path: Path, tokenizer: SampleTokenizer) -> 
     fsspec.filesystem("memory").pipe("/folder/s-0.tar", shard.read_bytes())
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(shard, "in/s-0.tar")
-    with _Served(tmp_path / "shards") as url:
+    with served(tmp_path / "shards") as url:
         patterns = {
             "memory": "memory://folder/*.tar",
             "zip": f"zip://in/*.tar::file://{tmp_path}/a.zip",
@@ -233,44 +231,6 @@ def test_shards_may_lie_anywhere(tmp_path: Path, tokenizer: SampleTokenizer) -> 
         index_shards(["oci://bucket/*.tar"], tmp_path / "x.index", tokenizer)
     with pytest.raises(UserError, match="cannot be listed .*: check the URL"):
         index_shards(["nowhere://x/*.tar"], tmp_path / "x.index", tokenizer)
-
-
-class _RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves byte ranges, as stores of objects do."""
-
-    def do_GET(self) -> None:
-        content = Path(self.translate_path(self.path)).read_bytes()
-        asked = self.headers.get("Range")
-        start, end = 0, len(content)
-        if asked:
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            start, end = int(first), min(end, int(last) + 1 if last else end)
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(end - start))
-        self.send_header("Accept-Ranges", "bytes")
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(content[start:end])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class _Served:
-    """A web server over a folder, on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        handler = partial(_RangeHandler, directory=str(folder))
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-
-    def __enter__(self) -> str:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def test_patterns_keep_their_order_and_must_match(tmp_path: Path, tokenizer: SampleTokenizer) -> None:

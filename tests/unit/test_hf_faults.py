@@ -535,6 +535,23 @@ def test_a_save_that_was_not_finished_is_not_taken(sources: dict[str, Path], tmp
     assert "holds no checkpoint" in str(_error(lambda: convert_to_hf(tmp_path, tmp_path / "target")))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_not_called_damaged(
+    jobs: int, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    newest = tmp_path / "run" / "step_00000002"
+    shutil.copytree(sources["to-hf"], newest)
+
+    def rotate(done: int, total: int) -> None:
+        if newest.exists():  # as CheckpointManager does with those beyond keep_last
+            shutil.rmtree(newest.rename(f"{newest}.partial"))
+
+    run = {"num_processes": jobs, "on_progress": rotate}
+    message = str(_error(lambda: convert_to_hf(tmp_path / "run", tmp_path / "target", **run)))
+    assert message.startswith(f"checkpoint {newest} was deleted while it was read")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_files_in_hugging_faces_cache_are_links_and_read(sources: dict[str, Path], tmp_path: Path) -> None:
     """The cache keeps files in ``blobs`` and links to them from ``snapshots``."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a1"

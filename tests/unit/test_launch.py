@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from navil_megatron.launch import run_ranks
@@ -29,6 +31,12 @@ elif case == "stops_late" and rank == 1:
     sys.exit(2)
 elif case == "stops_late":
     sys.exit(1)
+elif case == "orphan":
+    from navil_megatron.launch import end_with_launcher
+    end_with_launcher()
+    with open(os.path.join(sys.argv[2], f"{rank}.pid"), "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(60)
 elif case == "until_signal":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     open(os.path.join(sys.argv[2], f"ready{rank}"), "w").close()
@@ -74,3 +82,35 @@ def test_stop_signal_reaches_every_rank(ranks_folder: Path) -> None:
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
+
+
+OWN = "import sys; from navil_megatron.launch import run_ranks; run_ranks('toy_rank', sys.argv[1:], 2)"
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "toy_rank")
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(("-c", OWN), id="own"),
+        pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_end_with_a_killed_launcher(ranks_folder: Path, launcher: tuple[str, ...]) -> None:
+    stderr = ranks_folder / "stderr"
+    with stderr.open("wb") as file:
+        process = subprocess.Popen([sys.executable, *launcher, "orphan", str(ranks_folder)], stderr=file)
+    notes = [ranks_folder / f"{rank}.pid" for rank in (0, 1)]
+    while not all(note.exists() and note.read_text() for note in notes):
+        assert process.poll() is None, stderr.read_text()
+        time.sleep(0.01)
+    ranks = [psutil.Process(int(note.read_text())) for note in notes]
+    process.kill()
+    process.wait()
+    try:
+        _, alive = psutil.wait_procs(ranks, timeout=20)
+        assert not alive
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+    assert stderr.read_text().count(f"error: the launcher, process {process.pid}, is gone; its ranks end\n") == 1

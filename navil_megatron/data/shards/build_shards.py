@@ -22,7 +22,7 @@ from navil_megatron.data.shards.index_build import (
     index_shard,
 )
 from navil_megatron.data.shards.manifest import Chunk, Manifest
-from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, run_tasks
+from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, owned_index, pieces_folder, run_tasks
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.shards.shard_writer import tar_sample, write_tar
 from navil_megatron.files.atomic_file import new_file
@@ -56,24 +56,20 @@ def build_shards(
     from their shard.
 
     Raises:
-        UserError: the manifest cannot be read or names a file elsewhere, the output holds other shards of this name, or
-            no sample is any good.
+        UserError: the manifest cannot be read or names a file elsewhere, the output holds other shards of this name or
+            another process is writing them, or no sample is any good.
     """
     index = output / f"{prefix}.index"
     lines = Manifest(manifest, text_column)
-    tasks: list[Task] = []
-    for chunk in _resume_or_start(index, lines, samples_per_shard, counter.fingerprint):
-        files = PieceFiles(pieces_folder(index) / f"{chunk.number:06d}.index")
-        tasks.append((chunk, output / f"{prefix}-{chunk.number:06d}.tar", files))
-    left = [task for task in tasks if not _is_done(task)]
-    run_tasks(
-        partial(_build_one, manifest=lines, counter=counter, allow_outside=allow_outside),
-        left,
-        len(tasks),
-        jobs,
-        on_progress,
-    )
-    return merge_pieces(index, [files for _, _, files in tasks], counter.fingerprint)
+    with owned_index(index):
+        tasks: list[Task] = []
+        for chunk in _resume_or_start(index, lines, samples_per_shard, counter.fingerprint):
+            files = PieceFiles(pieces_folder(index) / f"{chunk.number:06d}.index")
+            tasks.append((chunk, output / f"{prefix}-{chunk.number:06d}.tar", files))
+        left = [task for task in tasks if not _is_done(task)]
+        build = partial(_build_one, manifest=lines, counter=counter, allow_outside=allow_outside)
+        run_tasks(build, left, len(tasks), jobs, on_progress)
+        return merge_pieces(index, [files for _, _, files in tasks], counter.fingerprint)
 
 
 def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[Chunk]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from navil_megatron.data.shards.index_build import TokenCounter, index_shard
-from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, pieces_folder, run_tasks
+from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, owned_index, pieces_folder, run_tasks
 from navil_megatron.data.shards.shard_files import expand_shards, stored_path, version_of
 from navil_megatron.files.hashes import fingerprint
 from navil_megatron.files.worker_pool import OnProgress, Tell
@@ -27,17 +27,17 @@ def index_shards(
     ``index_shard``. ``counter`` pickles where ``jobs``, the processes, are more than 1.
 
     Raises:
-        UserError: a shard is missing or cannot be read, or no sample is any good.
+        UserError: a shard is missing or cannot be read, another process is writing the index, or no sample is any good.
     """
     tasks = []
     for shard in expand_shards(patterns):
         made_from = "\0".join([shard, version_of(shard), counter.fingerprint, str(decode)])
         tasks.append((shard, PieceFiles(pieces_folder(index) / f"{fingerprint(made_from)}.index")))
-    index.parent.mkdir(parents=True, exist_ok=True)
-    left = [task for task in tasks if not task[1].is_complete()]
-    work = partial(_index_one, folder=index.parent, counter=counter, decode=decode)
-    run_tasks(work, left, len(tasks), jobs, on_progress)
-    return merge_pieces(index, [files for _, files in tasks], counter.fingerprint)
+    with owned_index(index):
+        left = [task for task in tasks if not task[1].is_complete()]
+        work = partial(_index_one, folder=index.parent, counter=counter, decode=decode)
+        run_tasks(work, left, len(tasks), jobs, on_progress)
+        return merge_pieces(index, [files for _, files in tasks], counter.fingerprint)
 
 
 def _index_one(

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.data.shards.index_report import report_index
 from navil_megatron.data.shards.shard_index import ShardEntries, SourceIndex, save_index
 from navil_megatron.files.atomic_file import new_file
+from navil_megatron.files.lock import LOCK, owned
 from navil_megatron.files.worker_pool import Meter, OnProgress, Work, run_shares
 
 
@@ -53,6 +55,11 @@ class PieceFiles:
 def pieces_folder(index: Path) -> Path:
     """Where the pieces of an index are kept until it is complete."""
     return Path(f"{index}.parts")
+
+
+def owned_index(index: Path) -> AbstractContextManager[None]:
+    """Whoever makes an index owns its shards and its pieces; UserError where another process does."""
+    return owned(Path(f"{index}{LOCK}"), str(index))
 
 
 def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: str) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
+from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
+from fsspec.spec import AbstractFileSystem
 from fsspec.utils import get_protocol
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import NetworkError, UserError
+from navil_megatron.data.shards.remote_file import USUAL, RemoteFile, RemoteStream, ask
 
 
 def is_url(shard: str) -> bool:
@@ -48,13 +51,33 @@ def _find(pattern: str) -> list[str]:
             raise UserError(f"shards {pattern!r} cannot be opened: {about['err']}")
     try:
         files, path = url_to_fs(pattern)
-        found = [path] if files.isfile(path) else sorted(files.glob(path))
+        found = [path] if _is_file(pattern, files, path) else _list(pattern, files, path)
     except (OSError, ValueError) as error:  # an unknown protocol is a ValueError
         raise UserError(f"shards {pattern!r} cannot be listed ({error}): check the URL") from None
     if isinstance(files, LocalFileSystem):
         return found
     _, chain, outer = pattern.partition("::")
     return [f"{files.unstrip_protocol(path)}{chain}{outer}" for path in found]
+
+
+def _is_file(pattern: str, files: AbstractFileSystem, path: str) -> bool:
+    try:
+        return bool(ask(pattern, USUAL, files, "info", path)["type"] == "file")
+    except FileNotFoundError:
+        return False
+
+
+def _list(pattern: str, files: AbstractFileSystem, path: str) -> list[str]:
+    """What a glob pattern matches; fsspec would leave out, without a word, a folder that cannot be listed."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    # Not with "**", which some list in one request that takes no such option and raises by itself.
+    is_walked = isinstance(files, AsyncFileSystem) and ("*" in path or "[" in path) and "**" not in path
+    options = {"on_error": fail} if is_walked else {}
+    return sorted(ask(pattern, USUAL, files, "glob", path, **options))
 
 
 def stored_path(shard: str, folder: Path) -> str:
@@ -75,9 +98,13 @@ def reaching(
     unreadable: str = "check the path and its rights",
     errors: type[Exception] = OSError,
 ) -> Iterator[None]:
-    """Around access to a shard: a UserError where it fails; ``missing`` and ``unreadable`` say what to do."""
+    """Around access to a shard: a UserError where it fails, a NetworkError where the network does; ``missing`` and
+    ``unreadable`` say what to do.
+    """
     try:
         yield
+    except NetworkError:
+        raise
     except FileNotFoundError:
         raise UserError(f"shard {shard} is missing: {missing}") from None
     except errors as error:
@@ -91,8 +118,7 @@ def version_of(shard: str) -> str:
         if not is_url(shard):
             status = os.stat(shard)
             return f"{status.st_size} {status.st_mtime_ns}"
-        files, path = url_to_fs(shard)
-        about = files.info(path)
+        about = RemoteFile(shard).info
     tags = ("ETag", "etag", "Content-MD5", "mtime", "LastModified", "Last-Modified", "created")
     return " ".join(str(about.get(name, "")) for name in ("size", *tags))
 
@@ -105,7 +131,5 @@ def open_file(shard: str) -> Iterator[IO[bytes]]:
             with open(shard, "rb") as file:
                 yield file
             return
-        files, path = url_to_fs(shard)
-        # Headers are read one ahead of the files before them: blocks are kept, or they would be fetched twice.
-        with files.open(path, "rb", cache_type="blockcache", cache_options={"maxblocks": 4}) as file:
+        with RemoteStream(RemoteFile(shard)) as file:
             yield file

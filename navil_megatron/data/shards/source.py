@@ -13,11 +13,11 @@ from pathlib import Path
 from threading import Lock
 from typing import NoReturn
 
-from fsspec.core import url_to_fs
-
+from navil_megatron.config.data import RemoteConfig
 from navil_megatron.config.errors import DamagedError, UserError
 from navil_megatron.data.content import RejectedSample, parse_content
 from navil_megatron.data.shards.index_build import framed, sample_key
+from navil_megatron.data.shards.remote_file import USUAL, RemoteFile
 from navil_megatron.data.shards.shard_files import is_url, reaching, resolve_path
 from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
 from navil_megatron.data.types import Content, RawSample
@@ -40,9 +40,9 @@ class DamagedSampleError(DamagedError):
 class Source:
     """The samples of one index. Several threads may read."""
 
-    def __init__(self, index: str | Path) -> None:
-        """Opens the index, not the shards; errors as of ``SourceIndex``."""
-        self.index = SourceIndex(index)
+    def __init__(self, index: str | Path, remote: RemoteConfig = USUAL) -> None:
+        """Opens the index, not the shards; errors as of ``SourceIndex``. ``remote``: of shards behind a URL."""
+        self.index, self._remote = SourceIndex(index), remote
         self._files: dict[int, _ShardFile] = {}  # the one used last comes last
         self._lock = Lock()
 
@@ -53,7 +53,7 @@ class Source:
         """UserError where a shard is not there with the size that was indexed; ``urls``: remote ones are asked too."""
         for number, shard in enumerate(self.index.shards):
             if urls or not is_url(shard.path):
-                self._check_size(number, _open_shard(self._path(number)).num_bytes)
+                self._check_size(number, _open_shard(self._path(number), self._remote).num_bytes)
 
     def shard_of(self, index: int) -> str:
         """Path or URL of the shard that holds a sample."""
@@ -173,7 +173,7 @@ class Source:
             if (known := self._files.pop(number, None)) is not None:
                 self._files[number] = known
                 return known
-        file = _open_shard(self._path(number))
+        file = _open_shard(self._path(number), self._remote)
         self._check_size(number, file.num_bytes)
         with self._lock:
             self._files[number] = file
@@ -211,23 +211,12 @@ class _LocalFile:
             self._file.close()
 
 
-class _RemoteFile:
-    """Asks for ranges; nothing stays open."""
-
-    def __init__(self, path: str) -> None:
-        self._files, self._path = url_to_fs(path)
-        self.num_bytes = int(self._files.info(self._path)["size"])
-
-    def read(self, start: int, end: int) -> bytes:
-        return bytes(self._files.cat_file(self._path, start=start, end=end))
+type _ShardFile = _LocalFile | RemoteFile
 
 
-type _ShardFile = _LocalFile | _RemoteFile
-
-
-def _open_shard(path: str) -> _ShardFile:
+def _open_shard(path: str, remote: RemoteConfig) -> _ShardFile:
     with _reaching(path):
-        return _RemoteFile(path) if is_url(path) else _LocalFile(path)
+        return RemoteFile(path, remote) if is_url(path) else _LocalFile(path)
 
 
 def _neighbours(spans: Sequence[Span]) -> list[list[Span]]:

@@ -11,7 +11,7 @@ from navil_megatron.blueprint.parameters import checkpoint_shapes
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.archive import find_numbers
-from navil_megatron.files.checkpoint_folder import FORMAT_FILE, find_checkpoint
+from navil_megatron.files.checkpoint_folder import FORMAT_FILE, find_checkpoint, still_there
 from navil_megatron.files.checkpoint_metadata import Chunk, read_metadata
 from navil_megatron.files.checksums import read_checksums, require_digest
 from navil_megatron.hf.checkpoint.archive import read_rows
@@ -44,7 +44,7 @@ class CheckpointReader:
         """One tensor, or one layer of a stacked one, put together from the chunks that hold it.
 
         Raises:
-            UserError: A file is damaged.
+            UserError: A file is damaged, or the checkpoint was deleted.
         """
         stored = self.tensors[slot.key]
         offset, size = (0, stored.shape[0] if stored.shape else 1) if slot.layer is None else (slot.layer, 1)
@@ -58,7 +58,8 @@ class CheckpointReader:
                 place = self.folder / chunk.place.file
                 box = [slice(first - offset, last - offset)]
                 box += [slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)]
-                self._read_rows(slot, chunk, slice(first - start, last - start), window[tuple(box)])
+                with still_there(self.folder):
+                    self._read_rows(slot, chunk, slice(first - start, last - start), window[tuple(box)])
         tensor = window.view(slot.shape)
         if self.checksums is not None:
             hashed = {slot.name: window}
@@ -89,9 +90,10 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, CheckpointReader]:
     """The model of a checkpoint, or of the newest one in a run's folder, and a reader that holds all of its tensors.
 
     Raises:
-        UserError: There is none, or it is incomplete or damaged.
+        UserError: There is none, or it is incomplete or damaged, or was deleted meanwhile.
     """
     folder = find_checkpoint(path)
-    model, reader = read_model_config(folder), CheckpointReader(folder)
+    with still_there(folder):
+        model, reader = read_model_config(folder), CheckpointReader(folder)
     require_tensors(reader.signatures(), checkpoint_shapes(model), f"checkpoint {folder}")
     return model, reader

@@ -74,7 +74,11 @@ class CheckpointWriter:
 def save_chunk(stream: BinaryIO, key: str, shape: Shape, offsets: Shape, chunk: torch.Tensor) -> Written:
     """Appends a chunk of a tensor of that shape to a file."""
     start = stream.tell()
-    torch.save(_alone(chunk), stream)
+    try:
+        torch.save(_alone(chunk), stream)
+    except RuntimeError as error:
+        # Where the disk is full in the middle of a record, torch stumbles over its own end of the archive.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     place = Place(Path(stream.name).name, start, stream.tell() - start)
     return Written(key, shape, chunk.dtype, Chunk(offsets, tuple(chunk.shape), place))
 
