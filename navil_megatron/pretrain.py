@@ -12,7 +12,7 @@ from navil_megatron.config.validate import validate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend.
+    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend; 5: bad numbers.
 
     A run whose ranks wait for one another too long ends with 3, from its watchdog. Ranks that stop because only others
     were asked to (one node of several is drained) end with 4: for them the run is not over.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             state = train(config, session)
     except UserError as error:
         sys.stderr.write(describe(error) + "\n")
-        return EXIT_CODE
+        return error.exit_code
     except OSError as error:
         # A disk that takes no more, noticed anywhere; the run goes on from its newest checkpoint.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -24,6 +24,7 @@ from navil_megatron.checkpoint.compatibility import (
     require_same_model,
     require_same_optimizer,
 )
+from navil_megatron.checkpoint.finite import require_finite
 from navil_megatron.checkpoint.sharded import (
     load_model,
     load_optimizer,
@@ -32,7 +33,7 @@ from navil_megatron.checkpoint.sharded import (
     saved_bytes,
     stored_shapes,
 )
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import BadNumbers, UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.atomic_file import PARTIAL, partial_of
 from navil_megatron.files.atomic_folder import commit_folder
@@ -66,18 +67,26 @@ class CheckpointManager:
         self.shapes = checkpoint_shapes(config.model)  # key and whole shape of every weight of a checkpoint
 
     def save(
-        self, step: int, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, training_state: dict[str, Any]
+        self,
+        step: int,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: ChainedOptimizer,
+        training_state: dict[str, Any],
+        *,
+        keep_older: bool = False,
     ) -> Path:
-        """Writes the checkpoint of a step and deletes those beyond ``keep_last``.
+        """Writes the checkpoint of a step and deletes those beyond ``keep_last``, unless all older ones are to be kept.
 
         A step that is already saved stays as it is.
 
         Raises:
             UserError: It cannot be written, for one because the disk is full; older ones stay as they are.
+            BadNumbers: It is not finite.
         """
         final = step_folder(self.directory, step)
         if self._agree(final.is_dir):
             return final
+        self.session.together(lambda: self._require_finite(final, chunks, optimizer))
         partial = partial_of(final)
         self._written(final, lambda: self._begin(partial), OSError)
         # Core raises this on every rank when one cannot write its files. What else it raises, it raises on that rank
@@ -85,7 +94,7 @@ class CheckpointManager:
         self._written(
             final, lambda: save_sharded(partial, self.session, chunks, optimizer, training_state), CheckpointException
         )
-        self._written(final, lambda: self._finish(partial, final), OSError)
+        self._written(final, lambda: self._finish(partial, final, keep_older), OSError)
         return final
 
     def require_space(self) -> None:
@@ -195,6 +204,13 @@ class CheckpointManager:
                 shutil.rmtree(partial_of(final), ignore_errors=True)
             raise
 
+    def _require_finite(self, final: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> None:
+        try:
+            require_finite(chunks, optimizer, self.session.rank)
+        except BadNumbers as error:
+            newest = self._newest() or "none"
+            raise BadNumbers(f"{final.name} is not saved: {error}; the newest checkpoint is {newest}") from None
+
     def _begin(self, partial: Path) -> None:
         if self.session.is_main:
             for path in self.directory.glob(f"{STEP_PREFIX}*{PARTIAL}"):
@@ -202,11 +218,12 @@ class CheckpointManager:
                 shutil.rmtree(path)
             partial.mkdir(parents=True)
 
-    def _finish(self, partial: Path, final: Path) -> None:
+    def _finish(self, partial: Path, final: Path, keep_older: bool) -> None:
         if self.session.is_main:
             write_config(partial, asdict(self.config))
             commit_folder(partial, final)
-            for path in complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]:
+            older = [] if keep_older else complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]
+            for path in older:
                 # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
                 shutil.rmtree(path.rename(partial_of(path)))
             logger.info("saved %s", final)

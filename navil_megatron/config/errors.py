@@ -16,8 +16,21 @@ OTHERS_STOPPED_EXIT_CODE = 4
 """Exit status of a rank that saved and left because only other ranks were asked to: for it the run is not over."""
 
 
+NUMBERS_EXIT_CODE = 5
+"""Exit status of a run that stopped because its numbers went bad: ``BadNumbers``."""
+
+
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""
+
+    exit_code = EXIT_CODE
+    """Of a command that ends with it."""
+
+
+class BadNumbers(UserError):
+    """A run's own numbers are not to be trusted: not finite, far too large, or not the same where they must be."""
+
+    exit_code = NUMBERS_EXIT_CODE
 
 
 class ConfigError(UserError, ValueError):

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from navil_megatron.config.errors import EXIT_CODE, UserError
+from navil_megatron.config.errors import UserError
 from navil_megatron.config.parallel import ParallelConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.runtime.logs import configure_logging
@@ -178,7 +178,7 @@ class Session:
         torch.distributed.all_gather_object(problems, problem)
         first = next((found for found in problems if found is not None), None)
         if first is not None:
-            raise first if self.is_main else SystemExit(EXIT_CODE)
+            raise first if self.is_main else SystemExit(first.exit_code)
         return made  # type: ignore[return-value]
 
     def any_in_replica(self, flags: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
 from navil_megatron.training.metrics import MetricsLog, StepMeter
+from navil_megatron.training.number_watch import NumberWatch
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 def train(config: NaViLConfig, session: Session) -> TrainingState:
     """Train from the newest checkpoint, or from the start, to ``training.train_steps`` or until asked to stop.
 
-    A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end.
+    A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end. Bad numbers end it without a
+    save (``BadNumbers``).
     """
     session.together(lambda: choose_kernels(config))
     session.together(lambda: check_wandb(config.logging) if session.is_main else None)
@@ -51,6 +53,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
         session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))
     state = session.together(lambda: _restore(manager, loader, model, optimizer))
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
+    numbers = NumberWatch(config, session, chunks, state)
     steps = session.watchdog.position.steps(loader, state.step)
     total = config.training.train_steps
 
@@ -61,7 +64,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             log.write_failures(state.step + 1, microbatches)
             loader.count_failed(num_failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
-            result = train_step(config, session, chunks, optimizer, microbatches, lr)
+            result = train_step(config, session, chunks, optimizer, microbatches, lr, numbers.judge)
             state.step += 1
             meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
             stopping, saving = False, is_due(state.step, config.checkpoint.save_every_steps, total)
@@ -75,6 +78,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
+            numbers.settle(result, microbatches)
             if held_out and is_due(state.step, config.evaluation.every_steps, total):
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
@@ -82,7 +86,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             if stopping or saving:
                 state.loader = loader.state()
                 gather_parameters(chunks)
-                manager.save(state.step, model, optimizer, state.to_dict())
+                manager.save(state.step, model, optimizer, state.to_dict(), keep_older=bool(result.refused))
                 meter.restart()
             if stopping:
                 logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)
