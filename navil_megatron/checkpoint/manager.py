@@ -42,6 +42,7 @@ from navil_megatron.files.checkpoint_folder import (
     complete_checkpoints,
     find_checkpoint,
     step_folder,
+    step_of,
     write_config,
 )
 from navil_megatron.files.disk_space import free_bytes, require_space
@@ -106,9 +107,9 @@ class CheckpointManager:
         if self.session.is_main:
             require_space(self.directory, saved_bytes(self.config))
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, the same one on every rank."""
-        return self._agree(self._newest)
+    def latest(self, before: int | None = None) -> Path | None:
+        """The newest complete checkpoint, or the newest of a step before this one; the same one on every rank."""
+        return self._agree(lambda: self._newest(before))
 
     def restore_latest(self, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any] | None:
         """Restores the newest complete checkpoint and gives its training state; ``None`` where there is none.
@@ -117,8 +118,14 @@ class CheckpointManager:
             UserError: The checkpoint belongs to another model or optimizer, or is damaged.
         """
         folder = self.latest()
-        if folder is None:
-            return None
+        return None if folder is None else self.restore(folder, chunks, optimizer)
+
+    def restore(self, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any]:
+        """Restores a complete checkpoint and gives its training state.
+
+        Raises:
+            UserError: The checkpoint belongs to another model or optimizer, or is damaged.
+        """
         require_same_model(folder, self.config)
         require_same_optimizer(folder, self.config)
         self._require_keys(folder)
@@ -228,8 +235,9 @@ class CheckpointManager:
                 shutil.rmtree(path.rename(partial_of(path)))
             logger.info("saved %s", final)
 
-    def _newest(self) -> Path | None:
-        return next(reversed(complete_checkpoints(self.directory)), None)
+    def _newest(self, before: int | None = None) -> Path | None:
+        complete = complete_checkpoints(self.directory)
+        return next((path for path in reversed(complete) if before is None or (step_of(path) or 0) < before), None)
 
 
 def _cause(error: BaseException) -> str:

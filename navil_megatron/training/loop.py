@@ -2,9 +2,6 @@
 
 import logging
 from itertools import product
-from pathlib import Path
-
-from megatron.core.optimizer import ChainedOptimizer
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
@@ -12,8 +9,6 @@ from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.source_names import source_names
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.kernels.provider import choose_kernels
-from navil_megatron.models.build import build_model
-from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import place_of
 from navil_megatron.training.evaluate import evaluate
@@ -21,9 +16,9 @@ from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
 from navil_megatron.training.metrics import MetricsLog, StepMeter
 from navil_megatron.training.number_watch import NumberWatch
-from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
+from navil_megatron.training.start import start_run
 from navil_megatron.training.state import TrainingState, is_due
 from navil_megatron.training.step import train_step
 from navil_megatron.training.wandb_run import check_wandb
@@ -40,18 +35,10 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     session.together(lambda: choose_kernels(config))
     session.together(lambda: check_wandb(config.logging) if session.is_main else None)
     loader, held_out = session.together(lambda: _open_data(config, session))
-    model = build_model(config, session.groups, session.device)
     manager = CheckpointManager(config, session)
-    start = config.checkpoint.initial_weights if manager.latest() is None else None
-    if start is not None:
-        session.together(lambda: manager.load_weights(Path(start), model))
-    chunks = wrap_ddp(config, session, model)
-    session.watchdog.position.follow(chunks)
     session.together(manager.require_space)
-    optimizer = build_optimizer(config, chunks, session)
-    if start is not None and config.checkpoint.initial_optimizer == "kept":
-        session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))
-    state = session.together(lambda: _restore(manager, loader, model, optimizer))
+    run = start_run(config, session, manager, loader)
+    model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
     numbers = NumberWatch(config, session, chunks, state)
     steps = session.watchdog.position.steps(loader, state.step)
@@ -93,17 +80,6 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 break
     loader.close()
     log.close()
-    return state
-
-
-def _restore(
-    manager: CheckpointManager, loader: TrainLoader, model: list[NaViLModel], optimizer: ChainedOptimizer
-) -> TrainingState:
-    stored = manager.restore_latest(model, optimizer)
-    if stored is None:
-        return TrainingState()
-    state = TrainingState.from_dict(stored)
-    loader.restore(state.loader)
     return state
 
 

@@ -52,6 +52,15 @@ class NumberWatch:
         Raises:
             BadNumbers: The run is to stop after this.
         """
+        self.remember(result)
+        if result.refused:
+            too_many = self._too_many()
+            self._write(result, microbatches, "stopped" if too_many else "skipped")
+            if too_many:
+                self._session.together(lambda: self._stop(f"step {self._state.step}: {result.refused}; {too_many}"))
+
+    def remember(self, result: StepResult) -> None:
+        """What later steps are judged by, after ``state.step`` counts this one."""
         state, step = self._state, self._state.step
         state.refused_steps = [refused for refused in state.refused_steps if refused > step - _STEPS_KEPT]
         if not result.refused:
@@ -60,10 +69,6 @@ class NumberWatch:
         state.refused_steps.append(step)
         for chunk in self._chunks:
             forget_bad_amax(chunk)
-        too_many = self._too_many()
-        self._write(result, microbatches, "stopped" if too_many else "skipped")
-        if too_many:
-            self._session.together(lambda: self._stop(f"step {step}: {result.refused}; {too_many}"))
 
     def _stop(self, why: str) -> NoReturn:
         file = Path(self._config.logging.directory) / FILE

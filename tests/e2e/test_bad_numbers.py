@@ -1,17 +1,23 @@
 """Runs that meet a bad number: they go on or end as asked, and what they leave behind is finite."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from navil_megatron.cli import main
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import plan_run
 from navil_megatron.data.shards.source import Source
+from navil_megatron.replay import config_of_run
+from navil_megatron.replay import main as replay_main
+from navil_megatron.training.replay import replay
 from tests.e2e.poison import poison
 from tests.e2e.runs import World, make_run, pretrain_in_rank, records, saved_steps, train_in_rank, write_toml
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, start_session
 from tests.whole_checkpoint import read_whole_checkpoint
 
 STEPS = 8
@@ -86,6 +92,43 @@ def test_a_poisoned_sample_is_passed_over_and_named(world: World, tmp_path: Path
         # Whoever computes the loss of a row that holds it: a replica, or the last stage's tensor-parallel ranks.
         rows = sum(guilty in row for row in rows_by_step[line["step"] - 1])
         assert len(line["loss_not_finite_on_ranks"]) == (min(rows, 2) if layout == "data" else 2)
+
+    # The same step again, with the poison and without.
+    again = run_ranks(world_size, replayed, config, guilty, 4)
+    bad_again, sample, place = again[0]
+    assert bad_again.startswith("step 4 is bad again: loss and gradient norm not finite")
+    assert sample == f"sample: {guilty} of {world.train_index}"
+    assert place.startswith("first number that is none: in what leaves vision_encoder.")
+    assert int(place.rpartition("on rank ")[2]) in (told[0]["ranks"] if layout == "data" else (0, 1))
+    sound, fault = run_ranks(world_size, replayed, config, None, 4)[0]
+    assert sound.startswith("step 4 is sound: loss ")
+    ranks = ", ".join(map(str, told[0]["loss_not_finite_on_ranks"]))
+    assert "which did not happen again: a fault of the machine of rank" in fault and fault.endswith(f" {ranks}")
+
+
+def replayed(rank: int, world_size: int, config: NaViLConfig, number: int | None, step: int) -> list[str]:
+    poison(number)
+    with start_session(rank, world_size, config) as session:
+        return replay(config, session, step)
+
+
+def test_replay_takes_the_config_from_the_checkpoints(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_run(world, tmp_path, training={"train_steps": 2})
+    run_ranks(1, train_in_rank, config)
+    assert config_of_run(Path(config.checkpoint.directory)) == config
+    loss = records(config, "train")[1]["loss"]
+    ((code, said),) = run_ranks(1, replay_in_rank, config.checkpoint.directory, "2")
+    assert code == 0 and said.startswith(f"step 2 is sound: loss {loss:.6g}, ")
+    assert main(["replay", str(tmp_path), "2"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def replay_in_rank(_rank: int, _world_size: int, *words: str) -> tuple[int, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = replay_main(words)
+    return code, said.getvalue()
 
 
 def pretrain_poisoned(rank: int, world_size: int, config: Path, number: int | None, *overrides: str) -> tuple[int, str]:
