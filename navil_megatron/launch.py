@@ -36,7 +36,7 @@ def run_ranks(module: str, arguments: Sequence[str], num_ranks: int, grace_secon
 
     Returns:
         0 if every rank succeeded; 2 if one stopped on a user's mistake; otherwise the status of the first that failed
-        (3: the run hung), with 128 added to the number of a signal, as a shell reports it.
+        (3: the run hung, 5: its numbers went bad), with 128 added to the number of a signal, as a shell reports it.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:  # a port that nothing listens on
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listener.getsockname()[1]}

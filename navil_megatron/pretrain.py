@@ -13,8 +13,8 @@ from navil_megatron.launch import end_with_launcher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend; 1: the
-    network gave up, or anything else.
+    """Train as the config says. 0: finished or stopped on request; 2: something the user can mend; 5: bad numbers;
+    1: the network gave up, or anything else.
 
     A run whose ranks wait for one another too long ends with 3, from its watchdog. Ranks that stop because only others
     were asked to (one node of several is drained) end with 4: for them the run is not over.

@@ -26,6 +26,7 @@ from navil_megatron.checkpoint.compatibility import (
     require_same_model,
     require_same_optimizer,
 )
+from navil_megatron.checkpoint.finite import require_finite
 from navil_megatron.checkpoint.sharded import (
     load_model,
     load_optimizer,
@@ -34,7 +35,7 @@ from navil_megatron.checkpoint.sharded import (
     save_sharded,
     saved_bytes,
 )
-from navil_megatron.config.errors import DamagedError, UserError
+from navil_megatron.config.errors import BadNumbers, DamagedError, UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.atomic_file import PARTIAL, partial_of
 from navil_megatron.files.atomic_folder import commit_folder
@@ -44,6 +45,7 @@ from navil_megatron.files.checkpoint_folder import (
     complete_checkpoints,
     find_checkpoint,
     step_folder,
+    step_of,
     write_config,
 )
 from navil_megatron.files.checkpoint_metadata import Contents
@@ -72,18 +74,26 @@ class CheckpointManager:
         self.shapes = checkpoint_shapes(config.model)  # key and whole shape of every weight of a checkpoint
 
     def save(
-        self, step: int, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, training_state: dict[str, Any]
+        self,
+        step: int,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: ChainedOptimizer,
+        training_state: dict[str, Any],
+        *,
+        keep_older: bool = False,
     ) -> Path:
-        """Writes the checkpoint of a step and deletes those beyond ``keep_last``.
+        """Writes the checkpoint of a step and deletes those beyond ``keep_last``, unless all older ones are to be kept.
 
         A step that is already saved stays as it is.
 
         Raises:
             UserError: It cannot be written, for one because the disk is full; older ones stay as they are.
+            BadNumbers: It is not finite.
         """
         final = step_folder(self.directory, step)
         if self._agree(final.is_dir):
             return final
+        self.session.together(lambda: self._require_finite(final, chunks, optimizer))
         partial = partial_of(final)
         self._written(final, lambda: self._begin(partial), OSError)
         # Core raises this on every rank when one cannot write its files. What else it raises, it raises on that rank
@@ -91,7 +101,7 @@ class CheckpointManager:
         self._written(
             final, lambda: save_sharded(partial, self.session, chunks, optimizer, training_state), CheckpointException
         )
-        self._written(final, lambda: self._finish(partial, final), OSError)
+        self._written(final, lambda: self._finish(partial, final, keep_older), OSError)
         return final
 
     def require_space(self) -> None:
@@ -103,9 +113,9 @@ class CheckpointManager:
         if self.session.is_main:
             require_space(self.directory, saved_bytes(self.config))
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, the same one on every rank."""
-        return self._agree(self._newest)
+    def latest(self, before: int | None = None) -> Path | None:
+        """The newest complete checkpoint, or the newest of a step before this one; the same one on every rank."""
+        return self._agree(lambda: self._newest(before))
 
     def restore_latest(self, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any] | None:
         """Restores the newest complete checkpoint and gives its training state; ``None`` where there is none.
@@ -118,7 +128,7 @@ class CheckpointManager:
         damaged = None
         while (folder := self.latest()) is not None:
             try:
-                return self._restore(folder, chunks, optimizer)
+                return self.restore(folder, chunks, optimizer)
             except DamagedError as error:
                 if not self.config.checkpoint.fall_back:
                     raise DamagedError(
@@ -132,7 +142,13 @@ class CheckpointManager:
             )
         return None
 
-    def _restore(self, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any]:
+    def restore(self, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> dict[str, Any]:
+        """Restores a complete checkpoint and gives its training state.
+
+        Raises:
+            DamagedError: It is damaged.
+            UserError: It belongs to another model or optimizer.
+        """
         self._agree(lambda: require_same_model(folder, self.config))
         self._agree(lambda: require_same_optimizer(folder, self.config))
         contents = self._contents(folder)
@@ -227,6 +243,13 @@ class CheckpointManager:
                 shutil.rmtree(partial_of(final), ignore_errors=True)
             raise
 
+    def _require_finite(self, final: Path, chunks: Sequence[torch.nn.Module], optimizer: ChainedOptimizer) -> None:
+        try:
+            require_finite(chunks, optimizer, self.session.rank)
+        except BadNumbers as error:
+            newest = self._newest() or "none"
+            raise BadNumbers(f"{final.name} is not saved: {error}; the newest checkpoint is {newest}") from None
+
     def _begin(self, partial: Path) -> None:
         if self.session.is_main:
             for path in self.directory.glob(f"{STEP_PREFIX}*{PARTIAL}"):
@@ -234,17 +257,19 @@ class CheckpointManager:
                 shutil.rmtree(path)
             partial.mkdir(parents=True)
 
-    def _finish(self, partial: Path, final: Path) -> None:
+    def _finish(self, partial: Path, final: Path, keep_older: bool) -> None:
         if self.session.is_main:
             write_config(partial, asdict(self.config))
             commit_folder(partial, final)
-            for path in complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]:
+            older = [] if keep_older else complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]
+            for path in older:
                 # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
                 shutil.rmtree(path.rename(partial_of(path)))
             logger.info("saved %s", final)
 
-    def _newest(self) -> Path | None:
-        return next(reversed(complete_checkpoints(self.directory)), None)
+    def _newest(self, before: int | None = None) -> Path | None:
+        complete = complete_checkpoints(self.directory)
+        return next((path for path in reversed(complete) if before is None or (step_of(path) or 0) < before), None)
 
 
 def _set_aside(folder: Path, error: DamagedError) -> Path:

@@ -16,6 +16,10 @@ OTHERS_STOPPED_EXIT_CODE = 4
 """Exit status of a rank that saved and left because only other ranks were asked to: for it the run is not over."""
 
 
+NUMBERS_EXIT_CODE = 5
+"""Exit status of a run that stopped because its numbers went bad: ``BadNumbers``."""
+
+
 class UserError(Exception):
     """Something the user asked for cannot be done; the message is all they need to see."""
 
@@ -31,6 +35,12 @@ class NetworkError(UserError):
 
 class DamagedError(UserError):
     """What lies on the disk is not what was written there."""
+
+
+class BadNumbers(UserError):
+    """A run's own numbers are not to be trusted: not finite, far too large, or not the same where they must be."""
+
+    exit_code = NUMBERS_EXIT_CODE
 
 
 class ConfigError(UserError, ValueError):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from navil_megatron.config.numbers import Count, NotNegative, Range
+from navil_megatron.config.numbers import Count, CountFromZero, NotNegative, Range
 from navil_megatron.config.parallel import ParallelConfig
 
 Recomputed = Literal["attention", "mlp", "encoder"]
@@ -44,6 +44,15 @@ class TrainingConfig:
     """Weight of the loss that keeps router logits small (ST-MoE), averaged and read as above; 0: off."""
     log_every_steps: Count = 1
     """Steps between metric records."""
+    on_bad_step: Literal["skip", "stop"] = "skip"
+    """What follows a step whose loss or gradient norm is not finite, or whose norm is over ``grad_norm_limit``. Its
+    update is refused either way. ``skip``: the run goes on with the next samples; ``stop``: it ends, exit code 5."""
+    max_bad_steps_in_a_row: CountFromZero = 5
+    """Bad steps one after the other that ``skip`` takes; one more ends the run."""
+    max_bad_steps_per_1000: CountFromZero = 20
+    """Bad steps among the last 1,000 that ``skip`` takes; one more ends the run."""
+    grad_norm_limit: Annotated[float, Range(1, above=True)] | None = None
+    """Largest gradient norm, as a multiple of the median of the last 100 updates; from the 20th on. ``None``: none."""
 
     def recomputes(self, part: Recomputed) -> bool:
         """Whether the activations of a part are computed again in the backward pass."""

@@ -15,7 +15,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import MicrobatchBuilder
-from navil_megatron.data.plan import DataPlan
+from navil_megatron.data.plan import DataPlan, Row
 from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
@@ -133,10 +133,17 @@ class TrainLoader:
         data = self._config.data
         return Prefetch(self._make_step, step, None, num_threads=data.num_workers, num_ahead=data.prefetch_steps)
 
+    def rows_of_ranks(self, step: int) -> list[list[Row]]:
+        """The rows of a step, counted from 0, by data-parallel rank."""
+        return [self.plan.rank_step(step, rank, self._place.dp_size)[0] for rank in range(self._place.dp_size)]
+
+    def build(self, rows: Sequence[Row]) -> tuple[Microbatch, ...]:
+        """The microbatches of some rows of this rank."""
+        return tuple(map(self._builder.build, batched(rows, self._config.training.micro_batch_size)))
+
     def _make_step(self, step: int) -> StepData:
         rows, imbalance, num_refused = self.plan.rank_step(step, self._place.dp_rank, self._place.dp_size)
-        microbatches = tuple(map(self._builder.build, batched(rows, self._config.training.micro_batch_size)))
-        return StepData(microbatches, imbalance, num_refused)
+        return StepData(self.build(rows), imbalance, num_refused)
 
 
 def load_run_tokenizer(config: NaViLConfig) -> SampleTokenizer:

@@ -13,7 +13,7 @@ from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.worker_pool import Meter, OnProgress
 from navil_megatron.hf.convert import ahead
 from navil_megatron.hf.model_source import ModelSource, open_source
-from navil_megatron.hf.verify import same_bits, size_of, type_name
+from navil_megatron.hf.verify import is_finite, same_bits, size_of, type_name
 
 SHOWN = 10
 """Differences that are listed one by one."""
@@ -22,7 +22,8 @@ SHOWN = 10
 def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Compares two models, each a checkpoint or a folder, tensor by tensor; ``on_progress`` is told the bytes read.
 
-    Gives what was found, ready for JSON; ``equal`` says whether there is any difference.
+    Gives what was found, ready for JSON; ``equal`` says whether there is any difference, ``finite`` whether every
+    number of the shared tensors is one.
 
     Raises:
         UserError: One of them is incomplete or damaged.
@@ -32,8 +33,11 @@ def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = Non
     shared = [key for key in first if key in second]
     meter = Meter(sum(size_of(headers[key])[1] for headers in (first, second) for key in shared), on_progress)
     verdicts: list[dict[str, Any] | torch.dtype | None] = []
+    not_finite: list[str] = []
     for (key, mine), (_, theirs) in zip(_tensors(sources[0], shared), _tensors(sources[1], shared), strict=True):
         verdicts.append(_verdict(key, mine, theirs))
+        if not (is_finite(mine) and is_finite(theirs)):
+            not_finite.append(key)
         meter.add(mine.nbytes + theirs.nbytes)
     casts = [type_name(verdict) for verdict in verdicts if isinstance(verdict, torch.dtype)]
     differences = [verdict for verdict in verdicts if isinstance(verdict, dict)]
@@ -43,6 +47,8 @@ def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = Non
         "first": {"kind": sources[0].kind, "path": str(sources[0].path)},
         "second": {"kind": sources[1].kind, "path": str(sources[1].path)},
         "equal": not (settings or casts or differences or any(missing)),
+        "finite": not not_finite,
+        "not_finite": not_finite,
         "config_differences": settings,
         "num_equal": verdicts.count(None),
         "num_equal_after_cast": len(casts),
@@ -65,13 +71,15 @@ def describe_weights(report: Mapping[str, Any]) -> str:
     if report["num_equal_after_cast"]:
         names = " or ".join(report["equal_after_casting_to"])
         lines.append(f"{report['num_equal_after_cast']} tensors of another type, equal after casting to {names}")
+    lines += [f"{key}: not finite" for key in report["not_finite"][:SHOWN]]
     lines += [f"config: {line}" for line in report["config_differences"]]
     for entry in report["differences"]:
         distance = entry["max_abs_difference"]
         lines.append(f"{entry['key']}: {entry['what']}" + ("" if distance is None else f" by at most {distance:.3g}"))
     for side, keys in only.items():
         lines += [f"{key}: only in the {side}" for key in keys[:SHOWN]]
-    lines.append("equal" if report["equal"] else "not equal")
+    number = len(report["not_finite"])
+    lines.append(("equal" if report["equal"] else "not equal") + (f", {number} tensors not finite" if number else ""))
     return "\n".join(lines)
 
 

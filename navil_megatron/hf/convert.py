@@ -26,9 +26,11 @@ from navil_megatron.hf.jobs import Job, cut, targets, total_bytes
 from navil_megatron.hf.memory import keep_freed_memory, raw_bytes
 from navil_megatron.hf.safetensors_io import TensorFolder
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter
+from navil_megatron.hf.verify import is_finite
 
 _CHECK_BYTES = 256_000_000
 _AHEAD = 2
+_NAMED = 5
 
 type Reader = CheckpointReader | TensorFolder
 type Writer = CheckpointWriter | SafetensorsWriter
@@ -49,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], reader: Reader, writer: Writer, **run: Unpack[
     """Does typed jobs (``with_types``) in a folder that is not yet in its place; gives the names of its files.
 
     Raises:
-        UserError: The source is damaged.
+        UserError: The source is damaged, or its weights are not finite.
         OSError: The disk is full or failing, or what was read back is not what was written.
     """
     verify, num_processes = run.get("verify", True), run.get("num_processes", 1)
@@ -57,8 +59,13 @@ def run_jobs(jobs: Sequence[Job], reader: Reader, writer: Writer, **run: Unpack[
     meter = Meter(2 * total if verify else total, run.get("on_progress"))
     shares = cut({job: total_bytes([job]) for job in jobs}, writer.share_bytes)
     results = run_shares(partial(_write_share, reader=reader, writer=writer), shares, num_processes, meter, _prepare)
-    files = writer.finish(place for _, place in results)
-    write_checksums(writer.folder, {name: value for digests, _ in results for name, value in digests.items()})
+    if bad := [name for _, not_finite, _ in results for name in not_finite]:
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise UserError(
+            f"weights are not finite: {', '.join(bad[:_NAMED])}{more}; nothing was written: take an older checkpoint"
+        )
+    files = writer.finish(place for _, _, place in results)
+    write_checksums(writer.folder, {name: value for digests, _, _ in results for name, value in digests.items()})
     if verify:
         flush_folder(writer.folder)  # so that the disk is read, not the memory of what was written
         written = TensorFolder if isinstance(writer, SafetensorsWriter) else CheckpointReader
@@ -87,9 +94,9 @@ def _prepare() -> None:
 
 def _write_share(
     number: int, jobs: Sequence[Job], tell: Callable[[int], None], *, reader: Reader, writer: Writer
-) -> tuple[dict[str, str], Any]:
-    """Hashes of the tensors of a share, and what the writer says of their places."""
-    digests = {}
+) -> tuple[dict[str, str], list[str], Any]:
+    """Hashes of the tensors of a share, names of those not finite, and what the writer says of their places."""
+    digests, not_finite = {}, []
 
     def tensors() -> Iterator[tuple[Slot, torch.Tensor]]:
         for job, sources in ahead(jobs, lambda job: tuple(map(reader.read, job.sources))):
@@ -97,12 +104,14 @@ def _write_share(
                 tensor = tensor.to(job.dtype).contiguous()
                 if tensor.shape != slot.shape:
                     raise RuntimeError(f"{slot.name} was to be {list(slot.shape)}, but is {list(tensor.shape)}")
+                if not is_finite(tensor):
+                    not_finite.append(slot.name)
                 digests[slot.name] = digest(raw_bytes(tensor))
                 yield slot, tensor
                 tell(tensor.nbytes)
 
     place = writer.write(number, tensors())
-    return digests, place
+    return digests, not_finite, place
 
 
 def _read_back(written: Sequence[tuple[Slot, torch.dtype]], reader: Reader, num_processes: int, meter: Meter) -> None:

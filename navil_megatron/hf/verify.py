@@ -115,6 +115,11 @@ def mixed_types(found: Mapping[str, Signature], model: ModelConfig) -> Iterator[
             yield f"{', '.join(parameter.keys)} have several types ({names}) over the layers; choose one with dtype"
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of it is infinite or none; the least and the largest say so, without a copy of the tensor."""
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal in type, shape and every bit, NaN payloads and signed zeros included."""
     if one.dtype != other.dtype or one.shape != other.shape:

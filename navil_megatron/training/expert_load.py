@@ -25,6 +25,14 @@ class ExpertLoad:
             if columns and isinstance(layer, NaViLTransformerLayer):
                 (router,) = (part for part in layer.modules() if isinstance(part, ModalityRouter))
                 self._routers[layer.layer_number - 1] = router
+        self._buffers = [router.get_buffer(name) for router in self._routers.values() for name in ("load", "sums")]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+
+    def settle(self, counts: bool) -> None:
+        """At the end of a step: keeps what its routers added, or takes it back."""
+        if self._buffers:
+            into, source = (self._kept, self._buffers) if counts else (self._buffers, self._kept)
+            torch._foreach_copy_(into, source)
 
     def take(self, device: torch.device) -> Tensor:
         """[layers, modalities, experts and measured sums] float64: this rank's rows of its own layers since the last
@@ -34,8 +42,8 @@ class ExpertLoad:
         for layer, router in self._routers.items():
             buffers = (router.get_buffer("load"), router.get_buffer("sums"))
             sums[layer] = torch.cat(buffers, dim=1)
-            for buffer in buffers:
-                buffer.zero_()
+        for buffer in (*self._buffers, *self._kept):
+            buffer.zero_()
         return sums
 
 

@@ -39,6 +39,7 @@ class FeatureScale:
         is_wanted = config.logging.feature_scale_every_steps is not None
         num_layers = config.model.language.num_layers if is_wanted else 0
         self._sums = torch.zeros(num_layers + 1, len(MODALITIES), _SUMS, dtype=torch.float64, device=device)
+        self._kept = self._sums.clone()
         # Under sequence parallelism each rank of the group holds its share of the rows.
         is_split = config.parallel.sequence_parallel
         self._share = (groups.tp.rank(), groups.tp.size()) if is_split else (0, 1)
@@ -52,7 +53,14 @@ class FeatureScale:
         """[layers + 1, modalities, sums] float64 of this rank since the last call, the token embeddings first."""
         sums = self._sums.clone()
         self._sums.zero_()
+        self._kept.zero_()
         return sums
+
+    def settle(self, counts: bool) -> None:
+        """At the end of a step: keeps what was measured in it, or takes it back."""
+        if len(self._sums) > 1:
+            into, source = (self._kept, self._sums) if counts else (self._sums, self._kept)
+            into.copy_(source)
 
     def _entering(self, layer: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
         self._add(layer, 0, named["hidden_states"], named["packed_seq_params"])
@@ -78,13 +86,13 @@ class FeatureScale:
         self._sums[place] += torch.stack([part.sum(0) for part in parts])
 
 
-def scales(sums: Tensor) -> dict[str, float | int | str]:
+def scales(sums: Tensor) -> dict[str, float | int]:
     """What a record says: by layer the root mean square, and at the end what the authors' code prints.
 
     Layer 0 is the token embeddings, layer n what leaves the n-th decoder layer. ``spread``: standard deviation over the
     last layer's tokens of their mean absolute value. ``sums`` as ``take`` gives, of all ranks, on the host.
     """
-    record: dict[str, float | int | str] = {}
+    record: dict[str, float | int] = {}
     digits = len(str(len(sums) - 1))
     for modality, of_modality in zip(MODALITIES, sums.unbind(1), strict=True):
         tokens, squares, sizes, squared_sizes = of_modality.unbind(1)

@@ -5,16 +5,14 @@ rank holds of them (its slice, under the distributed optimizer), and no step wit
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from navil_megatron.blueprint.parameters import Parameter, parameter_of
+from navil_megatron.checkpoint.updated_parameters import updated_parameters
 from navil_megatron.config.modality import MODALITIES
 from navil_megatron.config.model import ModelConfig
 
@@ -40,7 +38,7 @@ class GradNorms:
         self._held: list[tuple[MegatronOptimizer, list[list[nn.Parameter]]]] = []
         for piece in optimizer.chained_optimizers:
             of_parts: list[list[nn.Parameter]] = [[] for _ in PARTS]
-            for parameter, updated in _held_by(piece):
+            for parameter, updated in updated_parameters(piece):
                 of_parts[parts[parameter]].append(updated)
             self._held.append((piece, of_parts))
 
@@ -59,26 +57,8 @@ class GradNorms:
         for group, of_group in sums.items():
             torch.distributed.all_reduce(of_group, group=group)
         total = torch.stack(list(sums.values())).sum(0).cpu()
-        # 0 also stands for an update that was refused, whose squares are no numbers.
         norms = grad_norm * (total / total.sum()).sqrt() if grad_norm else torch.zeros_like(total)
         return {f"grad_norm/{part}": float(norm) for part, norm in zip(PARTS, norms, strict=True)}
-
-
-def _held_by(optimizer: MegatronOptimizer) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
-    """Each parameter of the model that this rank updates, and what it updates for it, which has the gradient: the
-    parameter itself, its FP32 copy, or this rank's slice of either.
-    """
-    if optimizer.is_stub_optimizer:
-        return []
-    if isinstance(optimizer, DistributedOptimizer):
-        models = (*optimizer.model_float16_groups, *optimizer.model_fp32_groups)
-        updated = (*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups)
-    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-        models = (*optimizer.float16_groups, *optimizer.fp32_from_fp32_groups)
-        updated = (*optimizer.fp32_from_float16_groups, *optimizer.fp32_from_fp32_groups)
-    else:
-        models = updated = (optimizer.get_parameters(),)
-    return zip(chain(*models), chain(*updated), strict=True)
 
 
 def _sum_of_squares(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

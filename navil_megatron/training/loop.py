@@ -2,9 +2,6 @@
 
 import logging
 from itertools import product
-from pathlib import Path
-
-from megatron.core.optimizer import ChainedOptimizer
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
@@ -12,17 +9,16 @@ from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.source_names import source_names
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.kernels.provider import choose_kernels
-from navil_megatron.models.build import build_model
-from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import place_of
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
 from navil_megatron.training.metrics import MetricsLog, StepMeter
-from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.number_watch import NumberWatch
 from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
+from navil_megatron.training.start import start_run
 from navil_megatron.training.state import TrainingState, is_due
 from navil_megatron.training.step import train_step
 from navil_megatron.training.wandb_run import check_wandb
@@ -33,24 +29,18 @@ logger = logging.getLogger(__name__)
 def train(config: NaViLConfig, session: Session) -> TrainingState:
     """Train from the newest checkpoint, or from the start, to ``training.train_steps`` or until asked to stop.
 
-    A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end.
+    A stop (SIGTERM, SIGINT) saves after the current record and returns; so does the end. Bad numbers end it without a
+    save (``BadNumbers``).
     """
     session.together(lambda: choose_kernels(config))
     session.together(lambda: check_wandb(config.logging) if session.is_main else None)
     loader, held_out = session.together(lambda: _open_data(config, session))
-    model = build_model(config, session.groups, session.device)
     manager = CheckpointManager(config, session)
-    start = config.checkpoint.initial_weights if manager.latest() is None else None
-    if start is not None:
-        session.together(lambda: manager.load_weights(Path(start), model))
-    chunks = wrap_ddp(config, session, model)
-    session.watchdog.position.follow(chunks)
     session.together(manager.require_space)
-    optimizer = build_optimizer(config, chunks, session)
-    if start is not None and config.checkpoint.initial_optimizer == "kept":
-        session.together(lambda: manager.load_optimizer(Path(start), model, optimizer))
-    state = session.together(lambda: _restore(manager, loader, model, optimizer))
+    run = start_run(config, session, manager, loader)
+    model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
+    numbers = NumberWatch(config, session, chunks, state)
     steps = session.watchdog.position.steps(loader, state.step)
     total = config.training.train_steps
 
@@ -61,7 +51,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             log.write_failures(state.step + 1, microbatches)
             loader.count_failed(num_failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
-            result = train_step(config, session, chunks, optimizer, microbatches, lr)
+            result = train_step(config, session, chunks, optimizer, microbatches, lr, numbers.judge)
             state.step += 1
             meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
             stopping, saving = False, is_due(state.step, config.checkpoint.save_every_steps, total)
@@ -75,6 +65,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
+            numbers.settle(result, microbatches)
             if held_out and is_due(state.step, config.evaluation.every_steps, total):
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
@@ -82,24 +73,13 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             if stopping or saving:
                 state.loader = loader.state()
                 gather_parameters(chunks)
-                manager.save(state.step, model, optimizer, state.to_dict())
+                manager.save(state.step, model, optimizer, state.to_dict(), keep_older=bool(result.refused))
                 meter.restart()
             if stopping:
                 logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)
                 break
     loader.close()
     log.close()
-    return state
-
-
-def _restore(
-    manager: CheckpointManager, loader: TrainLoader, model: list[NaViLModel], optimizer: ChainedOptimizer
-) -> TrainingState:
-    stored = manager.restore_latest(model, optimizer)
-    if stored is None:
-        return TrainingState()
-    state = TrainingState.from_dict(stored)
-    loader.restore(state.loader)
     return state
 
 

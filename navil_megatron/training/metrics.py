@@ -5,6 +5,7 @@ docs/watching.md says what each of them is.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +25,14 @@ from navil_megatron.training.encoder_load import EncoderLoad
 from navil_megatron.training.expert_load import ExpertLoad, balance
 from navil_megatron.training.feature_scale import FeatureScale, scales
 from navil_megatron.training.grad_norms import GradNorms
+from navil_megatron.training.number_watch import finite_or_none
 from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import StepResult
 from navil_megatron.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, float | int | str]
+Record = dict[str, float | int]
 
 
 class MetricsLog:
@@ -47,16 +49,20 @@ class MetricsLog:
             if config.logging.wandb_project is not None:
                 self._wandb = WandbRun(config)
 
-    def write(self, kind: str, step: int, record: Mapping[str, float | int | str]) -> None:
-        """Append one record; ``kind`` is ``train``, ``feature_scale`` or ``evaluation``. An empty one is left out."""
+    def write(self, kind: str, step: int, record: Mapping[str, float | int]) -> None:
+        """Append one record; ``kind`` is ``train``, ``feature_scale`` or ``evaluation``. An empty one is left out, and
+        a number that is none is ``null``.
+        """
         if self._file is None or not record:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        values = {name: finite_or_none(value) for name, value in record.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+        known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         if self._tensorboard is not None:
-            for name, value in record.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in known.items():
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in record.items()}})
+            self._wandb.log({"step": step, **known})
 
     def write_failures(self, step: int, microbatches: Iterable[Microbatch]) -> None:
         """Append what this rank could not decode to ``failed_samples.jsonl``; any rank writes, a line at a time."""
@@ -134,7 +140,11 @@ class StepMeter:
         self._counts += torch.tensor(
             [text, visual, rows_tokens, samples, num_failed, shrunk, flops], dtype=torch.float64
         )
-        self._group_weights += group_weights(microbatches, len(self._group_weights))
+        # Only what was learned from is part of a mean.
+        if not result.refused:
+            self._group_weights += group_weights(microbatches, len(self._group_weights))
+        self._expert_load.settle(not result.refused)
+        self.feature_scale.settle(not result.refused)
         self._imbalances.append(data.imbalance)
         self._encoder_load.add(microbatches)
         self._num_refused += data.num_refused
@@ -151,12 +161,13 @@ class StepMeter:
         seconds = time.perf_counter() - self._started - self._paused_seconds
         # Counts are the same on the ranks of one model replica, losses on those of one tensor-parallel group.
         replica_ranks = session.world_size // session.groups.dp.size()
-        losses = torch.stack([result.loss_sum.double() for result in self._results]) / session.groups.tp.size()
-        group_losses = torch.stack([result.group_loss_sums.double() for result in self._results]).sum(0)
-        counts, group_weights, losses, group_losses, loads, sums_of_scale = self._over_ranks(
+        learned = [result for result in self._results if not result.refused]
+        group_losses = torch.zeros_like(self._group_weights, device=session.device)
+        for result in learned:
+            group_losses += result.group_loss_sums
+        counts, group_weights, group_losses, loads, sums_of_scale = self._over_ranks(
             self._counts / replica_ranks,
             self._group_weights / replica_ranks,
-            losses,
             group_losses / session.groups.tp.size(),
             self._expert_load.take(session.device),
             self.feature_scale.take(),
@@ -164,9 +175,11 @@ class StepMeter:
         slowest = torch.tensor([self._wait_seconds, session.platform.peak_memory_bytes()], dtype=torch.float64)
         slowest = slowest.to(session.device)
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        grad_norm = float(self._results[-1].grad_norm or 0.0)
+        grad_norm = self._results[-1].grad_norm
         text, visual, row_tokens, samples, failed, shrunk, flops = counts.tolist()
-        loss = float(losses.sum()) / max(sum(float(result.loss_weight) for result in self._results), 1e-30)
+        weights = [float(result.loss_weight) for result in learned]
+        losses = sum(result.loss * weight for result, weight in zip(learned, weights, strict=True))
+        loss = losses / max(sum(weights), 1e-30) if learned else math.nan
         record: Record = {
             "train_steps": self.config.training.train_steps,
             "loss": loss,
@@ -191,7 +204,7 @@ class StepMeter:
             "encoder_imbalance": self._encoder_load.take(),
             "peak_memory_bytes": round(slowest[1].item()),
             "flops_per_second": flops / seconds,
-            "skipped_steps": sum(result.skipped for result in self._results),
+            "skipped_steps": len(self._results) - len(learned),
             **balance(loads),
         }
         self._reset()

@@ -9,11 +9,15 @@ class TrainingState:
     """Equal on every rank; holds only what ``weights_only`` loading allows: numbers, strings, lists and dicts."""
 
     step: int = 0
-    """Optimizer updates done."""
+    """Steps done; of some the update was refused."""
     consumed_samples: int = 0
     """Samples trained on, over all ranks."""
     consumed_tokens: int = 0
     """Tokens trained on, padding not counted, over all ranks."""
+    refused_steps: list[int] = field(default_factory=list)
+    """Those of the last 1,000 steps whose update was refused."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last updates, for their median."""
     loader: dict[str, Any] = field(default_factory=dict)
     """Where the data loader goes on."""
 
@@ -23,8 +27,8 @@ class TrainingState:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
-        """From what ``to_dict`` gave."""
-        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        """From what ``to_dict`` gave, be it of a version that knew less."""
+        return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:

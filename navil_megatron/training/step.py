@@ -1,9 +1,13 @@
-"""One optimizer update: megatron-core's schedule, the gradient sums, the update, and what it cost.
+"""One step: megatron-core's schedule, the gradient sums, a look at the numbers, the update, and what it cost.
 
 The loss is a weighted sum over the global batch divided by its weight, at every layout. The weight is known on the host
 of every rank before the step, since every rank holds the microbatches' labels.
+
+Before the update the host reads one small tensor, the same on every rank: loss and gradient norm. So all ranks make an
+update or none does, and a bad number never reaches a weight. It is the only time in a step that the host waits.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,25 +30,43 @@ from navil_megatron.models.inputs import ModelInputs
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import upload_ahead
 from navil_megatron.training.optimizer import set_learning_rate
+from navil_megatron.training.update import gradient_norm, update
 
 type Chunks = list[DistributedDataParallel]
 type LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+type Judge = Callable[[float, float], str]
+"""Loss and gradient norm -> why the update is refused, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step measured, still on the device; read it only when it is logged."""
+    """What one step measured. Tensors are still on the device; read them only when they are logged."""
 
-    loss_sum: Tensor
-    """Weighted sum of cross entropies over this rank's microbatches; 0 except on the last stage."""
+    microbatch_loss_sums: Tensor
+    """Weighted sums of cross entropies of this rank's microbatches, [microbatches]; 0 except on the last stage."""
     group_loss_sums: Tensor
-    """The same apart for each group of ``data.loss_groups``, [groups]."""
+    """Their sum apart for each group of ``data.loss_groups``, [groups]."""
     loss_weight: Tensor
     """Weight of the global batch."""
-    grad_norm: Tensor | None = None
-    """Global gradient norm before clipping, [1]; None in evaluation."""
-    skipped: bool = False
-    """The optimizer refused the update (a gradient was not finite)."""
+    loss: float = math.nan
+    """Of the global batch; like what follows, only of a training step."""
+    grad_norm: float = math.nan
+    """Global gradient norm before clipping."""
+    bad_ranks: tuple[int, ...] = ()
+    """Ranks whose own part of the loss is not finite."""
+    refused: str = ""
+    """Why no update was made."""
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """Of this rank's microbatches together."""
+        return self.microbatch_loss_sums.sum()
+
+
+def not_finite(loss: float, grad_norm: float) -> str:
+    """What every update is refused for."""
+    bad = [name for name, number in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(number)]
+    return f"{' and '.join(bad)} not finite" if bad else ""
 
 
 def train_step(
@@ -54,8 +76,12 @@ def train_step(
     optimizer: ChainedOptimizer,
     microbatches: Sequence[Microbatch],
     lr: float,
+    judge: Judge = not_finite,
 ) -> StepResult:
-    """Forward, backward, reduce, clip, update: one step with this rank's share of the global batch."""
+    """Forward, backward, reduce, judge, clip, update: one step with this rank's share of the global batch.
+
+    After a refused update weights, moments and Adam's count of steps are what they were, bit for bit.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -65,11 +91,19 @@ def train_step(
         finalize_gradients, tp_group=session.groups.tp, loss_weight=loss_weight
     )
     router_loss_scale = loss_weight / tokens.clamp(min=1)
-    loss_sum, group_loss_sums = run_schedule(
+    losses = run_schedule(
         config, session, chunks, microbatches, forward_only=False, router_loss_scale=router_loss_scale
     )
-    updated, grad_norm, _ = optimizer.step()
-    return StepResult(loss_sum, group_loss_sums, loss_weight, grad_norm, skipped=not updated)
+    norm = gradient_norm(optimizer)
+    loss_sums, weights, norms = _read_of_all_ranks(session, losses[0].sum(), loss_weight, norm)
+    loss = sum(loss_sums) / session.groups.tp.size() / max(weights[0], 1e-30)
+    # Equal on all ranks unless one of them is at fault; max() alone would pass over what is no number.
+    grad_norm = sum(norms) if not all(map(math.isfinite, norms)) else max(norms)
+    refused = judge(loss, grad_norm)
+    if not refused:
+        update(optimizer, norm, grad_norm)
+    bad_ranks = tuple(rank for rank, number in enumerate(loss_sums) if not math.isfinite(number))
+    return StepResult(*losses, loss_weight, loss, grad_norm, bad_ranks, refused)
 
 
 @torch.no_grad()
@@ -90,8 +124,8 @@ def run_schedule(
     forward_only: bool,
     router_loss_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """megatron-core's schedule over this rank's microbatches. -> weighted loss sum of this rank, and the same by group,
-    0 but on the last stage.
+    """megatron-core's schedule over this rank's microbatches. -> weighted loss sums by microbatch, and by group, 0 but
+    on the last stage.
 
     ``router_loss_scale`` [2] is global weight over global tokens, of text and visual: a router's sum over its tokens
     times this, divided with all gradients by the weight, is their mean, at any layout and any number of microbatches.
@@ -101,10 +135,11 @@ def run_schedule(
     losses = schedule_over(
         config, session, chunks, microbatches, forward, router_loss_scale=router_loss_scale, forward_only=forward_only
     )
-    loss_sum, group_sums = torch.zeros((), device=session.device), torch.zeros(num_groups, device=session.device)
-    for entry in losses:
-        loss_sum, group_sums = loss_sum + entry["loss_sum"], group_sums + entry["group_loss_sums"]
-    return loss_sum, group_sums
+    if not losses:
+        shapes = ((len(microbatches),), (num_groups,))
+        return torch.zeros(shapes[0], device=session.device), torch.zeros(shapes[1], device=session.device)
+    by_group = torch.stack([entry["group_loss_sums"] for entry in losses])
+    return torch.stack([entry["loss_sum"] for entry in losses]), by_group.sum(0)
 
 
 def schedule_over(
@@ -195,6 +230,14 @@ def finalize_gradients(
     scaling = torch.where(loss_weight > 0, 1.0 / loss_weight, torch.zeros_like(loss_weight))
     for chunk in chunks:
         chunk.scale_gradients(scaling)
+
+
+def _read_of_all_ranks(session: Session, *numbers: Tensor) -> Sequence[Sequence[float]]:
+    """Each number, [] or [1], on every rank; the only read of a step."""
+    mine = torch.cat([number.detach().float().reshape(1) for number in numbers])
+    of_all = mine.new_empty(session.world_size * len(mine))
+    torch.distributed.all_gather_into_tensor(of_all, mine)
+    return of_all.view(session.world_size, -1).T.tolist()
 
 
 def _global_sums(microbatches: Sequence[Microbatch], session: Session) -> tuple[Tensor, Tensor]:

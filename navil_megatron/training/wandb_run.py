@@ -77,7 +77,7 @@ class WandbRun:
         # A resumed run repeats the steps since its checkpoint, which W&B's own counter would refuse.
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, values: Mapping[str, float | int | str]) -> None:
+    def log(self, values: Mapping[str, float | int]) -> None:
         """Send one record, which names its step."""
         if self._run is None:
             return

@@ -88,7 +88,7 @@ def upcycle(options: Namespace) -> Outcome:
 
 @verb(
     "convert verify",
-    "compare two models, each a checkpoint or a folder, bit for bit; exit status 1 if they differ",
+    "compare two models, each a checkpoint or a folder, bit for bit; exit status 1 if they differ or are not finite",
     "navil-megatron convert verify runs/a/checkpoints exported/",
     value("first", "A", "a checkpoint or a Hugging Face folder"),
     value("second", "B", "another one"),
@@ -115,7 +115,7 @@ def verify(options: Namespace) -> Outcome:
         outputs = compare_outputs(options.first, options.second, options.prompt, options.image, options.tokenizer)
         report["outputs"] = outputs
         equal, text = equal and outputs["equal"], f"{text}\n{describe_outputs(outputs)}"
-    return Outcome(report, text, 0 if equal else 1)
+    return Outcome(report, text, 0 if equal and report["finite"] else 1)
 
 
 @verb(

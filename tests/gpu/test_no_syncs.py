@@ -1,9 +1,10 @@
-"""A whole step makes the host wait for the GPU nowhere but in megatron-core's optimizer: CUDA itself raises."""
+"""A whole step makes the host wait for the GPU once, for loss and norm: at any other wait CUDA itself raises."""
 
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from navil_megatron.config.runtime import RuntimeConfig
 from navil_megatron.models.build import build_model
 from navil_megatron.runtime.session import Launch, Session
+from navil_megatron.training import step
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, global_batch, oracle_config
@@ -36,7 +38,9 @@ def waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["", "experts"])
-def test_step_waits_only_in_the_optimizer(choice: str, experts: dict, overlap: bool, tmp_path: Path) -> None:
+def test_step_waits_once(
+    choice: str, experts: dict, overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = oracle_config(
         model={**experts, "vision": {"num_attention_heads": 3}},  # of 8 channels, which attention takes
         training=CHOICES[choice],
@@ -52,19 +56,20 @@ def test_step_waits_only_in_the_optimizer(choice: str, experts: dict, overlap: b
         batch = global_batch(config, (MIXED, TEXT_ONLY, IMAGE_ONLY), session)
         # The first step loads kernels and opens the communicator.
         train_step(config, session, chunks, optimizer, batch, lr=1e-3)
-        update = optimizer.step
+        read, num_reads = step._read_of_all_ranks, []
 
-        def unwatched_update() -> tuple:
+        def unwatched_read(*numbers: Any) -> Any:
+            num_reads.append(1)
             torch.cuda.set_sync_debug_mode("default")
             try:
-                return update()
+                return read(*numbers)
             finally:
                 torch.cuda.set_sync_debug_mode("error")
 
-        optimizer.step = unwatched_update
+        monkeypatch.setattr(step, "_read_of_all_ranks", unwatched_read)
         with waiting_is_an_error():
             result = train_step(config, session, chunks, optimizer, batch, lr=1e-3)
-        assert not result.skipped
+        assert not result.refused and len(num_reads) == 1
         assert float(result.loss_sum) > 0
 
 

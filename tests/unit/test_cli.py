@@ -17,6 +17,7 @@ from tests.unit.config_examples import EXAMPLE_TOML
 
 VERBS = [
     ("train",),
+    ("replay",),
     ("plan",),
     ("data", "build"),
     ("data", "index"),
@@ -55,7 +56,7 @@ def test_help_has_an_example_of_its_verb(verb: Sequence[str], capsys: pytest.Cap
     assert f"example:\n  navil-megatron {' '.join(verb)}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != ("train",)], ids=" ".join)
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in (("train",), ("replay",))], ids=" ".join)
 def test_reporting_verbs_take_json(verb: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*verb, "--help"])

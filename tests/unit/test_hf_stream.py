@@ -278,8 +278,27 @@ def test_verify_compares_any_two(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     assert report["differences"][0]["max_abs_difference"] == pytest.approx(0.5)
     assert report["config_differences"] == ["model.connector_norm_epsilon is 1e-05 and 1e-06"]
+    assert (report["finite"], report["not_finite"]) == (False, [report["differences"][1]["key"]])
+    status, report = verify("other", "other")
+    assert (status, report["equal"], report["finite"]) == (1, True, False)
     assert main(["convert", "verify", str(tmp_path / "hf"), str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named_and_not_exported(
+    tmp_path: Path, bad: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model()
+    tensors = hf_to_mcore(random_hf_tensors(model), model)
+    tensors["decoder.layers.mlp.linear_fc2.visual.weight"][1, 2, 3] = bad
+    tensors["connector.norm.bias"][0] = bad
+    (tmp_path / "one").mkdir()
+    write_tensors(tmp_path / "one", tensors, model, {})
+    assert main(["convert", "to-hf", str(tmp_path / "one"), str(tmp_path / "hf")]) == 2
+    told = capsys.readouterr().err
+    assert "not finite: mlp1.0.bias, language_model.model.layers.1.mlp_ve.down_proj.weight;" in told
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

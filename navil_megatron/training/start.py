@@ -1,0 +1,51 @@
+"""How a run begins: model, optimizer and state, from a checkpoint, from given weights or from nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+
+from navil_megatron.checkpoint.manager import CheckpointManager
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.data.loader import TrainLoader
+from navil_megatron.models.build import build_model
+from navil_megatron.models.navil_model import NaViLModel
+from navil_megatron.runtime.session import Session
+from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
+from navil_megatron.training.state import TrainingState
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a step works with."""
+
+    model: list[NaViLModel]
+    chunks: list[DistributedDataParallel]
+    optimizer: ChainedOptimizer
+    state: TrainingState
+
+
+def start_run(
+    config: NaViLConfig, session: Session, manager: CheckpointManager, loader: TrainLoader, before: int | None = None
+) -> Run:
+    """The run as its newest checkpoint left it, or its newest of a step before this one; without one, as it starts.
+
+    Raises:
+        UserError: A checkpoint does not fit the config or is damaged.
+    """
+    model = build_model(config, session.groups, session.device)
+    folder = manager.latest(before)
+    start = Path(config.checkpoint.initial_weights) if folder is None and config.checkpoint.initial_weights else None
+    if start is not None:
+        session.together(lambda: manager.load_weights(start, model))
+    chunks = wrap_ddp(config, session, model)
+    session.watchdog.position.follow(chunks)
+    optimizer = build_optimizer(config, chunks, session)
+    if start is not None and config.checkpoint.initial_optimizer == "kept":
+        session.together(lambda: manager.load_optimizer(start, model, optimizer))
+    state = TrainingState()
+    if folder is not None:
+        state = TrainingState.from_dict(session.together(lambda: manager.restore(folder, model, optimizer)))
+        session.together(lambda: loader.restore(state.loader))
+    return Run(model, chunks, optimizer, state)
