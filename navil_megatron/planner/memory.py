@@ -184,8 +184,10 @@ class ActivationModel:
         norm = self._norm(patches, vision.hidden_size) if vision.norm == "rmsnorm" else hidden + 2 * patches * FP32
         # Query, key, value and output, and a logarithm of each softmax's sum.
         attention = 4 * hidden + patches * vision.num_attention_heads * FP32
-        # Inputs of linear_qkv, linear_proj, both LayerScales and linear_fc1; of GELU and linear_fc2.
-        return 2 * norm + attention + 5 * hidden + 2 * patches * vision.ffn_hidden_size * self._size
+        # Inputs of linear_qkv, both LayerScales and linear_fc1; of GELU and linear_fc2.
+        kept = 2 * norm + attention + 4 * hidden + 2 * patches * vision.ffn_hidden_size * self._size
+        # Attention's output is linear_proj's input, but for a copy: on a CPU, or back from the order of windows.
+        return kept if self.fused and vision.full_attention_layers is None else kept + hidden
 
     def head(self) -> int:
         """Predicted tokens with their places in the row and in this rank's vocabulary, and the log-sum of each."""

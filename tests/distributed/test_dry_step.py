@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.modules.module import register_module_forward_hook
 
+from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
+from navil_megatron.data.types import ALONE
+from navil_megatron.data.typical import typical_microbatch
 from navil_megatron.dry_run import dry_run
 from navil_megatron.dry_step import SteppedRank, step_ranks
 from navil_megatron.models.connector import Connector
@@ -120,6 +123,16 @@ def test_a_step_runs_at_every_kind_of_layout() -> None:
 
 def stepped(_rank: int, _world_size: int, configs: list[tuple[int, NaViLConfig]]) -> list[list[SteppedRank]]:
     return [list(step_ranks(config, gpus, 256, 1024)) for gpus, config in configs]
+
+
+def test_what_cannot_be_stepped_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match='takes a step in BF16; set precision.type = "bf16", found "fp32"'):
+        next(step_ranks(oracle_config(), 1, 256, 1024))
+    with pytest.raises(UserError, match="has [0-9]+ tokens, and a row data.seq_length = 64; lower"):
+        typical_microbatch(oracle_config(), ALONE, 256, 1024)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    with pytest.raises(UserError, match="--step needs torch 2.14 or newer, found 2.11.0"):
+        next(step_ranks(on_gpu(), 1, 256, 1024))
 
 
 @pytest.mark.parametrize("spoil", ["wait", "wait in backward", "wrong device"])

@@ -2,8 +2,9 @@
 
     python tools/bench/planned_peaks.py [--models navil_2b] [--layouts "tp2-sp;ep2"] [--layers N]
 
-A whole step of stage 2 at full size on a GPU that is not there (``navil_megatron.dry_step``): a few minutes each. A
-table as Markdown, of the stage where the planner is farthest off. ``--layers`` cuts encoder and decoder short.
+A whole step of stage 2 at full size on a GPU that is not there (``navil_megatron.dry_step``), a few minutes each; a row
+a pipeline stage. How far off the plan is: of the peak, of the peak without weights, gradients and optimizer, of FLOPs.
+``--layers`` cuts encoder and decoder short.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -19,12 +20,14 @@ from navil_megatron.config.load import load_config
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.validate import validate
 
+if TYPE_CHECKING:
+    from navil_megatron.dry_step import SteppedRank
+
 MODELS = ("navil_2b", "navil_9b")
 TP2, TP4, PP2 = ({f"{kind}_model_parallel_size": n} for kind, n in (("tensor", 2), ("tensor", 4), ("pipeline", 2)))
 SP, CP2, EP2 = {"sequence_parallel": True}, {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
 PP4, INTERLEAVED = {"pipeline_model_parallel_size": 4}, {"virtual_pipeline_model_parallel_size": 2}
 NONE, FULL = {"recompute": "none"}, {"recompute": "full"}
-SEVERAL = {"num_experts": 4, "experts_per_token": 2}
 
 
 def selective(*modules: str) -> dict[str, Any]:
@@ -47,6 +50,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 """GPUs, and what differs in ``[parallel]`` and ``[training]``."""
 
+HEADER = """| model | layout | stage | peak, GB | planned | off | without state | products | attention |
+|---|---|---|---|---|---|---|---|---|"""
+
 
 def run_at(model: str, layout: str) -> tuple[NaViLConfig, int]:
     """Stage 2 of a recipe at another layout, on so many GPUs."""
@@ -68,6 +74,17 @@ def with_layers(config: NaViLConfig, num_layers: int) -> NaViLConfig:
     return replace(config, model=replace(config.model, language=language, vision=vision))
 
 
+def row(model: str, layout: str, step: "SteppedRank") -> str:
+    """What one stage holds at most beside what is planned: all of it, and without weights, gradients and optimizer."""
+    expected = step.expected
+    of_state, planned_state = (of.weights + of.gradients + of.optimizer for of in (step, expected))
+    cells = [model, layout, step.stage, f"{step.peak / 1e9:.2f}", f"{expected.peak / 1e9:.2f}"]
+    pairs = [(expected.peak, step.peak), (expected.peak - planned_state, step.peak - of_state)]
+    pairs += zip(step.expected_flops, step.flops, strict=True)
+    cells += [f"{planned / found - 1:+.1%}" for planned, found in pairs]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a row a layout as it is found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,18 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from navil_megatron.dry_step import step_ranks
 
-    print("| model | layout | stage | peak, GB | planned | off | of the step, GB | planned | off | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(HEADER)
     for model in options.models.split(","):
         for layout in options.layouts.split(";"):
             config, gpus = run_at(model, layout)
             config = with_layers(config, options.layers) if options.layers else config
             for step in step_ranks(config, gpus, text_tokens=256, image_side=1024):
-                state, expected = step.weights + step.gradients + step.optimizer, step.expected
-                planned = expected.weights + expected.gradients + expected.optimizer
-                pairs = ((step.peak, expected.peak), (step.peak - state, expected.peak - planned))
-                cells = [f"{f / 1e9:.2f} | {p / 1e9:.2f} | {p / f - 1:+.1%}" for f, p in pairs]
-                print(f"| {model} | {layout} | {step.stage} | {' | '.join(cells)} | {step.seconds:.0f} |", flush=True)
+                print(row(model, layout, step), flush=True)
     return 0
 
 
