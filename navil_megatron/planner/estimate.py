@@ -257,8 +257,8 @@ class Estimator:
         decoder[0] += activations.embedding()
         decoder[-1] += activations.final_norm() + activations.head()
         encoder = [activations.encoder(), *[0] * (len(decoder) - 1)]
-        # When the encoder runs backward, its microbatch has nothing left in the decoder.
-        in_encoder = activations.encoder_layer_working() - decoder[0]
+        # When the encoder runs backward, its microbatch has nothing left in decoder and connector.
+        in_encoder = activations.encoder_layer_working() - decoder[0] - activations.connector()
         held = [piece for chunk in self._held[stage] for piece in chunk]
         is_first, is_last = stage == 0, stage == self._stages - 1
         return StageMemory(

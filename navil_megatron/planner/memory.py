@@ -82,7 +82,7 @@ class ActivationModel:
     @property
     def hidden_bytes(self) -> int:
         """Hidden states between the matrices, where sequence parallelism shares out the tokens."""
-        return self._tokens * self.config.model.language.hidden_size * self._size // self.config.parallel.sequence_ranks
+        return self._embeddings_bytes // self.config.parallel.sequence_ranks
 
     def _as_operand(self, num_bytes: int, gathered: bool = False) -> int:
         """Of an input of a decoder's linear that has so many bytes: in FP8 a byte for each number, but for rows that
@@ -153,11 +153,19 @@ class ActivationModel:
         return self._norm(self._tokens // self.config.parallel.sequence_ranks, self.config.model.language.hidden_size)
 
     def embedding(self) -> int:
-        """Token ids, entries of special tokens, places of image tokens; of a split table also which ids lie elsewhere;
-        under sequence parallelism the embeddings of all tokens, of which the first layer's input is a view.
+        """Token ids, entries of special tokens, places and features of image tokens; of a split table also which ids
+        lie elsewhere; under sequence parallelism the embeddings of all tokens, of which the first layer's input is a
+        view.
         """
         kept = self._tokens * (2 * INT64 + (self._tensor > 1)) + self._image_places
-        return kept + self._tokens * self.config.model.language.hidden_size * self._size - self.hidden_bytes
+        image_tokens = self._share(self.work.image_tokens(self.config.model.vision))
+        kept += image_tokens * self.config.model.language.hidden_size * self._size
+        return kept + self._embeddings_bytes - self.hidden_bytes
+
+    @property
+    def _embeddings_bytes(self) -> int:
+        """Embeddings of all tokens, before sequence parallelism shares them out."""
+        return self._tokens * self.config.model.language.hidden_size * self._size
 
     @property
     def _image_places(self) -> int:
@@ -165,16 +173,18 @@ class ActivationModel:
 
     def encoder(self) -> int:
         """Encoder and connector on the rank with most patches."""
-        vision, hidden = self.config.model.vision, self.config.model.language.hidden_size
-        patches = self._patches
-        tokens = patches // vision.merge_size**2
+        vision, patches = self.config.model.vision, self._patches
         kept = patches * vision.patch_dim * self._size  # input of the patch embedding
         kinds = 2 if vision.full_attention_layers else 1
         kept += kinds * patches * vision.head_dim * FP32  # a rotary table in each attention order
         kept += vision.num_layers * self._vision_layer(patches)
-        # Connector: the norm's input, also scaled, and two numbers a token; then the inputs of GELU and linear_fc2.
-        kept += 2 * patches * vision.hidden_size * self._size + tokens * (2 * FP32 + 2 * hidden * self._size)
-        return kept + self._image_places
+        return kept + self.connector() + self._image_places
+
+    def connector(self) -> int:
+        """The norm's input, also scaled, and two numbers a token; the inputs of GELU and linear_fc2."""
+        vision, hidden = self.config.model.vision, self.config.model.language.hidden_size
+        tokens = self._patches // vision.merge_size**2
+        return 2 * self._patches * vision.hidden_size * self._size + tokens * (2 * FP32 + 2 * hidden * self._size)
 
     def _vision_layer(self, patches: int) -> int:
         vision = self.config.model.vision
@@ -210,12 +220,19 @@ class ActivationModel:
         return rows * (tokens * (FP32 + rounded) + language.hidden_size * rounded * (trained and not self.fused))
 
     def layer_working(self) -> int:
-        """Beyond what is kept, while one layer runs backward: gradients of SwiGLU's input, which is widest, and of the
-        layer's input and output, and with recompute the layer's own activations. That of SwiGLU's output is where
-        linear_fc2's input was.
+        """Beyond what is kept, while one layer runs backward: gradients of the feed-forward network and of the layer's
+        input and output, and with recompute the layer's own activations.
+
+        In linear_fc2 these are the gradients of its input and weights, and under sequence parallelism that of its
+        output, gathered. In SwiGLU it is its input's, which is wider, and that of its output is where linear_fc2's
+        input was.
         """
-        language, training = self.config.model.language, self.config.training
-        wide = self._tokens * 2 * language.ffn_hidden_size // self._tensor * self._size * language.experts_per_token
+        language, training, parallel = self.config.model.language, self.config.training, self.config.parallel
+        width = language.ffn_hidden_size // self._tensor
+        inner = self._tokens * width * self._size * language.experts_per_token
+        trained = sum(is_trainable(part, training.phase) for part in ("text feed-forward", "visual feed-forward"))
+        weights = trained * width * language.hidden_size * self._size
+        wide = max(2 * inner, inner + weights + parallel.sequence_parallel * self._embeddings_bytes)
         whole = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
         return wide + 2 * self.hidden_bytes + whole.layer() - self.layer()
 
@@ -225,18 +242,24 @@ class ActivationModel:
 
     def inputs(self, is_first: bool, num_microbatches: int) -> int:
         """What the device is given of the microbatch in work and of the next: ids and orders, and the first stage's
-        share of the pixels, a byte each.
+        share of the pixels, a byte each. Core's interleaved schedule also holds three hidden states that it received
+        ahead or has not let go of.
         """
+        interleaved = self.config.parallel.virtual_pipeline_model_parallel_size is not None
         ids = 2 * self._tokens * INT64 + self.config.microbatch_tokens * (3 * INT64 + 1)
-        return min(2, num_microbatches) * (ids + is_first * self._patches * self.config.model.vision.patch_dim)
+        pixels = is_first * self._patches * self.config.model.vision.patch_dim
+        return min(2, num_microbatches) * (ids + pixels) + interleaved * 3 * self.hidden_bytes
 
     def encoder_working(self) -> int:
         """The patches in encoder order, and normalised, before the first layer runs."""
         return self._patches * self.config.model.vision.patch_dim * (1 + FP32)
 
     def encoder_layer_working(self) -> int:
-        """As ``layer_working``, while one layer of the encoder runs backward."""
+        """As ``layer_working``, while one layer of the encoder runs backward; autograd turns to the gradient of the
+        embeddings, which were made before, when it is through with the encoder.
+        """
         vision, training = self.config.model.vision, self.config.training
         gradients = self._patches * (vision.ffn_hidden_size + 2 * vision.hidden_size) * self._size
+        gradients += self._embeddings_bytes
         whole = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
         return gradients + whole._vision_layer(self._patches) - self._vision_layer(self._patches)

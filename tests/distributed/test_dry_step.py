@@ -25,7 +25,7 @@ from tests.ranks import run_ranks
 from tests.tolerances import PLANNED_FLOPS
 
 ON_GPU = {
-    "model": {"vision": {"num_attention_heads": 3}, "language": {"num_layers": 2}},
+    "model": {"vision": {"num_attention_heads": 3}, "language": {"num_layers": 2, "vocab_size": 256}},
     "precision": {"type": "bf16"},
     "runtime": {"device": "cuda"},
     "data": {"seq_length": 4096},
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {
             "parallel": {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
             "training": {"recompute": "full"},
-            "model": {"language": {"num_layers": 4}},
+            "model": {"language": {"num_layers": 4, "vocab_size": 256}},
             **OVERLAP,
         },
     ),
@@ -48,7 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tp2-sp-ep2": (4, {"parallel": {"tp": 2, "ep": 2, "sequence_parallel": True}}),
     "ep2, several experts": (
         2,
-        {"parallel": {"ep": 2}, "model": {"language": {"num_experts": 4, "experts_per_token": 2}}},
+        {"parallel": {"ep": 2}, "model": {"language": {"num_layers": 2, "num_experts": 4, "experts_per_token": 2}}},
     ),
 }
 """Ranks, and sections of the config."""
