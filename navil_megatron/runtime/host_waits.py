@@ -27,11 +27,6 @@ ALLOWED_WAITS = (
         "loss and gradient norm: no update is made with bad ones",
     ),
     AllowedWait(
-        "megatron/core/optimizer/optimizer.py",
-        "has_grad_norm_group",
-        "once a run: the first step asks all ranks whether any has parameters with a norm of their own",
-    ),
-    AllowedWait(
         "megatron/core/transformer/moe/token_dispatcher.py",
         "_maybe_dtoh_and_synchronize",
         "rows of each expert, by which the all-to-all is cut",

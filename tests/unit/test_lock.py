@@ -67,6 +67,14 @@ def test_a_second_owner_is_refused_and_told_who_the_first_is(tmp_path: Path) -> 
         pass
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not dead, be it that its exit status was not asked for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_a_killed_owner_here_is_replaced_at_once_and_a_stopped_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     process = start_owner(path)
@@ -74,8 +82,8 @@ def test_a_killed_owner_here_is_replaced_at_once_and_a_stopped_one_is_not(tmp_pa
     with pytest.raises(UserError, match=f"process {process.pid} on "), owned(path, "the run"):
         pass
     process.kill()
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        time.sleep(0.001)  # dead, but still in the table: its exit status was not asked for
+    while is_running(process.pid):
+        time.sleep(0.001)
     with owned(path, "the run"):
         assert len(names(tmp_path)) == 2
     process.join()
