@@ -1,9 +1,9 @@
 """``convert verify --logits``: the training model and the exported one on the same prompts, layer by layer."""
 
 import dataclasses
+import io
 import json
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,23 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from navil_megatron.cli import main
 from navil_megatron.hf.export import convert_to_hf
+from tests.ranks import run_ranks
 from tests.unit.hf_examples import FAMILIES, tiny_model, tiny_tokenizer, with_tokenizer, write_checkpoint
 
 
 def verify(*words: object) -> tuple[int, dict, str]:
     """Exit status, report and standard error; a process of its own, because megatron-core stays in one."""
-    command = [sys.executable, "-m", "navil_megatron.cli", "convert", "verify", *map(str, words), "--logits", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
+    command = ["convert", "verify", *map(str, words), "--logits", "--json"]
+    ((status, printed, errors),) = run_ranks(1, _run_command, command)
+    return status, json.loads(printed.splitlines()[-1]) if printed else {}, errors
+
+
+def _run_command(_rank: int, _world_size: int, command: list[str]) -> tuple[int, str, str]:
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as errors:
+        status = main(command)
+    return status, printed.getvalue(), errors.getvalue()
 
 
 @pytest.fixture

@@ -41,30 +41,33 @@ def processor(exported: Path) -> NaViLProcessor:
 PROMPTS = ["<image>a", "<image>a red square left of", "<image>"]
 
 
-def test_loads_offline_in_a_new_process(exported: Path, tmp_path: Path) -> None:
+def test_loads_offline_in_a_new_process(tmp_path: Path) -> None:
+    """Folders of every family, one after the other."""
     picture(64, 90).save(tmp_path / "picture.png")
+    folders = [exported_folder(tmp_path / family, family) for family in FAMILIES]
     script = f"""
 import json, sys, torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-folder = {str(exported)!r}
-model, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)).__name__ == "NaViL"
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(images=Image.open({str(tmp_path / "picture.png")!r}), text="<image>")
-tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-assert not any(name.startswith("navil_megatron") for name in sys.modules)
-print(json.dumps(tokens[0, inputs["input_ids"].shape[1]:].tolist()))
+for folder in {[str(folder) for folder in folders]!r}:
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)).__name__ == "NaViL"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=Image.open({str(tmp_path / "picture.png")!r}), text="<image>")
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert not any(name.startswith("navil_megatron") for name in sys.modules)
+    print(json.dumps(tokens[0, inputs["input_ids"].shape[1]:].tolist()))
 """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
-    captioner = load_for_generation(exported)
-    inputs = captioner.processor(images=picture(64, 90), text="<image>")
-    expected = captioner.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    assert json.loads(done.stdout.splitlines()[-1]) == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    for folder, printed in zip(folders, done.stdout.splitlines()[-len(folders) :], strict=True):
+        captioner = load_for_generation(folder)
+        inputs = captioner.processor(images=picture(64, 90), text="<image>")
+        expected = captioner.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        assert json.loads(printed) == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_cached_steps_equal_the_whole_row(model: NaViL, processor: NaViLProcessor) -> None:
