@@ -20,11 +20,12 @@ from navil_megatron.verbs.doctor import doctor
 from navil_megatron.verbs.exported import EXPORTED_VERBS
 from navil_megatron.verbs.plan import plan
 from navil_megatron.verbs.replay import replay
+from navil_megatron.verbs.report import report
 from navil_megatron.verbs.scaling import SCALING_VERBS
 from navil_megatron.verbs.train import train
 from navil_megatron.verbs.verb import Outcome, Verb
 
-VERBS = (train, replay, plan, *DATA_VERBS, *CONVERT_VERBS, *SCALING_VERBS, *EXPORTED_VERBS, doctor)
+VERBS = (train, report, replay, plan, *DATA_VERBS, *CONVERT_VERBS, *SCALING_VERBS, *EXPORTED_VERBS, doctor)
 """In the order of the help."""
 
 GROUPS = {

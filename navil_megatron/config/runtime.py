@@ -23,6 +23,9 @@ class RuntimeConfig:
     layers of those kernels, ``apex`` in the LM head, where torch's own product does so otherwise."""
     collective_timeout_seconds: Count = 600
     """A collective that does not come back within this time ends the run."""
+    check_replicas_every_steps: Count | None = 1_000
+    """Steps between comparisons of the weights of all data-parallel replicas, bit for bit, also after the last step: a
+    machine that computes wrongly without a word is named, and the run ends with exit code 5. ``None``: never."""
     cpu_threads: Count | None = None
     """Threads of one CPU rank; ``None``: cores divided by local ranks."""
 

@@ -5,6 +5,7 @@
 
 import resource
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -40,6 +41,12 @@ def _peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
     """What differs between a GPU rank and a CPU rank; everything else in the project is written once."""
@@ -55,6 +62,10 @@ class Platform:
     upload: Callable[[Any], Callable[[], Any]]
     """Starts to bring a dataclass of host tensors to the device; what it returns gives the same dataclass on the
     device, when the work that is enqueued next needs it. On a CPU nothing moves."""
+    stamp: Callable[[], Any]
+    """Now, as this rank's work sees it: the clock on a CPU, on a GPU an event behind what is enqueued."""
+    seconds_between: Callable[[Any, Any], float]
+    """From one stamp to another, after ``synchronize``."""
     peak_memory_bytes: Callable[[], int]
     """Most memory held so far: allocated on the GPU, or resident on a CPU."""
 
@@ -83,6 +94,8 @@ class Platform:
             collective_backend="nccl",
             synchronize=torch.cuda.synchronize,
             upload=Uploader(device).start,
+            stamp=_event,
+            seconds_between=lambda start, end: start.elapsed_time(end) / 1000,
             peak_memory_bytes=torch.cuda.max_memory_allocated,
         )
 
@@ -95,6 +108,8 @@ class Platform:
             collective_backend="gloo",
             synchronize=lambda: None,  # work on a CPU is finished when the call returns
             upload=lambda tree: lambda: tree,
+            stamp=time.perf_counter,
+            seconds_between=lambda start, end: end - start,
             peak_memory_bytes=_peak_resident_bytes,
         )
 

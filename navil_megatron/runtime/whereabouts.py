@@ -16,6 +16,8 @@ from typing import Any
 import megatron.core
 import torch
 
+from navil_megatron.runtime import wait_clock
+
 _PLACES = {str(Path(__file__).parents[1]): "", str(Path(megatron.core.__file__).parent): "megatron/core"}
 """Folders whose lines name a place, and what stands for them in a report."""
 _PEER_TO_PEER = "megatron/core/pipeline_parallel/p2p_communication.py"
@@ -75,9 +77,13 @@ def read_waits(place: str) -> dict[str, Any]:
 
 
 def place_of(frames: Iterable[FrameType]) -> str:
-    """Of frames, innermost first, the first line that is ours or megatron-core's: ``folder/file.py:line function``."""
+    """Of frames, innermost first, the first line that is ours or megatron-core's: ``folder/file.py:line function``.
+    What times a collective is not where it was begun.
+    """
     for frame in frames:
         code = frame.f_code
+        if code.co_filename == wait_clock.__file__:
+            continue
         for folder, prefix in _PLACES.items():
             if code.co_filename.startswith(f"{folder}/"):
                 path = prefix + code.co_filename.removeprefix(folder)

@@ -40,6 +40,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     run = start_run(config, session, manager, loader)
     model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
+    log.start(state.step)
     numbers = NumberWatch(config, session, chunks, state)
     steps = session.watchdog.position.steps(loader, state.step)
     total = config.training.train_steps
@@ -61,7 +62,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 state.consumed_samples += int(record["samples"])
                 state.consumed_tokens += int(record["tokens"])
                 consumed = {"consumed_samples": state.consumed_samples, "consumed_tokens": state.consumed_tokens}
-                log.write("train", state.step, {**record, **consumed})
+                log.write_train(state.step, {**record, **consumed})
                 log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
@@ -79,6 +80,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)
                 break
     loader.close()
+    meter.close()
     log.close()
     return state
 

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer
@@ -20,7 +21,9 @@ from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import StepData
 from navil_megatron.data.loss_groups import group_weights, losses_by_group, num_loss_groups
 from navil_megatron.data.types import Microbatch
+from navil_megatron.runtime.run_time import METRICS_FILE, read_run_time
 from navil_megatron.runtime.session import Session
+from navil_megatron.runtime.wait_clock import WaitClock
 from navil_megatron.training.encoder_load import EncoderLoad
 from navil_megatron.training.expert_load import ExpertLoad, balance
 from navil_megatron.training.feature_scale import FeatureScale, scales
@@ -41,13 +44,30 @@ class MetricsLog:
     def __init__(self, config: NaViLConfig, session: Session):
         self.directory = Path(config.logging.directory)
         self._file, self._tensorboard, self._wandb = None, None, None
+        self._num_ranks = session.world_size
         if session.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = (self.directory / "metrics.jsonl").open("a", buffering=1)
+            self._run_time = read_run_time(self.directory)
+            self._file = (self.directory / METRICS_FILE).open("a", buffering=1)
             if config.logging.tensorboard:
                 self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
             if config.logging.wandb_project is not None:
                 self._wandb = WandbRun(config)
+
+    def start(self, step: int) -> None:
+        """Append that the run begins, or goes on, behind a step."""
+        if self._file is not None:
+            now = time.time()
+            self._run_time.start(step, now)
+            started = {"kind": "start", "step": step, "time": now, "ranks": self._num_ranks}
+            self._file.write(json.dumps(started) + "\n")
+
+    def write_train(self, step: int, record: Record) -> None:
+        """Append a record of kind ``train``, with the time and the goodput up to then."""
+        if self._file is not None:
+            timed = record | {"time": time.time()}
+            self._run_time.add(step, timed)
+            self.write("train", step, timed | {"goodput": self._run_time.goodput(timed["time"])})
 
     def write(self, kind: str, step: int, record: Mapping[str, float | int]) -> None:
         """Append one record; ``kind`` is ``train``, ``feature_scale`` or ``evaluation``. An empty one is left out, and
@@ -102,7 +122,9 @@ class StepMeter:
         self._encoder_load = EncoderLoad(session.device)
         self._grad_norms = GradNorms(chunks, optimizer, config.model)
         self.feature_scale = FeatureScale(config, chunks, session.groups, session.device, state)
-        self._last_step = 0.0
+        self._clock = WaitClock(session.platform)
+        self._last_step, self._step_seconds = 0.0, 0.0
+        self._waits: list[tuple[Any, Any]] = []
         self._reset()
 
     def restart(self) -> None:
@@ -110,6 +132,11 @@ class StepMeter:
         now = time.perf_counter()
         self._paused_seconds += now - self._last_step
         self._last_step = now
+        self._clock.take()
+
+    def close(self) -> None:
+        """Takes no more times."""
+        self._clock.close()
 
     def _reset(self) -> None:
         self._results: list[StepResult] = []
@@ -150,7 +177,9 @@ class StepMeter:
         self._num_refused += data.num_refused
         self._results.append(result)
         self._wait_seconds += wait_seconds
-        self._last_step = time.perf_counter()
+        now = time.perf_counter()
+        self._step_seconds, self._waits = now - self._last_step, self._clock.take()
+        self._last_step = now
 
     def record(self, lr: float) -> tuple[Record, Record]:
         """What the steps since the last record came to, over all ranks: the record of kind ``train``, and that of kind
@@ -175,6 +204,9 @@ class StepMeter:
         slowest = torch.tensor([self._wait_seconds, session.platform.peak_memory_bytes()], dtype=torch.float64)
         slowest = slowest.to(session.device)
         torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+        ranks = self._times_of_ranks()
+        slowest_rank, factor, waiting = slowest_of(ranks)
+        data_wait = slowest[0].item()
         grad_norm = self._results[-1].grad_norm
         text, visual, row_tokens, samples, failed, shrunk, flops = counts.tolist()
         weights = [float(result.loss_weight) for result in learned]
@@ -188,6 +220,11 @@ class StepMeter:
             **self._grad_norms.take(grad_norm, session.device),
             "lr": lr,
             "step_seconds": seconds / len(self._results),
+            "wait_seconds": waiting,
+            "slowest_rank": slowest_rank,
+            "slowest_rank_factor": factor,
+            "paused_seconds": self._paused_seconds,
+            "useful_seconds": max(0.0, seconds - data_wait) * len(learned) / len(self._results),
             "tokens_per_second": (text + visual) / seconds,
             "text_tokens_per_second": text / seconds,
             "visual_tokens_per_second": visual / seconds,
@@ -196,7 +233,7 @@ class StepMeter:
             "tokens": round(text + visual),
             "visual_share": visual / max(1.0, text + visual),
             "padding_share": 1.0 - (text + visual) / row_tokens,
-            "data_wait_seconds": slowest[0].item() / len(self._results),
+            "data_wait_seconds": data_wait / len(self._results),
             "failed_samples": round(failed),
             "shrunk_samples": round(shrunk),
             "refused_samples": self._num_refused,
@@ -210,9 +247,27 @@ class StepMeter:
         self._reset()
         return record, scales(sums_of_scale)
 
+    def _times_of_ranks(self) -> Tensor:
+        """[ranks, 2]: of the last step, seconds of own work, the wait for data included, and of waiting for others."""
+        waited = sum(self.session.platform.seconds_between(*wait) for wait in self._waits)
+        own = max(0.0, self._step_seconds - waited)
+        mine = torch.tensor([own, waited], dtype=torch.float64, device=self.session.device)
+        every = [torch.empty_like(mine) for _ in range(self.session.world_size)]
+        torch.distributed.all_gather(every, mine)
+        return torch.stack(every).cpu()
+
     def _over_ranks(self, *parts: Tensor) -> list[Tensor]:
         """The sums over all ranks, on the host."""
         sums = torch.cat([part.to(self.session.device).flatten() for part in parts])
         torch.distributed.all_reduce(sums)
         pieces = sums.cpu().split([part.numel() for part in parts])
         return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
+def slowest_of(ranks: Tensor) -> tuple[int, float, float]:
+    """The rank with most work of its own, that over the median rank's, and the mean wait for other ranks.
+
+    ``ranks`` as ``StepMeter`` gathers them: [ranks, 2].
+    """
+    own, waited = ranks.unbind(1)
+    return int(own.argmax()), float(own.max() / own.quantile(0.5).clamp(min=1e-9)), float(waited.mean())

@@ -14,14 +14,15 @@ from statistics import median
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from megatron.core.distributed import DistributedDataParallel
 
 from navil_megatron.config.errors import BadNumbers
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.kernels.amax_history import forget_bad_amax
 from navil_megatron.runtime.session import Session
-from navil_megatron.training.state import TrainingState
+from navil_megatron.training.replica_check import ReplicaCheck
+from navil_megatron.training.state import TrainingState, is_due
 from navil_megatron.training.step import StepResult, not_finite
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,11 @@ _NORMS_KEPT, _NORMS_NEEDED, _STEPS_KEPT = 100, 20, 1_000
 class NumberWatch:
     """Judges steps and keeps account of those it refused. The same on every rank, which all call each method alike."""
 
-    def __init__(self, config: NaViLConfig, session: Session, chunks: Sequence[nn.Module], state: TrainingState):
+    def __init__(
+        self, config: NaViLConfig, session: Session, chunks: Sequence[DistributedDataParallel], state: TrainingState
+    ):
         self._config, self._session, self._chunks, self._state = config, session, chunks, state
+        self._replicas = ReplicaCheck(session, chunks)
 
     def judge(self, loss: float, grad_norm: float) -> str:
         """Why the update is refused, or nothing; before the update, with the numbers of all ranks."""
@@ -47,7 +51,7 @@ class NumberWatch:
         return ""
 
     def settle(self, result: StepResult, microbatches: Sequence[Microbatch]) -> None:
-        """After ``state.step`` counts the step: remembers it, and writes it down if it was bad.
+        """After ``state.step`` counts the step: remembers it, writes it down if it was bad, compares replicas if due.
 
         Raises:
             BadNumbers: The run is to stop after this.
@@ -58,6 +62,10 @@ class NumberWatch:
             self._write(result, microbatches, "stopped" if too_many else "skipped")
             if too_many:
                 self._session.together(lambda: self._stop(f"step {self._state.step}: {result.refused}; {too_many}"))
+
+        every = self._config.runtime.check_replicas_every_steps
+        if every is not None and is_due(self._state.step, every, self._config.training.train_steps):
+            self._replicas.check(self._state.step)
 
     def remember(self, result: StepResult) -> None:
         """What later steps are judged by, after ``state.step`` counts this one."""

@@ -17,6 +17,7 @@ from tests.unit.config_examples import EXAMPLE_TOML
 
 VERBS = [
     ("train",),
+    ("report",),
     ("replay",),
     ("plan",),
     ("data", "build"),

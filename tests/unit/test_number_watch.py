@@ -9,13 +9,15 @@ import torch
 
 from navil_megatron.kernels.amax_history import forget_bad_amax
 from navil_megatron.training.number_watch import NumberWatch
+from navil_megatron.training.replica_check import odd_ranks
 from navil_megatron.training.state import TrainingState
 from tests.ranks import tiny_config
 
 
 def watch_of(state: TrainingState, **training: Any) -> NumberWatch:
     """One that only judges: it needs no ranks."""
-    return NumberWatch(tiny_config(training=training), None, [], state)  # type: ignore[arg-type]
+    groups = SimpleNamespace(dp_cp=None, expt_dp=None, pp=SimpleNamespace(rank=lambda: 0))
+    return NumberWatch(tiny_config(training=training), SimpleNamespace(groups=groups), [], state)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,14 @@ def test_a_spike_is_measured_by_the_median_of_enough_updates() -> None:
 def test_how_many_bad_steps_are_too_many(refused: list[int], training: dict[str, Any], told: str) -> None:
     said = watch_of(TrainingState(step=7, refused_steps=refused), **training)._too_many()
     assert said.startswith(told) and bool(said) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("sums", "odd"),
+    [([7, 7, 8, 7], [6]), ([8, 7, 7], [2]), ([7, 8], [2, 4]), ([7, 7, 8, 8], [2, 4, 6, 8]), ([1, 2, 2, 2, 3], [2, 10])],
+)
+def test_whoever_differs_from_most_is_odd(sums: list[int], odd: list[int]) -> None:
+    assert odd_ranks(sums, [2, 4, 6, 8, 10][: len(sums)]) == odd
 
 
 def test_a_state_of_before_is_read() -> None:
