@@ -113,6 +113,8 @@ def fake_rank(
             collective_backend="nccl",
             synchronize=lambda: wait("a wait for all kernels"),
             upload=Uploader(GPU).start,
+            stamp=lambda: None,  # nothing takes time
+            seconds_between=lambda start, end: 0.0,
             peak_memory_bytes=lambda: 0,
         )
         alone: Any = None  # no peer to talk to, none to wait for
