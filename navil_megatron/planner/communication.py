@@ -74,7 +74,7 @@ class RankTraffic:
             *map(self.of_edges, mine),
             self._pipeline(len(mine)),
             self.of_gradients(),
-            self._gradient_norm(),
+            self._judgement(),
         ):
             if calls:
                 found[axis, collective] += Traffic(calls, num_bytes)
@@ -258,9 +258,12 @@ class RankTraffic:
             rows = held_rows(model.language.vocab_size, parallel.tensor_model_parallel_size)
             yield "embd", "all-reduce", 1, rows * model.language.hidden_size * FP32
 
-    def _gradient_norm(self) -> Iterator[Sent]:
-        """One number, summed over the ranks that hold different gradients."""
+    def _judgement(self) -> Iterator[Sent]:
+        """The gradient norm, summed over the ranks that hold different gradients; then loss, weight and norm of every
+        rank, by which all make an update or none does.
+        """
         parallel = self.config.parallel
+        yield "world", "all-gather", int(self.world_size > 1), self.world_size * 3 * FP32
         if self.config.optimizer.distributed:
             yield "world", "all-reduce", int(self.world_size > 1), FP32
             return
