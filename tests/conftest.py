@@ -10,6 +10,11 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the tests take that say more the longer they run."""
+    parser.addoption("--kills", type=int, default=1, help="kills of tests/e2e/test_kill_9.py, for each layout")
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The folder of reference data made with the authors' code; skips the test where it is absent."""

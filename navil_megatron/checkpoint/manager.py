@@ -1,14 +1,14 @@
 """The folder of a run's checkpoints: saved whole or not at all, newest first restored, oldest deleted.
 
 A save goes to ``step_00000100.partial`` and is renamed when every file is on disk; the rename is the commit, so a
-killed save is never read.
+killed save is never read. Under ``checkpoint.async_save`` training goes on in between, until a record finds it written.
 """
 
 import logging
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,9 +32,10 @@ from navil_megatron.checkpoint.sharded import (
     load_optimizer,
     load_sharded,
     read_contents,
-    save_sharded,
     saved_bytes,
+    stage_sharded,
 )
+from navil_megatron.checkpoint.staged_save import StagedSave
 from navil_megatron.config.errors import BadNumbers, DamagedError, UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.atomic_file import PARTIAL, partial_of
@@ -62,6 +63,19 @@ _READ_ERRORS = (
 _NOT_DAMAGE = (OSError, RuntimeError)
 """What they raise, too, where a connection or a device fails."""
 
+_END = "mend that and start again: the run goes on from"
+_GO_ON = "training goes on, and the next save is another try; until then a start would go on from"
+"""What follows when a checkpoint cannot be written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A checkpoint that is not complete yet."""
+
+    final: Path
+    staged: StagedSave
+    keep_older: bool
+
 
 class CheckpointManager:
     """Saves and restores one run. Every rank makes one and calls each method at the same point.
@@ -72,6 +86,8 @@ class CheckpointManager:
     def __init__(self, config: NaViLConfig, session: Session) -> None:
         self.config, self.session, self.directory = config, session, Path(config.checkpoint.directory)
         self.shapes = checkpoint_shapes(config.model)  # key and whole shape of every weight of a checkpoint
+        self._under_way: _Save | None = None
+        self._told_of_waiting = False
 
     def save(
         self,
@@ -81,28 +97,67 @@ class CheckpointManager:
         training_state: dict[str, Any],
         *,
         keep_older: bool = False,
+        wait: bool = True,
     ) -> Path:
         """Writes the checkpoint of a step and deletes those beyond ``keep_last``, unless all older ones are to be kept.
 
-        A step that is already saved stays as it is.
+        A step that is already saved stays as it is. Without ``wait``, under ``checkpoint.async_save``, it is only
+        copied to host memory now, and is complete after some later ``settle``; the next save waits for that.
 
         Raises:
             UserError: It cannot be written, for one because the disk is full; older ones stay as they are.
             BadNumbers: It is not finite.
         """
+        self.settle(due=step)
         final = step_folder(self.directory, step)
         if self._agree(final.is_dir):
             return final
         self.session.together(lambda: self._require_finite(final, chunks, optimizer))
         partial = partial_of(final)
         self._written(final, lambda: self._begin(partial), OSError)
+        staged = stage_sharded(partial, self.session, chunks, optimizer, training_state)
+        save = _Save(final, staged, keep_older)
+        if self.config.checkpoint.async_save and not wait:
+            staged.start()
+            self._under_way = save
+        else:
+            staged.write()
+            self._commit(save, _END)
+        return final
+
+    def settle(self, *, due: int | None = None, wait: bool = False) -> None:
+        """Commits the checkpoint that is being written in the background, if there is one and all its files are there;
+        where it is to be waited for, or the save of another step is due, when they are.
+
+        One that cannot be written is told in a warning, and leaves older ones as they are.
+        """
+        save = self._under_way
+        if save is None:
+            return
+        if self.session.on_any_rank(not save.staged.is_written()):
+            if due is None and not wait:
+                return
+            if due is not None and self.session.is_main and not self._told_of_waiting:
+                self._told_of_waiting = True
+                logger.warning(
+                    "the save of step %d waits for %s, which is still being written: a larger "
+                    "checkpoint.save_every_steps or a faster disk would spare that; this is said once",
+                    *(due, save.final.name),
+                )
+        self._under_way = None
+        try:
+            self._commit(save, _GO_ON)
+        except UserError as error:
+            logger.warning("%s", error)
+        except SystemExit:
+            pass  # how a rank other than the first learns of it
+
+    def _commit(self, save: "_Save", advice: str) -> None:
+        """Makes a whole checkpoint of the files that all ranks have written."""
         # Core raises this on every rank when one cannot write its files. What else it raises, it raises on that rank
         # alone while the others wait for it, so that is not for us to tell them of.
-        self._written(
-            final, lambda: save_sharded(partial, self.session, chunks, optimizer, training_state), CheckpointException
-        )
-        self._written(final, lambda: self._finish(partial, final, keep_older), OSError)
-        return final
+        self._written(save.final, save.staged.finish, CheckpointException, advice)
+        self._written(save.final, lambda: self._finish(save), OSError, advice)
 
     def require_space(self) -> None:
         """Refuses to train where the disk has no room for one checkpoint.
@@ -222,8 +277,10 @@ class CheckpointManager:
             raise found
         return result  # type: ignore[return-value]
 
-    def _written(self, final: Path, write: Callable[[], object], failure: type[BaseException]) -> None:
-        """Writes a part of a checkpoint; if that fails on any rank, every rank ends, and what is half written goes."""
+    def _written(
+        self, final: Path, write: Callable[[], object], failure: type[BaseException], advice: str = _END
+    ) -> None:
+        """Writes a part of a checkpoint; if that fails on any rank, all raise, and what is half written goes."""
 
         def attempt() -> None:
             try:
@@ -232,8 +289,7 @@ class CheckpointManager:
                 logger.debug("writing %s failed", final, exc_info=True)
                 raise UserError(
                     f"cannot write checkpoint {final} ({_in_a_line(_cause(error))}), the disk has "
-                    f"{free_bytes(final) / 1e6:,.0f} MB free; mend that and start again: the run goes on from "
-                    f"{self._newest() or 'its start'}"
+                    f"{free_bytes(final) / 1e6:,.0f} MB free; {advice} {self._newest() or 'its start'}"
                 ) from error
 
         try:
@@ -257,15 +313,16 @@ class CheckpointManager:
                 shutil.rmtree(path)
             partial.mkdir(parents=True)
 
-    def _finish(self, partial: Path, final: Path, keep_older: bool) -> None:
+    def _finish(self, save: "_Save") -> None:
         if self.session.is_main:
+            partial, keep_last = partial_of(save.final), self.config.checkpoint.keep_last
             write_config(partial, asdict(self.config))
-            commit_folder(partial, final)
-            older = [] if keep_older else complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]
+            commit_folder(partial, save.final)
+            older = [] if save.keep_older else complete_checkpoints(self.directory)[:-keep_last]
             for path in older:
                 # Renamed first: a deletion that is interrupted must not leave half a checkpoint under a good name.
                 shutil.rmtree(path.rename(partial_of(path)))
-            logger.info("saved %s", final)
+            logger.info("saved %s", save.final)
 
     def _newest(self, before: int | None = None) -> Path | None:
         complete = complete_checkpoints(self.directory)

@@ -25,6 +25,7 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from navil_megatron.blueprint.parameters import is_trainable, parameters_by_key
 from navil_megatron.checkpoint.checked_reader import checked_reading
+from navil_megatron.checkpoint.staged_save import StagedSave
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.files.checkpoint_metadata import Contents, read_metadata
@@ -63,6 +64,19 @@ def save_sharded(
     training_state: dict[str, Any],
 ) -> None:
     """Writes one checkpoint; every rank calls it, ``folder`` exists and is empty."""
+    save = stage_sharded(folder, session, chunks, optimizer, training_state)
+    save.write()
+    save.finish()
+
+
+def stage_sharded(
+    folder: Path,
+    session: Session,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: ChainedOptimizer,
+    training_state: dict[str, Any],
+) -> StagedSave:
+    """One checkpoint in host memory; every rank calls it, ``folder`` exists and is empty."""
     state: dict[str, Any] = {
         **model_state(chunks),
         "training": training_state,
@@ -73,10 +87,13 @@ def save_sharded(
     }
     if not optimizer.is_stub_optimizer:
         state["optimizer"] = _keep_local(_optimizer_state(optimizer, state, is_loading=False))
-    # Left alone, core spawns a server process for this queue, which imports the whole main module again. Nothing is
-    # written in the background here, so a plain queue does.
+    # Left alone, core spawns a server process for this queue, which imports the whole main module again. A plain queue
+    # does, for what fills it is this process.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(folder), TorchDistSaveShardedStrategy(thread_count=1))
+    strategy = TorchDistSaveShardedStrategy(thread_count=1)
+    return StagedSave(
+        dist_checkpointing.save(state, str(folder), strategy, async_sharded_save=True, async_strategy="mcore")
+    )
 
 
 def saved_bytes(config: NaViLConfig) -> int:

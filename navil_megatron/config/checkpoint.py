@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Steps between saves; ``None``: only at the end and on SIGTERM."""
     keep_last: Count = 2
     """Newest checkpoints kept; older ones are deleted after a good save."""
+    async_save: bool = False
+    """Train on while a checkpoint is written: a step waits only until its state is copied to host memory, once. The
+    save at the end and on SIGTERM is waited for."""
     fall_back: bool = False
     """Where the newest checkpoint is damaged, go on from the newest whole one, with a warning, and do the steps since
     then again; ``false``: end with a line that names what is damaged."""

@@ -190,7 +190,11 @@ class Session:
 
     def stop_asked(self) -> bool:
         """Whether any rank was asked to stop (SIGTERM or SIGINT). Every rank must call it at the same point."""
-        flag = torch.tensor([int(self._stop_signal is not None)], dtype=torch.int32, device=self.device)
+        return self.on_any_rank(self._stop_signal is not None)
+
+    def on_any_rank(self, is_so: bool) -> bool:
+        """Whether something is so on any rank. Every rank must call it at the same point."""
+        flag = torch.tensor([int(is_so)], dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 

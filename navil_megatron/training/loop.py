@@ -1,6 +1,7 @@
 """The whole of training on one screen."""
 
 import logging
+from functools import partial
 from itertools import product
 
 from navil_megatron.checkpoint.manager import CheckpointManager
@@ -41,7 +42,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
     log.start(state.step)
-    numbers = NumberWatch(config, session, chunks, state)
+    numbers = NumberWatch(config, session, chunks, state, partial(manager.settle, wait=True))
     steps = session.watchdog.position.steps(loader, state.step)
     total = config.training.train_steps
 
@@ -66,6 +67,8 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 log.write("feature_scale", state.step, scales)
                 progress.update(state.step, record)
                 stopping = session.stop_asked()
+                manager.settle()
+                meter.restart()
             numbers.settle(result, microbatches)
             if held_out and is_due(state.step, config.evaluation.every_steps, total):
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
@@ -74,7 +77,8 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             if stopping or saving:
                 state.loader = loader.state()
                 gather_parameters(chunks)
-                manager.save(state.step, model, optimizer, state.to_dict(), keep_older=bool(result.refused))
+                last, refused = stopping or state.step == total, bool(result.refused)
+                manager.save(state.step, model, optimizer, state.to_dict(), keep_older=refused, wait=last)
                 meter.restart()
             if stopping:
                 logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)

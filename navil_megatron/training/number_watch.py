@@ -7,7 +7,7 @@ checkpoints stay. All memory is in ``TrainingState``, so a resumed run decides a
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -36,10 +36,16 @@ class NumberWatch:
     """Judges steps and keeps account of those it refused. The same on every rank, which all call each method alike."""
 
     def __init__(
-        self, config: NaViLConfig, session: Session, chunks: Sequence[DistributedDataParallel], state: TrainingState
+        self,
+        config: NaViLConfig,
+        session: Session,
+        chunks: Sequence[DistributedDataParallel],
+        state: TrainingState,
+        before_end: Callable[[], None] | None = None,
     ):
+        """Watches a run. ``before_end`` is called on every rank before one that cannot go on ends."""
         self._config, self._session, self._chunks, self._state = config, session, chunks, state
-        self._replicas = ReplicaCheck(session, chunks)
+        self._replicas, self._before_end = ReplicaCheck(session, chunks), before_end
 
     def judge(self, loss: float, grad_norm: float) -> str:
         """Why the update is refused, or nothing; before the update, with the numbers of all ranks."""
@@ -61,6 +67,8 @@ class NumberWatch:
             too_many = self._too_many()
             self._write(result, microbatches, "stopped" if too_many else "skipped")
             if too_many:
+                if self._before_end is not None:
+                    self._before_end()
                 self._session.together(lambda: self._stop(f"step {self._state.step}: {result.refused}; {too_many}"))
 
         every = self._config.runtime.check_replicas_every_steps

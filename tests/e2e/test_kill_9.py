@@ -1,0 +1,77 @@
+"""``kill -9`` of all ranks while checkpoints are written beside the training: the run goes on as if nothing had been.
+
+pytest tests/e2e/test_kill_9.py --kills 100
+"""
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from navil_megatron.config.run import NaViLConfig
+from navil_megatron.files.atomic_file import PARTIAL
+from navil_megatron.training.loop import train
+from tests.e2e.runs import World, make_run, records, saved_steps, train_in_rank
+from tests.ranks import RankFailure, run_ranks, start_session
+from tests.whole_checkpoint import read_whole_checkpoint
+
+SEED, STEPS_OF_A_LIFE, MOST_SECONDS = 20_261_127, 4, 0.05
+
+
+def _until_killed(rank: int, world_size: int, config: NaViLConfig, until_step: int, seconds: float) -> None:
+    """Trains until all ranks are killed at once, so long after a step is recorded."""
+    with start_session(rank, world_size, config) as session:
+        ranks = [0] * world_size
+        torch.distributed.all_gather_object(ranks, os.getpid())
+        if rank == 0:
+            threading.Thread(target=_kill, args=(ranks, config, until_step, seconds), daemon=True).start()
+        train(config, session)
+
+
+def _kill(ranks: list[int], config: NaViLConfig, until_step: int, seconds: float) -> None:
+    while not any(record["step"] >= until_step for record in records(config, "train")):
+        time.sleep(0.005)
+    time.sleep(seconds)
+    for process in reversed(ranks):  # this one last
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"tp": 2, "sequence_parallel": True}, id="tensor"),
+        pytest.param({}, id="data", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again(
+    world: World, tmp_path: Path, layout: dict[str, int], pytestconfig: pytest.Config
+) -> None:
+    """Saved after every step, so that a checkpoint is nearly always under way; bit for bit the undisturbed run."""
+    kills = pytestconfig.getoption("kills")
+    training = {"train_steps": STEPS_OF_A_LIFE * (kills + 1), "log_every_steps": 1}
+    checkpoint = {"directory": str(tmp_path / "killed" / "checkpoints"), "save_every_steps": 1, "async_save": True}
+    sections = {"parallel": layout, "training": training, "precision": {"type": "bf16"}}
+    killed = make_run(world, tmp_path / "killed", checkpoint=checkpoint, **sections)
+    moments, under_way = random.Random(SEED), 0
+    for number in range(kills):
+        step = number * STEPS_OF_A_LIFE + moments.randint(1, STEPS_OF_A_LIFE // 2)
+        with pytest.raises(RankFailure, match="the process died"):
+            run_ranks(2, _until_killed, killed, step, moments.uniform(0, MOST_SECONDS))
+        under_way += any(name.endswith(PARTIAL) for name in saved_steps(killed))
+    assert under_way >= kills // 2, f"{under_way} of {kills} kills came while a checkpoint was being written"
+    run_ranks(2, train_in_rank, killed)
+
+    straight = make_run(world, tmp_path / "straight", **sections)
+    run_ranks(2, train_in_rank, straight)
+    names = ("step", "loss", "grad_norm", "consumed_samples", "consumed_tokens")
+    done, expected = ([tuple(r[name] for name in names) for r in records(run, "train")] for run in (killed, straight))
+    assert sorted(set(done)) == expected  # a step that is done again gives the same again
+    last = training["train_steps"]
+    assert saved_steps(killed) == [f"step_{step:08d}" for step in (last - 1, last)]
+    weights = [read_whole_checkpoint(Path(run.checkpoint.directory))[1] for run in (killed, straight)]
+    torch.testing.assert_close(*weights, rtol=0.0, atol=0.0)
