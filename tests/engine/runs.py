@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from navil_megatron.checkpoint.sharded import load_sharded, save_sharded
+from navil_megatron.checkpoint.sharded import load_sharded, read_contents, save_sharded
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.precision import padding_of_segments
@@ -124,7 +124,7 @@ def run_steps(
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
         optimizer = build_optimizer(config, chunks, session)
         if restore is not None:
-            load_sharded(restore, session, chunks, optimizer)
+            load_sharded(restore, read_contents(restore), session, chunks, optimizer)
         calls = _calls(config)
         replicas = session.groups.dp.size() * session.groups.cp.size()
         seed = 0
