@@ -35,9 +35,9 @@ from navil_megatron.data.tokenizer import load_tokenizer
 from navil_megatron.data.types import ALONE, IGNORED_LABEL, Microbatch, PackedRows, SampleId
 from navil_megatron.files.checkpoint_folder import read_config
 from navil_megatron.files.json_file import read_json
+from navil_megatron.files.tokenizer_file import TOKENIZER_FILE
 from navil_megatron.hf.compare import of_one_start
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf, preprocessor_config
-from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.generate import open_picture
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.model_source import ModelSource, open_source

@@ -7,6 +7,7 @@ once. TOML has no null, so the string ``"none"`` switches off a setting that may
 import dataclasses
 import difflib
 import json
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -55,7 +56,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: values are nested too deeply; take brackets out") from None
+    except ValueError as error:  # bytes that are not UTF-8 and numbers of thousands of digits, too
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
 
 
@@ -181,7 +184,7 @@ class _Reader[T]:
             return self._note(key, f"{key}: found {_found(value)}, expected one of {', '.join(map(repr, choices))}")
         if origin is tuple:
             return self._array(get_args(annotation)[0], value, key)
-        if annotation is float and type(value) is int:
+        if annotation is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)
         if type(value) is annotation:
             return value
@@ -217,7 +220,7 @@ def _parse_value(text: str) -> Any:
     """An override's value: TOML, or else the text itself."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text.strip()
     # A line break in the text could smuggle in a second key.
     return parsed["value"] if len(parsed) == 1 else text.strip()
@@ -252,5 +255,10 @@ def _found(value: Any) -> str:
     """A value in an error message, cut to a readable length."""
     if isinstance(value, Mapping):
         return "a table"
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return "a value nested too deeply"
+    except ValueError:
+        return "a number of too many digits"
     return text if len(text) <= 60 else text[:57] + "..."

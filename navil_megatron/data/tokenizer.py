@@ -18,6 +18,7 @@ from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.chat import Span, conversation_spans, document_spans
 from navil_megatron.data.types import Content
 from navil_megatron.files.hashes import fingerprint
+from navil_megatron.files.tokenizer_file import reading_tokenizer
 
 PAD_TOKEN = "<pad>"
 
@@ -140,14 +141,11 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
     """
     if not Path(folder).is_dir():
         raise UserError(f"tokenizer folder {folder} is missing: set data.tokenizer to a saved Hugging Face tokenizer")
-    try:
+    with reading_tokenizer(Path(folder)):
         if not [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]:
             raise FileNotFoundError("no tokenizer.json in it")  # transformers 5.0 makes a tokenizer of its own up
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for a broken folder
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"tokenizer folder {folder} cannot be loaded ({reason}): save the tokenizer anew") from error
-    tokenizer = SampleTokenizer(loaded, str(folder))
+        tokenizer = SampleTokenizer(loaded, str(folder))
     if special_token_ids is not None and tuple(special_token_ids) != tokenizer.special_token_ids:
         both = zip(SPECIAL_TOKENS, tokenizer.special_token_ids, special_token_ids, strict=False)
         differing = [f"{token} is {found}, not {expected}" for token, found, expected in both if found != expected]

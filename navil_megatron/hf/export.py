@@ -15,11 +15,12 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.files.atomic_folder import new_folder
 from navil_megatron.files.checkpoint_folder import CONFIG_FILE, read_config
 from navil_megatron.files.json_file import values_of, write_json
+from navil_megatron.files.tokenizer_file import TOKENIZER_FILE
 from navil_megatron.hf.checkpoint.reader import open_checkpoint
 from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import generation_config, image_settings_to_hf, preprocessor_config
 from navil_megatron.hf.exported.model_card import model_card
-from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, copy_tokenizer, read_token_ids, settle_tokenizer
+from navil_megatron.hf.exported.tokenizer_files import copy_tokenizer, read_token_ids, settle_tokenizer
 from navil_megatron.hf.hf_config import hf_config_from_model
 from navil_megatron.hf.jobs import export_jobs, summary, targets, total_bytes, with_types
 from navil_megatron.hf.safetensors_writer import SafetensorsWriter

@@ -15,10 +15,11 @@ from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.files.atomic_folder import new_folder
 from navil_megatron.files.checkpoint_folder import write_config
 from navil_megatron.files.json_file import read_json, values_of
+from navil_megatron.files.tokenizer_file import TOKENIZER_FILE
 from navil_megatron.hf.checkpoint.writer import CheckpointWriter
 from navil_megatron.hf.convert import HowToRun, run_jobs
 from navil_megatron.hf.exported.image_settings import image_settings_from_hf
-from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE, require_tokenizer
+from navil_megatron.hf.exported.tokenizer_files import require_tokenizer
 from navil_megatron.hf.hf_config import model_config_from_hf
 from navil_megatron.hf.hf_parameters import hf_shapes
 from navil_megatron.hf.jobs import ingest_jobs, summary, total_bytes, with_types

@@ -10,8 +10,8 @@ from navil_megatron.config.load import config_to_dict
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.checkpoint_folder import find_checkpoint, read_config, step_of
 from navil_megatron.files.json_file import read_json
+from navil_megatron.files.tokenizer_file import TOKENIZER_FILE
 from navil_megatron.hf.checkpoint.reader import CheckpointReader
-from navil_megatron.hf.exported.tokenizer_files import TOKENIZER_FILE
 from navil_megatron.hf.hf_parameters import hf_parameters
 from navil_megatron.hf.ingest import model_of_folder
 from navil_megatron.hf.model_source import kind_of

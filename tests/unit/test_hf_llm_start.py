@@ -331,6 +331,6 @@ def test_folder_without_a_fast_tokenizer_says_what_to_do(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"has no tokenizer.json: save its tokenizer as a fast one, or .* --tokenizer"):
         extend_tokenizer(tmp_path, tmp_path / "new")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+    with pytest.raises(UserError, match="cannot be (loaded|read as JSON)"):
         extend_tokenizer(tmp_path, tmp_path / "new")
     assert not (tmp_path / "new").exists()

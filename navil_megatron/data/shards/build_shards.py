@@ -79,12 +79,15 @@ def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, to
     named = f"{index.with_suffix('')}*"
     if record.exists():
         known = read_json(record, f"remove {named} to start anew")
-        if known["made_from"] != made_from:
+        if known.get("made_from") != made_from:
             raise UserError(
                 f"{index.parent} holds an unfinished build of another manifest, tokenizer or shard size than now: "
                 f"give the same to go on, or remove {named} to start anew"
             )
-        return [Chunk(*fields) for fields in known["chunks"]]
+        chunks = manifest.chunks(samples_per_shard)
+        if known.get("chunks") != [[*astuple(chunk)] for chunk in chunks]:
+            raise UserError(f"{record} is damaged (its chunks are not the manifest's): remove {named} to start anew")
+        return chunks
     if index.exists() or any(index.parent.glob(f"{index.stem}-*.tar")):
         raise UserError(f"{index.parent} already holds {index.stem} shards: remove {named}, or choose another prefix")
     shutil.rmtree(record.parent, ignore_errors=True)  # a finished build may have been killed as it tidied up

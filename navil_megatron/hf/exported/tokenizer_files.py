@@ -17,8 +17,9 @@ from navil_megatron.blueprint.chat_template import PLACEHOLDER, chat_template
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.files.json_file import read_json, write_json
+from navil_megatron.files.tokenizer_file import TOKENIZER_FILE, reading_tokenizer
 
-TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+SETTINGS_FILE = "tokenizer_config.json"
 NAMES_FILE = "special_tokens_map.json"
 TEMPLATE_FILE, PROCESSOR_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
 """The second is read by processors alone, the first by tokenizers, too."""
@@ -60,8 +61,9 @@ def read_token_ids(tokenizer: Path, model: ModelConfig) -> Mapping[str, int | No
     require_tokenizer(tokenizer)
     from transformers import AutoTokenizer  # a second, which a checkpoint without a tokenizer need not wait for
 
-    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
-    vocabulary = loaded.get_vocab()
+    with reading_tokenizer(tokenizer):
+        loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+        vocabulary = loaded.get_vocab()
     different = [
         f"{token} is {vocabulary.get(token)}, not {expected}"
         for token, expected in zip(SPECIAL_TOKENS, model.special_token_ids, strict=True)
@@ -114,7 +116,8 @@ def settle_tokenizer(folder: Path, system_message: str = "") -> bool:
 
 def vocabulary(folder: Path) -> dict[str, int]:
     """Name and id of every token of the tokenizer in a folder."""
-    return dict(Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab())
+    with reading_tokenizer(folder):
+        return dict(Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab())
 
 
 def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
@@ -150,13 +153,8 @@ def _load(path: Path) -> Tokenizer:
             f"{path.parent} has no {TOKENIZER_FILE}: save its tokenizer as a fast one, or give another folder with "
             "--tokenizer"
         )
-    try:
+    with reading_tokenizer(path.parent):
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception for whatever is wrong in the file
-        if isinstance(error, OSError):
-            raise
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"{path} cannot be read as a tokenizer ({reason}): save it anew") from error
 
 
 def _extended(config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
