@@ -3,7 +3,7 @@
 # out already.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart recipe-small test test-all gpu-hour test-gpu bench-gpu test-transformers test-versions peers \
+.PHONY: help venv quickstart recipe-small test test-all fuzz gpu-hour test-gpu bench-gpu test-transformers test-versions peers \
 	lock lint format
 
 export VENV ?= .venv
@@ -36,6 +36,9 @@ test: lint $(VENV)/.engine ## the default suite, as continuous integration runs 
 
 test-all: lint $(VENV)/.engine ## the default suite and the slow tests
 	$(BIN)/python -m pytest -q $(PARALLEL) -m ""
+
+fuzz: $(VENV)/.test ## 100,000 damaged files of each kind, or NAVIL_FUZZ= so many; the default suite reads 1,000
+	NAVIL_FUZZ=$${NAVIL_FUZZ:-100000} $(BIN)/python -m pytest -q --timeout 0 tests/fuzz
 
 gpu-hour: $(ON_GPU) ## all that needs a GPU, in half an hour, part by part into benchmarks/results
 	$(GPU_PYTHON) tools/gpu_hour.py

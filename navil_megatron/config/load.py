@@ -20,6 +20,8 @@ from navil_megatron.config.run import NaViLConfig
 
 _INVALID: Any = object()  # stands for a value whose problem has been noted
 
+_MAX_INT = 2**63 - 1
+"""What TOML asks a reader to take; Python's takes more."""
 _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 _PLURALS = {bool: "booleans", int: "integers", float: "numbers", str: "strings"}
 
@@ -140,7 +142,7 @@ class _Reader[T]:
         key = key.partition("[")[0]
         for overridden, text in self.overridden.items():
             if overridden == key or overridden.startswith(key + ".") or key.startswith(overridden + "."):
-                return f"override {text}"
+                return f"override {text if len(text) <= 200 else f'{text[:197]}...'}"
         return self.source
 
     def _note(self, key: str, message: str) -> Any:
@@ -186,6 +188,8 @@ class _Reader[T]:
             return self._array(get_args(annotation)[0], value, key)
         if annotation is float and type(value) is int and abs(value) <= sys.float_info.max:
             return float(value)
+        if type(value) is int and annotation is int and not -_MAX_INT - 1 <= value <= _MAX_INT:
+            return self._note(key, f"{key}: found a number of too many digits, expected at most {_MAX_INT}")
         if type(value) is annotation:
             return value
         hint = f"; quote it: '{key}=\"...\"'" if annotation is str and self._blame(key) != self.source else ""

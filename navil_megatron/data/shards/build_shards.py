@@ -179,5 +179,5 @@ def _read_image(folder: Path, name: Any, inside: Path | None) -> bytes:
         if status.st_size > MAX_IMAGE_BYTES:
             raise RejectedSample(f"image of more than {MAX_IMAGE_BYTES} bytes")
         return path.read_bytes()
-    except (OSError, TypeError, ValueError):
+    except (OSError, TypeError, ValueError, RuntimeError):  # the last: links in a circle, until Python 3.13
         raise RejectedSample("image file cannot be read") from None

@@ -216,6 +216,8 @@ class SourceIndex:
         """[m] of ``IMAGE``."""
         try:
             self.shards = tuple(Shard(*entry) for entry in json.loads(self._map[checks_at + checks.nbytes :]))
+            if any([*map(type, astuple(shard))] != [str, int, int, str] for shard in self.shards):
+                raise TypeError("a shard is described by other types")
             counts = [shard.num_samples for shard in self.shards]
             self.starts = np.cumsum([0, *counts])
             """[num_shards + 1] int64: first sample of each shard."""
