@@ -56,19 +56,6 @@ def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     }
 
 
-def save_sharded(
-    folder: Path,
-    session: Session,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: ChainedOptimizer,
-    training_state: dict[str, Any],
-) -> None:
-    """Writes one checkpoint; every rank calls it, ``folder`` exists and is empty."""
-    save = stage_sharded(folder, session, chunks, optimizer, training_state)
-    save.write()
-    save.finish()
-
-
 def stage_sharded(
     folder: Path,
     session: Session,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from navil_megatron.checkpoint.sharded import load_sharded, read_contents, save_sharded
+from navil_megatron.checkpoint.sharded import load_sharded, read_contents, stage_sharded
 from navil_megatron.config.language import LanguageConfig
 from navil_megatron.config.model import SPECIAL_TOKENS, ModelConfig
 from navil_megatron.config.precision import padding_of_segments
@@ -145,7 +145,9 @@ def run_steps(
             if rank == 0:
                 save.mkdir()
             torch.distributed.barrier()
-            save_sharded(save, session, chunks, optimizer, {})
+            staged = stage_sharded(save, session, chunks, optimizer, {})
+            staged.write()
+            staged.finish()
     return outcome
 
 
