@@ -216,14 +216,14 @@ def _attention(language: LanguageConfig) -> Iterator[Parameter]:
     for modality, about in of_modality.items():
         name = f"self_attention.linear_qkv.{modality}"
         yield from _module(name, (query + key_value, h), std=std, bias=language.qkv_bias, split_dim=0, **about)
+    for norm in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
+        for modality, about in of_modality.items():
+            yield from _module(f"self_attention.{norm}.{modality}", (d,), mean=1.0, used_on="heads", **about)
     for modality, about in of_modality.items():
         # The released 2B applies the visual output projection to the sum over the ranks, so each holds it whole.
         composed = modality == "visual" and language.composed_visual_output_projection
         split: dict[str, Any] = {"used_on": "tokens"} if composed else {"split_dim": 1}
         yield from _module(f"self_attention.linear_proj.{modality}", (h, query), std=std, **split, **about)
-    for norm in ("q_layernorm", "k_layernorm") if language.qk_norm else ():
-        for modality, about in of_modality.items():
-            yield from _module(f"self_attention.{norm}.{modality}", (d,), mean=1.0, used_on="heads", **about)
 
 
 def _feed_forward(language: LanguageConfig) -> Iterator[Parameter]:

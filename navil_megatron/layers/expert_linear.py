@@ -24,6 +24,8 @@ class ExpertLinear(MegatronModule):
     ``partition_dim`` and ``partition_stride`` as of ``ModalityLinear``.
     """
 
+    reads_weights_of_children = True
+
     def __init__(
         self,
         config: TransformerConfig,

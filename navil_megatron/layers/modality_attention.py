@@ -71,15 +71,15 @@ class ModalitySelfAttention(MegatronModule):
             bias=language.qkv_bias,
             shared=shared,
         )
+        if language.qk_norm:
+            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
+            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
         sizes = (config.hidden_size, query_size)
         self.linear_proj = (
             ComposedRowParallelLinear(config, kernels, *sizes, tp_group)
             if language.composed_visual_output_projection
             else ModalityRowParallelLinear(config, kernels, *sizes, tp_group, shared=shared)
         )
-        if language.qk_norm:
-            self.q_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
-            self.k_layernorm = ModalityHeadNorm(config, self.head_dim, shared)
         self.kernels = kernels
         self.recompute_attention = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules

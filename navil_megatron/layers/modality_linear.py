@@ -41,6 +41,8 @@ class ModalityLinear(MegatronModule):
 
     partition_dim: ClassVar[int]
     """0 splits the output, 1 the input."""
+    reads_weights_of_children = True
+    """For one product of both; whoever gathers weights late has to know (``training.overlap``)."""
 
     def __init__(
         self,

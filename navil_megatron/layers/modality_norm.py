@@ -21,6 +21,8 @@ class ModalityHeadNorm(MegatronModule):
     tensor-parallel ranks because their names hold ``q_layernorm`` or ``k_layernorm``.
     """
 
+    reads_weights_of_children = True
+
     def __init__(self, config: TransformerConfig, head_dim: int, shared: bool = False):
         super().__init__(config=config)
         self.text = NormWeight(head_dim, config.params_dtype)

@@ -140,9 +140,10 @@ class NaViLModel(LanguageModule):
 
     def embed(self, inputs: FirstStageInputs) -> Tensor:
         """Text table, special tokens, visual features. -> [t, 1, h], or [t/tp, 1, h] under sequence parallelism."""
+        features = self.encode_images(inputs)  # first, as registered: gathers of weights follow that order
         embeddings = self.embedding(input_ids=inputs.input_ids.unsqueeze(0), position_ids=None).squeeze(1)
         embeddings = self.special_token_embedding(embeddings, inputs.input_ids)
-        embeddings = embeddings.index_copy(0, inputs.image_positions, self.encode_images(inputs)).unsqueeze(1)
+        embeddings = embeddings.index_copy(0, inputs.image_positions, features).unsqueeze(1)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.tp_group)
         return embeddings

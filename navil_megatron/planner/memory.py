@@ -255,11 +255,8 @@ class ActivationModel:
         return self._patches * self.config.model.vision.patch_dim * (1 + FP32)
 
     def encoder_layer_working(self) -> int:
-        """As ``layer_working``, while one layer of the encoder runs backward; autograd turns to the gradient of the
-        embeddings, which were made before, when it is through with the encoder.
-        """
+        """As ``layer_working``, while one layer of the encoder runs backward."""
         vision, training = self.config.model.vision, self.config.training
         gradients = self._patches * (vision.ffn_hidden_size + 2 * vision.hidden_size) * self._size
-        gradients += self._embeddings_bytes
         whole = replace(self, config=replace(self.config, training=replace(training, recompute="none")))
         return gradients + whole._vision_layer(self._patches) - self._vision_layer(self._patches)

@@ -31,17 +31,18 @@ def set_schedule_hooks(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def wait_for_held_weights(chunk: DistributedDataParallel) -> None:
-    """Makes each module wait for the weights of its leaves, some of which it reads without a call.
+    """Makes a module wait for the weights that it reads without a call of the child that holds them.
 
-    Core waits for the gathered weights of a module when it is called. A leaf whose weight its parent reads, as one text
-    and one visual matrix for one product, would be read before its weight arrived.
+    Core waits for the gathered weights of a module when it is called. One text and one visual matrix, of which their
+    parent makes one product, would be read before they arrived. Other children are left to their own calls: who waits
+    early, waits for weights that are still needed elsewhere first.
     """
     if not chunk.ddp_config.overlap_param_gather:
         return
     wait = chunk._make_forward_pre_hook()
     for module in chunk.module.modules():
-        for child in module.children():
-            if not any(True for _ in child.children()):
+        if getattr(module, "reads_weights_of_children", False):
+            for child in module.children():
                 module.register_forward_pre_hook(partial(_wait_for, wait, child))
 
 

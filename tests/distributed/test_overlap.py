@@ -1,6 +1,7 @@
 """Overlapped communication changes when gradients and weights travel, and nothing else."""
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -47,9 +48,12 @@ def three_steps(rank: int, world_size: int, sections: dict, num_steps: int = 3) 
         batch = global_batch(config, BATCH, session)
         share = len(batch) // session.groups.dp.size()
         mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
-        found: Found = {"losses": [], "norms": [], "held_out": []}
+        found: Found = {"losses": [], "norms": [], "held_out": [], "out_of_order": 0}
         for step in range(num_steps):
-            result = train_step(config, session, chunks, optimizer, mine, lr=1e-2)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.filterwarnings("always", "The next bucket's parameter all-gather operation has already been")
+                result = train_step(config, session, chunks, optimizer, mine, lr=1e-2)
+            found["out_of_order"] += sum("all-gather operation" in str(warning.message) for warning in told)
             found["losses"].append(global_loss(result, session))
             found["norms"].append(float(result.grad_norm))
             if step == 1:
@@ -77,6 +81,7 @@ def test_overlap_equals_none(layout: str, overlap: dict) -> None:
     world_size, sections = LAYOUTS[layout]
     found = run_ranks(world_size, three_steps, merge_sections(sections, overlap))
     assert found[0]["buckets"] > 5
+    assert not any(rank["out_of_order"] for rank in found), "weights are needed in another order than they are gathered"
     for rank, (here, expected) in enumerate(zip(found, without_overlap(layout), strict=True)):
         for name in ("losses", "norms", "held_out"):
             torch.testing.assert_close(here[name], expected[name], **RANKS)
