@@ -122,6 +122,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_hour_runs_on_a_cpu(rehearsal: Path) -> None:
     summary = json.loads((rehearsal / "summary.json").read_text())
     assert summary["device"] == "rehearsal" and summary["versions"]["torch"] and summary["versions"]["megatron-core"]
@@ -140,6 +141,7 @@ def test_the_hour_runs_on_a_cpu(rehearsal: Path) -> None:
             assert result["status"] == "passed" and result["measurements"]
 
 
+@pytest.mark.slow
 def test_every_benchmark_for_a_gpu_runs_on_a_cpu(rehearsal: Path) -> None:
     results: dict[str, Any] = {}
     for path in (*rehearsal.glob("step-torch/*.json"), *rehearsal.glob("layers-torch/*.json")):

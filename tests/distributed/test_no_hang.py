@@ -3,6 +3,7 @@
 One session a layout runs all its cases under one hard limit; a hang shows as the ranks' stacks.
 """
 
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,9 @@ from tests.ranks import run_ranks, start_session
 LIMIT_SECONDS = 180
 NO_SAMPLE = ()
 KINDS = {"text": TEXT_ONLY, "image": IMAGE_ONLY, "mixed": MIXED, "tiny": TINY_IMAGE, "padding": NO_SAMPLE}
-PLACES = [
+PLACES = (0, 3, None)
+"""Rows of a batch of four that are of a kind; None: all of them."""
+ALL_LAYOUTS = (
     "tp2",
     "tp2-sp",
     "pp2",
@@ -36,12 +39,14 @@ PLACES = [
     "tp2-sp-pp2",
     "ep2-tp2-sp",
     "cp2",
-]
+)
+USUAL = {("tp2-sp-pp2", "none"), ("pp2-interleaved", "none"), ("ep2", "full"), ("cp2", "none")}
+"""Every axis once; what is not named here is a slow test."""
 ROWS = 4
 
 
 def steps(rank: int, world_size: int, sections: dict) -> dict[str, tuple[float, float]]:
-    """Loss and gradient norm of every case: one row of a kind among mixed ones at each place, then all of that kind."""
+    """Loss and gradient norm of every case: one row of a kind among mixed ones, then all of that kind."""
     config = oracle_config(**sections)
     found = {}
     with start_session(rank, world_size, config) as session:
@@ -49,7 +54,7 @@ def steps(rank: int, world_size: int, sections: dict) -> dict[str, tuple[float, 
         optimizer = build_optimizer(config, chunks, session)
         share = ROWS // session.groups.dp.size()
         for kind, composition in KINDS.items():
-            for place in (*range(ROWS), None):
+            for place in PLACES:
                 rows = [composition if place in (None, number) else MIXED for number in range(ROWS)]
                 batch = global_batch(config, tuple(rows), session)
                 mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
@@ -64,18 +69,15 @@ def steps(rank: int, world_size: int, sections: dict) -> dict[str, tuple[float, 
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     [
-        *((layout, "none") for layout in PLACES),
-        ("tp2-sp", "full"),
-        ("ep2", "full"),
-        *(pytest.param(layout, "full", marks=pytest.mark.slow) for layout in PLACES if layout not in ("tp2-sp", "ep2")),
-        *(pytest.param(layout, "selective", marks=pytest.mark.slow) for layout in PLACES),
+        pytest.param(*case, marks=() if case in USUAL else pytest.mark.slow)
+        for case in itertools.product(ALL_LAYOUTS, ("none", "full", "selective"))
     ],
 )
 def test_every_step_comes_back(layout: str, recompute: str) -> None:
     world_size, sections = LAYOUTS[layout]
     sections = merge_sections(sections, {"training": {"recompute": recompute}})
     for found in run_ranks(world_size, steps, sections, timeout=LIMIT_SECONDS):
-        assert len(found) == len(KINDS) * (ROWS + 1)
+        assert len(found) == len(KINDS) * len(PLACES)
         for case, (loss, grad_norm) in found.items():
             assert math.isfinite(loss) and math.isfinite(grad_norm), case
             # A batch of nothing but padding teaches nothing; every other one does.

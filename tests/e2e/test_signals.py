@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from navil_megatron.config.run import NaViLConfig
@@ -79,6 +80,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(world: World, tmp_path: Path) 
     torch.testing.assert_close(*weights, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_stops_and_goes_on(world: World, tmp_path: Path) -> None:
     config = make_run(world, tmp_path, training={"train_steps": ENDLESS})
     path = str(write_toml(config, tmp_path / "run.toml"))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 PAGE = "# Study\n\n<!-- f: written by tools/study/run.py -->\nyesterday\n<!-- end of f -->\n\nA paragraph.\n"
@@ -45,5 +47,11 @@ def test_a_study_trains_goes_on_and_reports(tmp_path: Path) -> None:
     assert (tmp_path / "study.md").read_text() == page
     assert "to do" not in study(tmp_path, "--report")
     assert "Learning rates" not in page
+
+
+@pytest.mark.slow
+def test_a_study_takes_each_arm_at_its_best_learning_rate(tmp_path: Path) -> None:
+    (tmp_path / "study.md").write_text(PAGE)
+    study(tmp_path)
     assert "8 runs, 4 to do" in study(tmp_path, "--rates", "1e-3", "2e-3")
     assert "Learning rates, for each arm the best of 0.001, 0.002: copied 0.00" in (tmp_path / "study.md").read_text()
