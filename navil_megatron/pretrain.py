@@ -1,6 +1,7 @@
 """Entry point of one rank: ``torchrun -m navil_megatron.pretrain CONFIG.toml [section.field=value ...]``."""
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from navil_megatron.runtime.session import Session
         from navil_megatron.training.loop import train
 
+        gc.freeze()  # core looks for garbage at every save: not among all that is loaded by now
         with Session.start(config) as session, owned_run(config, session):
             state = train(config, session)
     except UserError as error:

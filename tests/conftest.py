@@ -1,5 +1,6 @@
 """Fixtures and markers that every test folder shares."""
 
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +14,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the tests take that say more the longer they run."""
     parser.addoption("--kills", type=int, default=1, help="kills of tests/e2e/test_kill_9.py, for each layout")
+
+
+def pytest_configure() -> None:
+    """What collecting the tests imports stays: looking for garbage among it, then and later, is time lost."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def start_fork_server(preload: Sequence[str] = PRELOAD) -> None:
     A process has one, and whoever starts it first decides what it imports: the converter's workers would import less,
     and every rank of a later test the rest again.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*preload, "tests.frozen"])
     forkserver.ensure_running()
 
 
