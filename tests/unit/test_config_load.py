@@ -273,10 +273,10 @@ def test_config_loads_without_torch(config_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(config_path)], check=True, timeout=60)
 
 
-def test_readme_example_is_a_valid_run(tmp_path: Path) -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_documented_example_is_a_valid_run(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "running.md").read_text(encoding="utf-8")
     path = tmp_path / "run.toml"
-    path.write_text(readme.partition("```toml\n")[2].partition("```")[0])
+    path.write_text(page.partition("```toml\n")[2].partition("```")[0])
     config = load_config(path)
     validate(config, 8)
     assert config.optimizer.clip_grad is None

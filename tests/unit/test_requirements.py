@@ -29,6 +29,8 @@ def test_one_environment_can_hold_every_set(python: str) -> None:
     everything = locked(f"peers-{python}").items()
     for name in ("quickstart", "recipe-small", "test"):
         assert locked(f"{name}-{python}").items() <= everything
+    shared = locked(f"docs-{python}").keys() & dict(everything).keys()
+    assert {(package, locked(f"docs-{python}")[package]) for package in shared} <= everything
     assert locked(f"quickstart-{python}").items() < locked(f"test-{python}").items()
     assert locked(f"quickstart-{python}").items() < locked(f"recipe-small-{python}").items()
 
@@ -37,8 +39,10 @@ def test_one_environment_can_hold_every_set(python: str) -> None:
 def test_locked_versions_are_within_the_bounds(name: str) -> None:
     versions = locked(name)
     needed = {wanted.name for wanted in read_requirements()[1].values() if not wanted.extra}
-    # The image has the torch of its base, the engine lies beside the test set.
-    elsewhere = {"image": {"torch"}, "engine": needed}.get(name.partition("-")[0], set())
+    # The image has the torch of its base, the engine lies beside the test set, make docs imports nothing of ours.
+    elsewhere = {"image": {"torch"}, "engine": needed, "docs": needed - versions.keys()}.get(
+        name.partition("-")[0], set()
+    )
     assert needed - set(versions) == elsewhere
     for wanted in read_requirements()[1].values():
         if wanted.name in versions:
