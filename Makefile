@@ -3,8 +3,8 @@
 # out already.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart recipe-small test test-all fuzz docs gpu-hour test-gpu bench-gpu test-transformers test-versions peers \
-	lock lint format
+.PHONY: help venv quickstart recipe-small test test-all fuzz campaign docs gpu-hour test-gpu bench-gpu test-transformers \
+	test-versions peers lock lint format
 
 export VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,8 +40,13 @@ test-all: lint $(VENV)/.engine ## the default suite and the slow tests
 fuzz: $(VENV)/.test ## 100,000 damaged files of each kind, or NAVIL_FUZZ= so many; the default suite reads 1,000
 	NAVIL_FUZZ=$${NAVIL_FUZZ:-100000} $(BIN)/python -m pytest -q --timeout 0 tests/fuzz
 
+<<<<<<< HEAD
 docs: $(VENV)/.docs ## these pages and one of each module as a site, in build/docs; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
+=======
+campaign: $(VENV)/.test ## faults on purpose, by subject: tried, survived, lost; under half an hour
+	$(BIN)/python tools/campaign.py
+>>>>>>> h-local
 
 gpu-hour: $(ON_GPU) ## all that needs a GPU, in half an hour, part by part into benchmarks/results
 	$(GPU_PYTHON) tools/gpu_hour.py

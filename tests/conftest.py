@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the tests take that say more the longer they run."""
     parser.addoption("--kills", type=int, default=1, help="kills of tests/e2e/test_kill_9.py, for each layout")
+    parser.addoption("--seed", type=int, default=20_261_127, help="draws their moments")
 
 
 def pytest_configure() -> None:

@@ -47,6 +47,7 @@ from navil_megatron.files.checkpoint_folder import (
     find_checkpoint,
     step_folder,
     step_of,
+    still_there,
     write_config,
 )
 from navil_megatron.files.checkpoint_metadata import Contents
@@ -233,13 +234,13 @@ class CheckpointManager:
         """
         folder = self._agree(lambda: find_checkpoint(folder, "correct checkpoint.initial_weights"))
         self._agree(lambda: require_kept_optimizer(folder, self.config))
-        contents = self._agree(lambda: read_contents(folder))
+        contents = self._agree(lambda: _contents_of(folder))
         self._guarded(folder, lambda: load_optimizer(folder, contents, chunks, optimizer))
         logger.info("kept the optimizer state of %s", folder)
 
     def _contents(self, folder: Path) -> Contents:
         """What rank 0 finds in a checkpoint, which must hold the model's weights."""
-        contents = self._agree(lambda: read_contents(folder))
+        contents = self._agree(lambda: _contents_of(folder))
         require_keys(folder, {key: tensor.shape for key, tensor in contents.weights.items()}, self.shapes)
         return contents
 
@@ -261,16 +262,10 @@ class CheckpointManager:
         problem: UserError | None = None
         result = None
         try:
-            result = read()
-        except DamagedError as error:
+            with still_there(folder):
+                result = _read(folder, read)
+        except UserError as error:
             problem = error
-        except _READ_ERRORS as error:
-            logger.debug("reading %s failed", folder, exc_info=True)
-            cause = _cause(error)
-            if isinstance(cause, _NOT_DAMAGE) and not isinstance(cause, FileNotFoundError):
-                problem = UserError(f"cannot read checkpoint {folder} ({_in_a_line(cause)}); mend that and start again")
-            else:
-                problem = DamagedError(f"cannot read checkpoint {folder}, it is damaged ({_in_a_line(cause)})")
         problems: list[UserError | None] = [None] * self.session.world_size
         torch.distributed.all_gather_object(problems, problem)
         for found in filter(None, problems):
@@ -327,6 +322,29 @@ class CheckpointManager:
     def _newest(self, before: int | None = None) -> Path | None:
         complete = complete_checkpoints(self.directory)
         return next((path for path in reversed(complete) if before is None or (step_of(path) or 0) < before), None)
+
+
+def _contents_of(folder: Path) -> Contents:
+    with still_there(folder):
+        return read_contents(folder)
+
+
+def _read[T](folder: Path, read: Callable[[], T]) -> T:
+    """What ``read`` gives.
+
+    Raises:
+        UserError: It cannot; a ``DamagedError`` unless the machine is to blame.
+    """
+    try:
+        return read()
+    except _READ_ERRORS as error:
+        logger.debug("reading %s failed", folder, exc_info=True)
+        cause = _cause(error)
+        if isinstance(cause, _NOT_DAMAGE) and not isinstance(cause, FileNotFoundError):
+            raise UserError(
+                f"cannot read checkpoint {folder} ({_in_a_line(cause)}); mend that and start again"
+            ) from error
+        raise DamagedError(f"cannot read checkpoint {folder}, it is damaged ({_in_a_line(cause)})") from error
 
 
 def _set_aside(folder: Path, error: DamagedError) -> Path:

@@ -68,8 +68,7 @@ def stage_sharded(
         **model_state(chunks),
         "training": training_state,
         "layout": _layout(session),
-        # Empty groups count too, so every rank gives the same number.
-        "optimizer_step": max((int(group["step"]) for group in optimizer.param_groups), default=0),
+        "optimizer_step": optimizer_step(optimizer),
         _RNG_KEY: _sharded_rng(session),
     }
     if not optimizer.is_stub_optimizer:
@@ -132,8 +131,7 @@ def load_sharded(
         unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
     if not optimizer.is_stub_optimizer:
         optimizer.load_state_dict(_with_lists(loaded["optimizer"], optimizer_state))
-        for group in optimizer.param_groups:
-            group["step"] = stored["optimizer_step"]
+        set_optimizer_step(optimizer, stored["optimizer_step"])
     if same_layout:
         restore_rng_state(loaded[_RNG_KEY])
     return stored["training"]
@@ -165,8 +163,18 @@ def load_optimizer(
         loaded = dist_checkpointing.load({"optimizer": taken}, str(folder))
         updates = dist_checkpointing.load_common_state_dict(str(folder))["optimizer_step"]
     optimizer.load_state_dict(_with_lists(loaded["optimizer"], wanted))
+    set_optimizer_step(optimizer, updates)
+
+
+def optimizer_step(optimizer: ChainedOptimizer) -> int:
+    """Adam's count of updates, one for all parameters; empty groups count too, so every rank gives the same number."""
+    return max((int(group["step"]) for group in optimizer.param_groups), default=0)
+
+
+def set_optimizer_step(optimizer: ChainedOptimizer, step: int) -> None:
+    """Puts the count back."""
     for group in optimizer.param_groups:
-        group["step"] = updates
+        group["step"] = step
 
 
 def _layout(session: Session) -> dict[str, int]:

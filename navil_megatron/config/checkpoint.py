@@ -20,6 +20,11 @@ class CheckpointConfig:
     async_save: bool = False
     """Train on while a checkpoint is written: a step waits only until its state is copied to host memory, once. The
     save at the end and on SIGTERM is waited for."""
+    local_directory: str | None = None
+    """Folder on a disk of each node, under the same path on all, for copies of the state between saves: each rank's own
+    and that of a rank on the next node. A start takes the newest that is complete and newer than the checkpoints."""
+    local_every_steps: Count | None = None
+    """Steps between such copies."""
     fall_back: bool = False
     """Where the newest checkpoint is damaged, go on from the newest whole one, with a warning, and do the steps since
     then again; ``false``: end with a line that names what is damaged."""
@@ -32,6 +37,16 @@ class CheckpointConfig:
 
 def checkpoint_rules(checkpoint: CheckpointConfig) -> Iterator[str]:
     """One line for every rule that the section breaks."""
+    if (checkpoint.local_directory is None) != (checkpoint.local_every_steps is None):
+        yield (
+            "checkpoint.local_directory says where copies between saves go, and checkpoint.local_every_steps how often "
+            "they are made; set both or neither"
+        )
+    if checkpoint.local_directory == checkpoint.directory:
+        yield (
+            f"checkpoint.local_directory = {checkpoint.local_directory!r} is checkpoint.directory, too; give a folder "
+            "on a disk of the node"
+        )
     if checkpoint.initial_optimizer == "kept" and checkpoint.initial_weights is None:
         yield (
             'checkpoint.initial_optimizer = "kept", but checkpoint.initial_weights names no checkpoint to keep it '

@@ -116,6 +116,16 @@ def read_plain(folder: Path, place: Place) -> bytes:
     """
     content = bytearray(place.length)
     read_into(folder / place.file, place.start, memoryview(content))
+    require_plain(content)
+    return bytes(content)
+
+
+def require_plain(content: Buffer) -> None:
+    """Whether every record of what ``torch.save`` made fits its CRC, and its pickle holds tensors and plain data alone.
+
+    Raises:
+        ValueError: They are damaged, or hold something else.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             pickles = [record for record in archive.infolist() if record.filename.endswith("/data.pkl")]
@@ -126,7 +136,6 @@ def read_plain(folder: Path, place: Place) -> bytes:
             read_pickle(_read(archive, pickles[0]), _ALLOWED)
     except _DAMAGE as error:
         raise ValueError(f"is no sound archive ({type(error).__name__})") from None
-    return bytes(content)
 
 
 def _described(archive: zipfile.ZipFile) -> tuple[StandIn, zipfile.ZipInfo]:

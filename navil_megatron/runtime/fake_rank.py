@@ -6,6 +6,7 @@ at any size, on any machine, in a process that will never train.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Self
 from unittest import mock
 
@@ -126,6 +127,8 @@ def fake_rank(
             groups=groups,
             rank=rank,
             world_size=world_size,
+            local_world_size=world_size,
+            timeout=timedelta(0),
             replica=alone,
             watchdog=alone,
         )

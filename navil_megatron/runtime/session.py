@@ -92,6 +92,10 @@ class Session:
     """
     rank: int
     world_size: int
+    local_world_size: int
+    """Ranks of this rank's node."""
+    timeout: timedelta
+    """When the backend gives up on a collective."""
     replica: ProcessGroup
     """The ranks of this rank's replica of the model, talking on the host."""
     watchdog: Watchdog
@@ -130,6 +134,8 @@ class Session:
             groups=groups,
             rank=launch.rank,
             world_size=launch.world_size,
+            local_world_size=launch.local_world_size,
+            timeout=timeout,
             replica=_replica_group(groups, platform),
             watchdog=watchdog,
         )
@@ -180,6 +186,15 @@ class Session:
         if first is not None:
             raise first if self.is_main else SystemExit(first.exit_code)
         return made  # type: ignore[return-value]
+
+    def host_group(self) -> ProcessGroup:
+        """A new group of all ranks that moves host memory and is nobody else's: a thread may use it beside the step.
+
+        Every rank must call it at the same point.
+        """
+        group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
+        assert isinstance(group, ProcessGroup)
+        return group
 
     def first_in_replica(self, flags: np.ndarray) -> np.ndarray:
         """[n] int: the first rank of the replica that gave true, -1: none did; each gives [n] at the same point."""

@@ -4,6 +4,7 @@ import logging
 from functools import partial
 from itertools import product
 
+from navil_megatron.checkpoint.local_copies import LocalCopies
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
@@ -36,9 +37,9 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     session.together(lambda: choose_kernels(config))
     session.together(lambda: check_wandb(config.logging) if session.is_main else None)
     loader, held_out = session.together(lambda: _open_data(config, session))
-    manager = CheckpointManager(config, session)
+    manager, copies = CheckpointManager(config, session), LocalCopies(config, session)
     session.together(manager.require_space)
-    run = start_run(config, session, manager, loader)
+    run = start_run(config, session, manager, loader, copies)
     model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
     log.start(state.step)
@@ -57,8 +58,9 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             state.step += 1
             meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
             stopping, saving = False, is_due(state.step, config.checkpoint.save_every_steps, total)
+            copying = not saving and copies.is_due(state.step)
             # A checkpoint counts what all its steps consumed, so a save makes a record too.
-            if saving or is_due(state.step, config.training.log_every_steps, total):
+            if saving or copying or is_due(state.step, config.training.log_every_steps, total):
                 record, scales = meter.record(lr)
                 state.consumed_samples += int(record["samples"])
                 state.consumed_tokens += int(record["tokens"])
@@ -74,15 +76,19 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
                 meter.restart()
-            if stopping or saving:
+            if stopping or saving or copying:
                 state.loader = loader.state()
                 gather_parameters(chunks)
-                last, refused = stopping or state.step == total, bool(result.refused)
-                manager.save(state.step, model, optimizer, state.to_dict(), keep_older=refused, wait=last)
+                if stopping or saving:
+                    last, refused = stopping or state.step == total, bool(result.refused)
+                    manager.save(state.step, model, optimizer, state.to_dict(), keep_older=refused, wait=last)
+                else:
+                    copies.save(state.step, model, optimizer, state.to_dict())
                 meter.restart()
             if stopping:
                 logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)
                 break
+    copies.close()
     loader.close()
     meter.close()
     log.close()

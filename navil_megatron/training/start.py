@@ -1,12 +1,16 @@
 """How a run begins: model, optimizer and state, from a checkpoint, from given weights or from nothing."""
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
+from navil_megatron.checkpoint.local_copies import LocalCopies
 from navil_megatron.checkpoint.manager import CheckpointManager
+from navil_megatron.checkpoint.rank_state import restore_rank_state
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import TrainLoader
 from navil_megatron.models.build import build_model
@@ -14,6 +18,8 @@ from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +33,24 @@ class Run:
 
 
 def start_run(
-    config: NaViLConfig, session: Session, manager: CheckpointManager, loader: TrainLoader, before: int | None = None
+    config: NaViLConfig,
+    session: Session,
+    manager: CheckpointManager,
+    loader: TrainLoader,
+    copies: LocalCopies | None = None,
+    before: int | None = None,
 ) -> Run:
-    """The run as its newest checkpoint left it, or its newest of a step before this one; without one, as it starts.
+    """The run as its newest copy or checkpoint left it, or its newest checkpoint of a step before this one; without
+    one, as it starts.
 
     Raises:
         UserError: A checkpoint does not fit the config or is damaged.
     """
     model = build_model(config, session.groups, session.device)
     folder = manager.latest(before)
-    start = Path(config.checkpoint.initial_weights) if folder is None and config.checkpoint.initial_weights else None
+    copy = copies.find(folder) if copies is not None else None
+    is_new = folder is None and copy is None
+    start = Path(config.checkpoint.initial_weights) if is_new and config.checkpoint.initial_weights else None
     if start is not None:
         session.together(lambda: manager.load_weights(start, model))
     chunks = wrap_ddp(config, session, model)
@@ -45,7 +59,15 @@ def start_run(
     if start is not None and config.checkpoint.initial_optimizer == "kept":
         session.together(lambda: manager.load_optimizer(start, model, optimizer))
     state = TrainingState()
-    if folder is not None:
-        state = TrainingState.from_dict(session.together(lambda: manager.restore(folder, model, optimizer)))
+    if copy is not None:
+        session.together(lambda: restore_rank_state(copy, model, optimizer))
+        state = TrainingState.from_dict(copy["training"])
+        logger.info("restored %s, a copy on the nodes", copy["name"])
+    elif folder is not None:
+        restore = manager.restore_latest if before is None else partial(manager.restore, folder)
+        stored = session.together(partial(restore, model, optimizer))
+        assert stored is not None  # there is a checkpoint
+        state = TrainingState.from_dict(stored)
+    if not is_new:
         session.together(lambda: loader.restore(state.loader))
     return Run(model, chunks, optimizer, state)

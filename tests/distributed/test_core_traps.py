@@ -25,6 +25,7 @@ its metadata reader fails on torch 2.15              test_a_new_process_resumes_
 a save spawns a server process                       test_a_save_starts_no_process
 a spawned process imports the main module again      test_importing_a_script_does_nothing
 a save waits for ever without undeclared psutil      test_nothing_installed
+makes its own readers, which un-pickle anything      test_the_reader_that_is_replaced_is_called_as_it_was
 apex, nvidia-dali and navil on PyPI are others'      test_setup_asks_for_no_package_of_others
 one expert a token needs moe_router_pre_softmax      test_layout_equals_one_rank[ep2]
 experts with tensor need sequence parallelism        test_broken_rule
@@ -32,6 +33,7 @@ traps of FP8, Transformer Engine, learned routers    test_what_this_version_cann
 """
 
 import functools
+import inspect
 import pkgutil
 from collections import Counter
 from collections.abc import Callable
@@ -40,11 +42,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import torch as strategy
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as core_random
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from torch.distributed.checkpoint import FileSystemReader
 
 from navil_megatron.blueprint.segments import SegmentOrder
 from navil_megatron.kernels.torch_kernels import segment_attention
@@ -273,3 +278,12 @@ def test_updated_weights_are_gathered_once(parallel: dict) -> None:
     for gathers in run_ranks(2, _gathers_of_step, parallel):
         assert gathers
         assert set(gathers) == {1}
+
+
+def test_the_reader_that_is_replaced_is_called_as_it_was() -> None:
+    """``checked_reading`` puts its own in both places; core asks for a folder's reader, and takes what torch does."""
+    made = strategy._get_filesystem_reader
+    assert serialization._get_filesystem_reader is made
+    form = inspect.signature(made)
+    assert [*form.parameters] == ["checkpoint_dir", "cache_metadata", "async_strategy"]
+    assert form.return_annotation is FileSystemReader

@@ -304,3 +304,13 @@ def test_exported_folder_has_the_loss_of_the_engine(world: World, tmp_path: Path
         torch.testing.assert_close(found, expected, **EXPORT)
     recorded = records(config, "evaluation")[-1]["loss"]
     assert recorded == pytest.approx(found, abs=EXPORT["atol"] if precision == "fp32" else 0.05)
+
+
+def test_a_start_goes_past_a_damaged_checkpoint(world: World, tmp_path: Path) -> None:
+    saving = {"directory": str(tmp_path / "checkpoints"), "save_every_steps": 2, "fall_back": True}
+    config = make_run(world, tmp_path, training={"train_steps": 4}, checkpoint=saving)
+    run_ranks(1, train_in_rank, config)
+    (tmp_path / "checkpoints" / "step_00000004" / ".metadata").write_bytes(b"")
+    run_ranks(1, train_in_rank, config)
+    assert saved_steps(config) == ["step_00000002", "step_00000004", "step_00000004.damaged"]
+    assert [record["step"] for record in records(config, "train")] == [1, 2, 3, 4, 3, 4]

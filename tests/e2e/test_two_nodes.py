@@ -1,12 +1,15 @@
 """Two torchrun agents as two machines: what becomes of a run when one of them dies, freezes or held the rendezvous."""
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,20 +28,33 @@ BUSY_SECONDS = 300.0
 """A start of four processes that import torch, on cores that others use too."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an agent runs: on this machine, or in a network namespace, which has interfaces of its own."""
+
+    enter: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+    interface: str = "lo"
+    settings: tuple[str, ...] = ()
+    """Of the config, for this node alone."""
+
+
 class Node:
     """One agent and its rank; both write to the node's log."""
 
-    def __init__(self, log: Path, port: int, is_host: bool, config: str) -> None:
+    def __init__(self, log: Path, host: str, is_host: bool, config: str, place: Place) -> None:
         # docs/multi_node.md explains the settings; the times are shorter here.
         conf = f"is_host={int(is_host)},keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
         command = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1", "--monitor-interval", "0.1"]
-        command += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-        command += ["--rdzv-conf", conf, "--local-addr", "127.0.0.1", "-m", "navil_megatron.pretrain", config]
-        settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        command += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", host]
+        command += ["--rdzv-conf", conf, "--local-addr", place.address]
+        command += ["-m", "navil_megatron.pretrain", config, *place.settings]
+        settings = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        settings["GLOO_SOCKET_IFNAME"] = place.interface
         self.log = log
         with log.open("w") as file:
             self.agent = psutil.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *command],
+                [*place.enter, sys.executable, "-m", "torch.distributed.run", *command],
                 cwd=REPOSITORY,
                 env=os.environ | settings,
                 stdout=file,
@@ -66,8 +82,10 @@ class Nodes:
         self.port = free_port()
         self.all: list[Node] = []
 
-    def start(self, is_host: bool) -> Node:
-        node = Node(self.folder / f"node{len(self.all)}.log", self.port, is_host, self.toml)
+    def start(self, is_host: bool, place: Place = Place()) -> Node:
+        if is_host:
+            self.host = f"{place.address}:{self.port}"
+        node = Node(self.folder / f"node{len(self.all)}.log", self.host, is_host, self.toml, place)
         self.all.append(node)
         return node
 
@@ -90,19 +108,26 @@ class Nodes:
 
 
 @contextmanager
-def two_nodes(world: World, folder: Path, **runtime: int) -> Iterator[tuple[Nodes, Node, Node]]:
-    """A run on a node that holds the rendezvous and another one, past its first save; nothing outlives the test."""
-    saving = {"save_every_steps": SAVE_EVERY}
-    config = make_run(world, folder, training={"train_steps": TRAIN_STEPS}, checkpoint=saving, runtime=runtime)
+def nodes_of(folder: Path, config: NaViLConfig) -> Iterator[Nodes]:
+    """No process of theirs outlives the test."""
     nodes = Nodes(folder, config)
     try:
-        host, other = nodes.start(is_host=True), nodes.start(is_host=False)
-        nodes.wait(lambda: FIRST_SAVE in saved_steps(config))
-        yield nodes, host, other
+        yield nodes
     finally:
         for node in nodes.all:
             node.signal(signal.SIGKILL)
             node.agent.wait(timeout=30)
+
+
+@contextmanager
+def two_nodes(world: World, folder: Path, **runtime: int) -> Iterator[tuple[Nodes, Node, Node]]:
+    """A run on a node that holds the rendezvous and another one, past its first save."""
+    saving = {"save_every_steps": SAVE_EVERY}
+    config = make_run(world, folder, training={"train_steps": TRAIN_STEPS}, checkpoint=saving, runtime=runtime)
+    with nodes_of(folder, config) as nodes:
+        host, other = nodes.start(is_host=True), nodes.start(is_host=False)
+        nodes.wait(lambda: FIRST_SAVE in saved_steps(config))
+        yield nodes, host, other
 
 
 def free_port() -> int:
@@ -166,3 +191,74 @@ def test_without_the_rendezvous_the_run_ends_and_can_be_started_again(world: Wor
         # The scheduler starts the job again: the same port, the same name of the run.
         nodes.finish(nodes.start(is_host=True), nodes.start(is_host=False))
     assert_unharmed(world, tmp_path, nodes.config)
+
+
+class Network:
+    """Machines as network namespaces on a switch, each with a disk of its own; none outlives the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.names = folder, list[str]()
+
+    def add(self) -> Place:
+        """A machine; the first one is the switch, too."""
+        number, first = len(self.names) + 1, self.names[:1]
+        name, interface, address = f"navil{os.getpid()}-{number}", "eth0" if first else "switch", f"10.77.0.{number}"
+        self._ip("netns", "add", name)
+        self.names.append(name)
+        if first:
+            self._ip("-n", *first, "link", "add", f"to{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            self._ip("-n", *first, "link", "set", f"to{number}", "master", "switch", "up")
+        else:
+            self._ip("-n", name, "link", "add", "switch", "type", "bridge")
+        self._ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+        for device in ("lo", interface):
+            self._ip("-n", name, "link", "set", device, "up")
+        self._ip("-n", name, "route", "add", "default", "dev", interface)
+        disk = self.folder / f"disk{number}"
+        enter, setting = ("ip", "netns", "exec", name), f"checkpoint.local_directory={disk}"
+        return Place(enter, address, interface, (setting,))
+
+    def remove(self, number: int) -> None:
+        """A machine that will not come back, nor its disk."""
+        self._ip("netns", "delete", self.names[number - 1])
+        shutil.rmtree(self.folder / f"disk{number}")
+
+    def close(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    """Skips where no namespaces can be made."""
+    probe = ["unshare", "--net", "ip", "link", "add", "probe", "type", "bridge"]
+    if shutil.which("ip") is None or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no network namespaces can be made here")
+    made = Network(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+def test_a_node_is_lost_with_its_disk(world: World, network: Network, tmp_path: Path) -> None:
+    """No checkpoint at all: the run goes on from copies, one of which lay on the next node."""
+    every = {"local_directory": "each has its own", "local_every_steps": 2}
+    config = make_run(world, tmp_path, training={"train_steps": TRAIN_STEPS}, checkpoint=every)
+    with nodes_of(tmp_path, config) as nodes:
+        host, other = nodes.start(is_host=True, place=network.add()), nodes.start(is_host=False, place=network.add())
+        nodes.wait(lambda: len(list(tmp_path.glob("disk*/*/step_00000006.*/rank_*[0-9]"))) == 4)
+        other.signal(signal.SIGKILL)
+        network.remove(2)
+        nodes.wait(lambda: host.says("broke off: rank"))
+        last = max(record["step"] for record in records(config, "train"))
+        assert 6 <= last < TRAIN_STEPS and not any(name.startswith("step") for name in saved_steps(config))
+        nodes.finish(host, nodes.start(is_host=False, place=network.add()))
+        assert nodes.say("restored step_")
+        steps = [record["step"] for record in records(config, "train") if record["step"] % 2 == 0]
+        again = steps[steps.index(last - last % 2) + 1]
+        assert last - 4 <= again <= last + 2  # two copies back at most
+        assert not list(tmp_path.glob("disk*/*"))  # the run is over
+    assert_unharmed(world, tmp_path, config)

@@ -243,6 +243,16 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         "but checkpoint.initial_weights names no checkpoint to keep it from",
     ),
     (
+        {"checkpoint__local_directory": "/local"},
+        1,
+        "checkpoint.local_every_steps how often they are made; set both or neither",
+    ),
+    (
+        {"checkpoint__local_directory": "runs/example/checkpoints", "checkpoint__local_every_steps": 5},
+        1,
+        "'runs/example/checkpoints' is checkpoint.directory, too; give a folder on a disk of the node",
+    ),
+    (
         {"model__language__modality_experts": ("ffn", "ffn")},
         1,
         "modality_experts = ['ffn', 'ffn'] holds a name more than once",

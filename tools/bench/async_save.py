@@ -1,10 +1,11 @@
-"""Share of time that a save every so many steps costs: waited for, and beside the training (``checkpoint.async_save``).
+"""Share of time that a save every so many steps costs: waited for, beside the training (``checkpoint.async_save``), and
+as a copy on this node (``checkpoint.local_directory``).
 
-    python tools/bench/async_save.py [--every 50] [--rounds 5] [--json]
+    python tools/bench/async_save.py [--every 50] [--rounds 3] [--json]
 
-A round trains ``--every`` steps without a save, with one in their middle that is waited for, and with one that is not,
-in turns. ``lost`` is the share of a round's wall time that is gone beside the round without a save; ``blocked`` is the
-share that the training thread spent in the save and in its commit. On a CPU the writer takes cores too: leave it one.
+A round trains ``--every`` steps without a save and with one of each kind in their middle, in turns. ``lost`` is the
+share of a round's wall time that is gone beside the round without a save; ``blocked`` is the share that the training
+thread spent in the save and in its commit. On a CPU the writer takes cores too: leave it one.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 from small_run import mixed_row, small_config, start_rank
 
+from navil_megatron.checkpoint.local_copies import LocalCopies
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.checkpoint.sharded import saved_bytes
 from navil_megatron.config.run import NaViLConfig
@@ -28,7 +30,7 @@ from navil_megatron.runtime.session import Session
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 
-WAYS = ("none", "waited", "beside")
+WAYS = ("none", "waited", "beside", "copy")
 
 
 class Trainee:
@@ -40,7 +42,7 @@ class Trainee:
         self.chunks = wrap_ddp(config, session, self.model)
         self.optimizer = build_optimizer(config, self.chunks, session)
         self.row = mixed_row(config, grid=(16, 16))
-        self.manager = CheckpointManager(config, session)
+        self.manager, self.copies = CheckpointManager(config, session), LocalCopies(config, session)
 
     def round(self, way: str) -> tuple[float, float]:
         """Seconds of a round, and those of them that the training thread spent on its save."""
@@ -52,11 +54,15 @@ class Trainee:
             begun = time.perf_counter()
             if step == (self.options.every + 1) // 2:
                 self.saves += 1
+            if step == (self.options.every + 1) // 2 and way == "copy":
+                self.copies.save(self.saves, self.model, self.optimizer, {})
+            elif step == (self.options.every + 1) // 2:
                 self.manager.save(self.saves, self.model, self.optimizer, {}, wait=way == "waited")
             elif step % self.options.record_every == 0:
                 self.manager.settle()
             if step == self.options.every:
                 self.manager.settle(wait=True)
+                self.copies.settle()
             blocked += time.perf_counter() - begun
         return time.perf_counter() - started, blocked
 
@@ -68,6 +74,11 @@ def measure(trainee: Trainee, rounds: int) -> dict[str, Any]:
     steps = []
     for number in range(rounds + 1):
         found = {way: trainee.round(way) for way in WAYS[:: -1 if number % 2 else 1]}
+        print(
+            f"round {number} of {rounds}",
+            {way: round(seconds, 1) for way, (seconds, _) in found.items()},
+            file=sys.stderr,
+        )
         if number == 0:
             continue
         steps.append(found["none"][0] / trainee.options.every)
@@ -89,18 +100,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=50, help="steps of a round, with one save in it")
     parser.add_argument("--record-every", type=int, default=10, help="steps between looks whether it is written")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="where checkpoints go, for instance on the disk in question")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="few CPUs multiply bf16 fast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="navil-bench-", dir=options.folder) as folder:
         config = small_config(
-            layers=options.layers, tokens=options.tokens, precision="bf16", runtime={"device": options.device}
+            layers=options.layers,
+            tokens=options.tokens,
+            precision=options.precision,
+            runtime={"device": options.device},
         )
         checkpoint = replace(config.checkpoint, directory=str(Path(folder) / "run"), keep_last=1, async_save=True)
+        checkpoint = replace(checkpoint, local_directory=str(Path(folder) / "node"), local_every_steps=options.every)
         logging = replace(config.logging, directory=folder)
         config = replace(config, checkpoint=checkpoint, logging=logging)
         with start_rank(config, 0, 1, Path(folder) / "rendezvous") as session:
