@@ -13,19 +13,33 @@ from importlib.util import find_spec
 from typing import Any
 
 from navil_megatron import __version__
-from navil_megatron.config.errors import UserError, describe, printable
+from navil_megatron.config.errors import EXIT_CODE, WRONG_PATH, UserError, describe, printable
 from navil_megatron.verbs.convert import CONVERT_VERBS
 from navil_megatron.verbs.data import DATA_VERBS
 from navil_megatron.verbs.doctor import doctor
 from navil_megatron.verbs.exported import EXPORTED_VERBS
+from navil_megatron.verbs.init import init
 from navil_megatron.verbs.plan import plan
 from navil_megatron.verbs.replay import replay
 from navil_megatron.verbs.report import report
 from navil_megatron.verbs.scaling import SCALING_VERBS
+from navil_megatron.verbs.tokenizer import tokenizer
 from navil_megatron.verbs.train import train
 from navil_megatron.verbs.verb import Outcome, Verb
 
-VERBS = (train, report, replay, plan, *DATA_VERBS, *CONVERT_VERBS, *SCALING_VERBS, *EXPORTED_VERBS, doctor)
+VERBS = (
+    tokenizer,
+    init,
+    train,
+    report,
+    replay,
+    plan,
+    *DATA_VERBS,
+    *CONVERT_VERBS,
+    *SCALING_VERBS,
+    *EXPORTED_VERBS,
+    doctor,
+)
 """In the order of the help."""
 
 GROUPS = {
@@ -58,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(describe(error), file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        # The machine's fault, not the user's: a full or failing disk, a folder that may not be written.
         print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
+        # The others are the machine's fault: a disk that is full or fails, a network that does.
+        return EXIT_CODE if error.errno in WRONG_PATH else 1
     except KeyboardInterrupt:
         return 130
 

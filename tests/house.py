@@ -74,6 +74,7 @@ IMPORT_TABLE = {
     "replay.py": Row(("files", "runtime", "training", "launch.py")),
     "dry_run.py": Row(("blueprint", "runtime", "models", "data", "training", "planner", "dry_step.py"), ("torch",)),
     "dry_step.py": Row(("blueprint", "runtime", "models", "data", "training", "planner"), ("torch",)),
+    "init_run.py": Row(("blueprint", "files", "data", "hf", "planner", "scaling"), ("numpy",)),
     "launch.py": Row(),
     "doctor.py": Row(),
     "compare_outputs.py": Row(
@@ -83,12 +84,14 @@ IMPORT_TABLE = {
     "verbs": Row(
         (
             "blueprint",
+            "files",
             "runtime",
             "data",
             "hf",
             "evaluation",
             "planner",
             "scaling",
+            "init_run.py",
             "launch.py",
             "replay.py",
             "dry_run.py",

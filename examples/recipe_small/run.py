@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 PHASES = {"s1.1": "stage1_1", "s1.2": "stage1_2", "s2": "stage2"}
 START = "start"
 FOLDER = "runs/recipe_small"
-"""The folder that the configs name."""
+"""The usual folder; the configs name it from where they lie."""
 MANIFESTS = (
     "train_captions",
     "train_text",
@@ -185,7 +185,7 @@ def train(folder: Path, phase: str, options: argparse.Namespace) -> None:
     """A phase to its end; a stopped one goes on from its newest checkpoint."""
     config = folder / phase / "config.toml"
     config.parent.mkdir(exist_ok=True)
-    config.write_text((HERE / f"{PHASES[phase]}.toml").read_text().replace(FOLDER, str(folder)))
+    config.write_text((HERE / f"{PHASES[phase]}.toml").read_text().replace(f"../../{FOLDER}", str(folder.absolute())))
     navil("train", str(config), *overrides(folder, config, phase, options))
     record = last_record(folder / phase / "logs" / "metrics.jsonl", "train")
     check(int(record is None or record["step"] < record["train_steps"]), f"phase {phase}")

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from navil_megatron.config.numbers import Count
+from navil_megatron.config.paths import LocalPath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     """Where and when state is saved, and where weights come from."""
 
-    directory: str
+    directory: LocalPath
     """Folder that holds the run's checkpoints."""
     save_every_steps: Count | None = None
     """Steps between saves; ``None``: only at the end and on SIGTERM."""
@@ -28,7 +29,7 @@ class CheckpointConfig:
     fall_back: bool = False
     """Where the newest checkpoint is damaged, go on from the newest whole one, with a warning, and do the steps since
     then again; ``false``: end with a line that names what is damaged."""
-    initial_weights: str | None = None
+    initial_weights: LocalPath | None = None
     """Checkpoint whose weights (and not its data state) start a run that has no checkpoint of its own."""
     initial_optimizer: Literal["fresh", "kept"] = "fresh"
     """Optimizer state of such a start. ``kept``: moments and FP32 weights of ``initial_weights``; parameters that were

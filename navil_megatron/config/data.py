@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.config.numbers import Count, Positive, Range
+from navil_megatron.config.paths import LocalPath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """One source of training samples: a ``[[data.train_sources]]`` table."""
 
-    index: str
+    index: LocalPath
     """File that ``navil-megatron data build`` or ``data index`` wrote."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources' weights."""
@@ -36,7 +37,7 @@ class DataConfig:
 
     train_sources: tuple[SourceConfig, ...]
     """The mixture; every global stretch of samples holds each source's share to within one sample."""
-    tokenizer: str
+    tokenizer: LocalPath
     """Folder with a Hugging Face tokenizer that holds the 12 special tokens."""
     seq_length: Count = 16_384
     """Tokens of one packed row, padding included."""

@@ -4,6 +4,7 @@ A message says what was found, what was expected and what to do. Anything else t
 keeps its traceback.
 """
 
+import errno
 from collections.abc import Iterable
 
 EXIT_CODE = 2
@@ -18,6 +19,12 @@ OTHERS_STOPPED_EXIT_CODE = 4
 
 NUMBERS_EXIT_CODE = 5
 """Exit status of a run that stopped because its numbers went bad: ``BadNumbers``."""
+
+WRONG_PATH = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""``errno`` of a path that cannot be read or written where another one could: the user's to mend."""
 
 
 class UserError(Exception):

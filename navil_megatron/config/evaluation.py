@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from navil_megatron.config.numbers import Count
+from navil_megatron.config.paths import LocalPath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
     """On what, and how often, a run measures its loss without learning from it."""
 
-    sources: tuple[str, ...] = ()
+    sources: tuple[LocalPath, ...] = ()
     """Index files of held-out sources; empty: no evaluation."""
     every_steps: Count | None = None
     """Steps between evaluations, and one at the end; ``None``: never."""

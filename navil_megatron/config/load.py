@@ -1,7 +1,8 @@
-"""TOML and ``section.field=value`` overrides -> NaViLConfig, and back to plain tables.
+"""TOML files and ``section.field=value`` overrides -> NaViLConfig, and back to plain tables.
 
 Everything follows from the dataclasses' annotations: no field is named here. All problems of a config are reported at
-once. TOML has no null, so the string ``"none"`` switches off a setting that may be ``None``.
+once. TOML has no null, so the string ``"none"`` switches off a setting that may be ``None``. A file lies over those
+that its ``extends`` names, table by table, and a later file over an earlier one.
 """
 
 import dataclasses
@@ -15,11 +16,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from navil_megatron.config.errors import ConfigError
+from navil_megatron.config.paths import under
 from navil_megatron.config.renamed import RENAMED
 from navil_megatron.config.run import NaViLConfig
 
 _INVALID: Any = object()  # stands for a value whose problem has been noted
 
+EXTENDS = "extends"
+"""Key at the top of a config: the path of another one, or several, that it lies over; relative to the file."""
 _MAX_INT = 2**63 - 1
 """What TOML asks a reader to take; Python's takes more."""
 _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -31,7 +35,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> NaViLConfig:
 
     Args:
         path: TOML file whose tables are the sections: ``[model.language]``, ``[optimizer]``, ...
-        overrides: ``section.field=value``, the value parsed as TOML; what is not valid TOML is taken as a string.
+        overrides: ``section.field=value``, the value parsed as TOML; what is not valid TOML is taken as a string. Or
+            ``FILE.toml``: another config, laid over what came before it.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong. ``validate`` checks what spans sections.
@@ -55,7 +60,7 @@ def load_tables(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, A
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a TOML file") from error
     except RecursionError:
@@ -103,8 +108,8 @@ class _Reader[T]:
         self.root = root
         self.source = source
         self.problems: list[str] = []
-        self.overridden: dict[str, str] = {}
-        """Dotted key -> the override that set it, so that a problem is blamed on the right place."""
+        self.origins: dict[str, str] = {}
+        """Dotted key -> the override or file that set it last, so that a problem is blamed on the right place."""
 
     def read(self, values: Mapping[str, Any]) -> T:
         """The dataclass, or one ConfigError with every problem."""
@@ -115,10 +120,45 @@ class _Reader[T]:
 
     def tables(self, path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
         """What a file and its overrides say."""
-        tables = {} if path is None else _read_toml(path)
+        tables: dict[str, Any] = {}
+        if path is not None:
+            self._lay_file(tables, path, ())
         for override in overrides:
-            self._override(tables, override)
+            if override.endswith(".toml") and "=" not in override:
+                self._lay_file(tables, Path(override), ())
+            else:
+                self._override(tables, override)
         return tables
+
+    def _lay_file(self, tables: dict[str, Any], path: Path, extended_by: tuple[Path, ...]) -> None:
+        """Lays a config file over ``tables``, after those that it extends."""
+        if path.resolve() in extended_by:
+            raise ConfigError(f"{path}: extends itself, by way of {extended_by[-1]}; take one of the two out")
+        own = _read_toml(path)
+        named = own.pop(EXTENDS, [])
+        bases = [named] if isinstance(named, str) else named
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            expected = 'the path of a config, or several: extends = "base.toml"'
+            raise ConfigError(f"{path}: extends: found {_found(named)}, expected {expected}")
+        for base in bases:
+            self._lay_file(tables, path.parent / base, (*extended_by, path.resolve()))
+        self._lay(tables, under(path.parent, self.root, own), "", str(path))
+
+    def _lay(self, tables: dict[str, Any], values: Mapping[str, Any], key: str, source: str) -> None:
+        """Lays the tables of a file over others; what is no table replaces what was there."""
+        for name, value in values.items():
+            dotted = _join(key, name)
+            if isinstance(value, dict):
+                inner = tables.get(name)
+                tables[name] = inner if isinstance(inner, dict) else {}
+                self._lay(tables[name], value, dotted, source)
+            else:
+                tables[name] = value
+                self._note_origin(dotted, source)
+
+    def _note_origin(self, key: str, source: str) -> None:
+        self.origins.pop(key, None)  # the last one stands last
+        self.origins[key] = source
 
     def _override(self, tables: dict[str, Any], text: str) -> None:
         """Sets one ``section.field=value`` in ``tables``."""
@@ -135,15 +175,17 @@ class _Reader[T]:
                 inner = table[name] = {}
             table = inner
         table[names[-1]] = _parse_value(value)
-        self.overridden[".".join(names)] = text
+        self._note_origin(".".join(names), f"override {text if len(text) <= 200 else f'{text[:197]}...'}")
 
     def _blame(self, key: str) -> str:
         """Where the value of ``key`` came from."""
         key = key.partition("[")[0]
-        for overridden, text in self.overridden.items():
-            if overridden == key or overridden.startswith(key + ".") or key.startswith(overridden + "."):
-                return f"override {text if len(text) <= 200 else f'{text[:197]}...'}"
-        return self.source
+        near = (
+            source
+            for origin, source in reversed(self.origins.items())
+            if origin == key or origin.startswith(key + ".") or key.startswith(origin + ".")
+        )
+        return next(near, self.source)
 
     def _note(self, key: str, message: str) -> Any:
         self.problems.append(f"{self._blame(key)}: {message}")
@@ -192,7 +234,7 @@ class _Reader[T]:
             return self._note(key, f"{key}: found a number of too many digits, expected at most {_MAX_INT}")
         if type(value) is annotation:
             return value
-        hint = f"; quote it: '{key}=\"...\"'" if annotation is str and self._blame(key) != self.source else ""
+        hint = f"; quote it: '{key}=\"...\"'" if annotation is str and self._blame(key).startswith("override ") else ""
         return self._note(key, f"{key}: found {_found(value)}, expected {_NOUNS[annotation]}{hint}")
 
     def _array(self, annotation: Any, value: Any, key: str) -> Any:

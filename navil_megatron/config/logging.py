@@ -3,18 +3,19 @@
 from dataclasses import dataclass
 
 from navil_megatron.config.numbers import Count
+from navil_megatron.config.paths import LocalPath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggingConfig:
     """What a run leaves behind besides checkpoints."""
 
-    directory: str
+    directory: LocalPath
     """Folder for ``metrics.jsonl``, TensorBoard files and failed-sample lists."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     progress: bool = True
-    """Show a progress bar on the terminal of rank 0."""
+    """Tell of records on rank 0: a bar on a terminal, a line each where there is none (``> log``, Slurm, kubectl)."""
     feature_scale_every_steps: Count | None = None
     """Steps between measurements of the decoder's hidden states, text and visual apart, layer by layer; ``None``: none.
     They are written with the next record (``training.log_every_steps``)."""

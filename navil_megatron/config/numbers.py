@@ -43,8 +43,7 @@ NotNegative = Annotated[float, Range(0)]
 def bound_of(annotation: Any) -> Range | None:
     """The range that an annotation carries, be it that of a number, of one that may be off or of each in an array."""
     if get_origin(annotation) is Annotated:
-        (bound,) = annotation.__metadata__
-        return bound
+        return next((found for found in annotation.__metadata__ if isinstance(found, Range)), None)
     return next(filter(None, map(bound_of, get_args(annotation))), None)
 
 

@@ -18,7 +18,7 @@ from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.chat import Span, conversation_spans, document_spans
 from navil_megatron.data.types import Content
 from navil_megatron.files.hashes import fingerprint
-from navil_megatron.files.tokenizer_file import reading_tokenizer
+from navil_megatron.files.tokenizer_file import reading_tokenizer, require_tokenizer_folder
 
 PAD_TOKEN = "<pad>"
 
@@ -74,6 +74,11 @@ class SampleTokenizer:
     def __reduce__(self) -> tuple[type["SampleTokenizer"], tuple[PreTrainedTokenizerFast, str]]:
         """A copy in another process is made anew: a pickled backend would read control tokens out of text again."""
         return SampleTokenizer, (self.hugging_face, self._folder)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether conversations can be encoded."""
+        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, nothing before or after it."""
@@ -139,11 +144,8 @@ def load_tokenizer(folder: str | Path, special_token_ids: Sequence[int] | None =
     Raises:
         UserError: no tokenizer there, a token is missing, or the ids differ.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"tokenizer folder {folder} is missing: set data.tokenizer to a saved Hugging Face tokenizer")
+    require_tokenizer_folder(Path(folder))
     with reading_tokenizer(Path(folder)):
-        if not [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab*")]:
-            raise FileNotFoundError("no tokenizer.json in it")  # transformers 5.0 makes a tokenizer of its own up
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = SampleTokenizer(loaded, str(folder))
     if special_token_ids is not None and tuple(special_token_ids) != tokenizer.special_token_ids:

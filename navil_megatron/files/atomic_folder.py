@@ -3,10 +3,10 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from navil_megatron.config.errors import UserError
+from navil_megatron.config.errors import WRONG_PATH, UserError
 from navil_megatron.files.atomic_file import partial_of
 from navil_megatron.files.disk_space import require_space
 from navil_megatron.files.file_bytes import flush
@@ -21,15 +21,22 @@ def new_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     written: it is refused at once where the disk has less.
 
     Raises:
-        UserError: ``target`` exists and is not an empty folder, another process is writing it, or the disk is too full.
+        UserError: ``target`` exists and is not an empty folder, cannot be written, is being written by another process,
+            or the disk is too full.
     """
     require_new(target)
     target = target.absolute()
     partial = partial_of(target)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with owned(target.with_name(target.name + LOCK), f"{partial}"):
-        _remove(partial)
-        partial.mkdir()
+    with ExitStack() as owning:
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            owning.enter_context(owned(target.with_name(target.name + LOCK), f"{partial}"))
+            _remove(partial)
+            partial.mkdir()
+        except OSError as error:
+            if error.errno not in WRONG_PATH:
+                raise
+            raise UserError(f"{target} cannot be written ({error.strerror}); give another folder") from None
         try:
             require_space(partial, needed_bytes)
             yield partial

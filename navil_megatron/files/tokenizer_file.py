@@ -17,6 +17,18 @@ MAX_ID = 2**24
 _REMEDY = "save the tokenizer anew"
 
 
+def require_tokenizer_folder(folder: Path) -> None:
+    """Refuses a folder without a tokenizer, for which transformers 5.0 makes one of its own up.
+
+    Raises:
+        UserError: It is missing, or holds none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} is missing: set data.tokenizer to a saved Hugging Face tokenizer")
+    if not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+        raise UserError(f"tokenizer folder {folder} cannot be loaded (no {TOKENIZER_FILE} in it): {_REMEDY}")
+
+
 @contextmanager
 def reading_tokenizer(folder: Path) -> Iterator[None]:
     """Around what makes a tokenizer of the files in a folder: whatever is wrong with them becomes one line.

@@ -70,7 +70,13 @@ def require_picture_name(path: Path) -> None:
 
 
 CONFIG = value("config", "CONFIG", "TOML file of the run")
-OVERRIDES = value("overrides", "section.field=value", "settings to change, in TOML", str, nargs="*")
+OVERRIDES = value(
+    "overrides",
+    "section.field=value",
+    "settings to change, in TOML; FILE.toml: a config to lay over",
+    str,
+    nargs="*",
+)
 JOBS = value("--jobs", "N", "processes that share the work (1)", count, default=1)
 EXPORTED = value("folder", "FOLDER", "what convert to-hf wrote; must be trusted")
 DTYPE = choice("--dtype", ("float32", "bfloat16"), "type of the weights (as stored)")

@@ -27,6 +27,7 @@ def train(options: Namespace) -> Outcome:
     """Starts the ranks; a config that cannot run is refused before any of them."""
     from navil_megatron.config.load import load_config
     from navil_megatron.config.validate import validate
+    from navil_megatron.data.run_inputs import require_inputs
     from navil_megatron.launch import run_ranks
 
     config = load_config(options.config, options.overrides)
@@ -44,6 +45,7 @@ def train(options: Namespace) -> Outcome:
     arguments = [str(options.config), *options.overrides]
     if "RANK" not in os.environ:
         validate(config, options.nproc)
+        require_inputs(config)
         if options.nproc > 1:
             return Outcome({}, "", run_ranks("navil_megatron.pretrain", arguments, options.nproc))
     # One rank, or a rank that torchrun started: this process becomes it, so that signals and the exit code are its own.

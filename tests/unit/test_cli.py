@@ -16,6 +16,8 @@ from navil_megatron.verbs.verb import Verb
 from tests.unit.config_examples import EXAMPLE_TOML
 
 VERBS = [
+    ("tokenizer",),
+    ("init",),
     ("train",),
     ("report",),
     ("replay",),

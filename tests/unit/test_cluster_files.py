@@ -183,7 +183,7 @@ def test_the_manifest_is_a_pytorch_job(model: str, phase: str) -> None:
     pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     (container,) = pod["containers"]
     (config,) = container["args"]
-    assert (REPOSITORY / Path(config).relative_to("/opt/navil_megatron")).is_file()
+    assert (EXAMPLES / Path(container["workingDir"]).name / config).is_file()
     assert container["workingDir"].endswith(model) and job["metadata"]["name"] == job["spec"]["elasticPolicy"]["rdzvId"]
 
 

@@ -47,7 +47,7 @@ def test_values_and_defaults(config_path: Path) -> None:
     config = load_config(config_path)
     assert config.model.language.family == "qwen3"
     assert config.model.vision.patch_size == 16
-    assert config.data.train_sources == (SourceConfig(index="shards/train.index"),)
+    assert config.data.train_sources == (SourceConfig(index=str(config_path.parent / "shards/train.index")),)
     assert config.parallel == ParallelConfig()
     assert config.microbatch_tokens == 2048
 
@@ -280,3 +280,68 @@ def test_documented_example_is_a_valid_run(tmp_path: Path) -> None:
     config = load_config(path)
     validate(config, 8)
     assert config.optimizer.clip_grad is None
+
+
+def test_a_file_lies_over_those_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "sizes" / "model.toml").write_text(EXAMPLE_TOML.replace("train_steps = ", "train_steps = 1"))
+    (tmp_path / "cluster.toml").write_text("[training]\nseed = 3\n[data]\nseq_length = 512\n")
+    run = tmp_path / "run.toml"
+    run.write_text('extends = ["sizes/model.toml", "cluster.toml"]\n[training]\nseed = 4\n')
+    config = load_config(run)
+    assert (config.training.seed, config.data.seq_length) == (4, 512)
+    assert config.training.train_steps == load_config(tmp_path / "sizes" / "model.toml").training.train_steps
+    # A path belongs to the file that states it.
+    assert config.data.train_sources[0].index == str(tmp_path / "sizes" / "shards" / "train.index")
+    last = tmp_path / "last.toml"
+    last.write_text("[training]\nseed = 5\nlog_every_steps = 7\n")
+    config = load_config(run, ["training.log_every_steps=2", str(last), "data.seq_length=256"])
+    assert (config.training.seed, config.training.log_every_steps, config.data.seq_length) == (5, 7, 256)
+
+
+def test_a_problem_is_told_of_the_file_that_made_it(tmp_path: Path) -> None:
+    base, run, more = (tmp_path / f"{name}.toml" for name in ("base", "run", "more"))
+    base.write_text(EXAMPLE_TOML.replace("num_query_groups = 2", 'num_query_groups = "two"'))
+    run.write_text('extends = "base.toml"\n[training]\nsteps = 3\n')
+    more.write_text("[optimizer]\nlr = true\n")
+    groups, steps, rate = problems_of(run, str(more))
+    assert groups.startswith(f"{base}: model.language.num_query_groups")
+    assert steps.startswith(f"{run}: training.steps is not a setting")
+    assert rate.startswith(f"{more}: optimizer.lr")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('extends = "run.toml"', "extends itself"),
+        ('extends = "none.toml"', "none.toml: cannot read the config"),
+        ("extends = 3", 'extends: found 3, expected the path of a config, or several: extends = "base.toml"'),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "run.toml").write_text(text + "\n" + EXAMPLE_TOML)
+    (problem,) = problems_of(tmp_path / "run.toml")
+    assert expected in problem
+
+
+def test_paths_are_relative_to_the_config_and_those_of_overrides_are_not(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = EXAMPLE_TOML.replace("[checkpoint]", '[checkpoint]\ninitial_weights = "../weights"')
+    config_path.write_text(text + '[evaluation]\nsources = ["held.index", "/data/b.index", "s3://c/d.index"]\n')
+    folder = config_path.parent
+    config = load_config(config_path, ["logging.directory=logs"])
+    assert config.checkpoint.initial_weights == str(folder.parent / "weights")
+    assert config.evaluation.sources == (str(folder / "held.index"), "/data/b.index", "s3://c/d.index")
+    assert config.logging.directory == "logs"
+    monkeypatch.chdir(folder.parent)
+    config = load_config(Path(folder.name) / "run.toml")
+    assert config.data.train_sources[0].index == f"{folder.name}/shards/train.index"
+    config_path.write_text(EXAMPLE_TOML.replace("[checkpoint]", '[checkpoint]\ninitial_weights = "none"'))
+    assert load_config(config_path).checkpoint.initial_weights is None
+
+
+def test_a_byte_order_mark_is_passed_over(config_path: Path) -> None:
+    expected = load_config(config_path)
+    config_path.write_text(EXAMPLE_TOML, encoding="utf-8-sig")
+    assert load_config(config_path) == expected

@@ -52,8 +52,11 @@ def _find(pattern: str) -> list[str]:
     try:
         files, path = url_to_fs(pattern)
         found = [path] if _is_file(pattern, files, path) else _list(pattern, files, path)
-    except (OSError, ValueError) as error:  # an unknown protocol is a ValueError
-        raise UserError(f"shards {pattern!r} cannot be listed ({error}): check the URL") from None
+    except UserError:
+        raise
+    except Exception as error:  # every remote file system raises types of its own, also where it lacks credentials
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"shards {pattern!r} cannot be listed ({reason}): check the URL and your rights") from None
     if isinstance(files, LocalFileSystem):
         return found
     _, chain, outer = pattern.partition("::")

@@ -121,7 +121,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
 
 def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
-    """Writes the tokenizer in ``source``, with the special tokens that it lacks, to the new folder ``target``.
+    """Writes the tokenizer in ``source``, with the special tokens that it lacks, to an empty or new folder.
 
     The new folder holds ``tokenizer.json``, its settings and the chat template; files of a slow tokenizer would not
     know the new tokens. Tokens that exist keep their ids, and become special if they were not. Missing ones follow the
@@ -139,7 +139,7 @@ def extend_tokenizer(source: Path, target: Path) -> dict[str, int]:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _ADDED_ORDER])
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(target / TOKENIZER_FILE))
     write_json(target / SETTINGS_FILE, _extended(config, tokenizer))
     if (source / TEMPLATE_FILE).is_file():
