@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcome: Outcome = verb.run(options)
         text = json.dumps(outcome.report) if verb.has_json and options.json else outcome.text
         if text:
-            print(text)
+            print(text.encode("utf-8", "backslashreplace").decode())  # names of files may be any bytes
         return outcome.status
     except UserError as error:
         print(describe(error), file=sys.stderr)

@@ -49,6 +49,8 @@ class DataConfig:
     """Visual multi-scale packing: the image again at tau^i of its size, small to large (paper, section 4.1)."""
     scale_ratio: Annotated[float, Range(0, 1, above=True, below=True)] = 0.7071
     """tau, the side ratio of successive scales."""
+    image_text_loss: Literal["all", "after_image"] = "all"
+    """Which text of a document with images in it is learned: all of it, or what follows its first image."""
     share_shrunk_limit: bool = False
     """Reproduce the released demo: the limit left by one image's smallest scale caps the next image of the sample."""
     image_decoder: Literal["pillow", "dali"] = "pillow"

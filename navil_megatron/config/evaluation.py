@@ -14,7 +14,7 @@ class EvaluationConfig:
     sources: tuple[LocalPath, ...] = ()
     """Index files of held-out sources; empty: no evaluation."""
     every_steps: Count | None = None
-    """Steps between evaluations, and one at the end; ``None``: never."""
+    """Steps between evaluations, and one at the end; ``None``: at the end alone."""
     swapped_images: bool = False
     """Evaluate a second time with each sample showing another one's picture: the loss must rise if images are read."""
 

@@ -34,9 +34,13 @@ _CUTS = re.compile(f"({'|'.join(map(re.escape, _KINDS))}|{_ANSWER})")
 _compiled = lru_cache(Environment(trim_blocks=True, lstrip_blocks=True).from_string)  # as transformers does
 
 
-def document_spans(text: str, num_images: int) -> list[Span]:
-    """Images, then the text, which is learned with its end."""
-    return [Span("image")] * num_images + [Span("text", text, learned=True), Span("end", learned=True)]
+def document_spans(parts: Sequence[str | None]) -> list[Span]:
+    """Texts, ``None`` where an image stands, and the end; all that is no image is learned.
+
+    Exported processors read the same tokens out of the texts with ``PLACEHOLDER`` for every image.
+    """
+    spans = [Span("image") if part is None else Span("text", part, learned=True) for part in parts]
+    return [*spans, Span("end", learned=True)]
 
 
 def conversation_spans(turns: Sequence[Turn], template: str) -> Iterator[Span]:

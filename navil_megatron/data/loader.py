@@ -4,7 +4,7 @@ Nothing here remembers where it is but the step: the plan is a pure function of 
 data-parallel size with the same global batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import batched
 from typing import Any
@@ -15,11 +15,12 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.measure import Ruler
 from navil_megatron.data.microbatches import MicrobatchBuilder
+from navil_megatron.data.order import ORDER_VERSION
 from navil_megatron.data.plan import DataPlan, Row
 from navil_megatron.data.prefetch import Prefetch
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
-from navil_megatron.data.types import DataPlace, Microbatch
+from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 from navil_megatron.files.hashes import fingerprint
 
 MIN_SAMPLES_TO_JUDGE = 200
@@ -33,6 +34,7 @@ _DECISIVE = {
     "global_batch_size": "training.global_batch_size",
     "seq_length": "data.seq_length",
     "pad_segments_to": "data.pad_segments_to",
+    "order": "the version that plans the order of samples",
 }
 """What decides which samples a step holds, and the settings behind it."""
 
@@ -69,11 +71,13 @@ class TrainLoader:
             "sources": fingerprint(repr(mixture)),
             "tokenizer": tokenizer.fingerprint,
             "image_plan": fingerprint(repr(sorted(asdict(planner).items()))),
+            "order": ORDER_VERSION,
         }
         self._builder = MicrobatchBuilder(config, sources, tokenizer, place=place)
         self.step = start_step
         self.num_samples = 0  # samples that this rank has handed out since it was opened
-        self.num_failed = 0  # samples that failed to decode since then, on any rank of the replica
+        self.failed: set[SampleId] = set()  # those of them that failed to decode, on any rank of the replica
+        self._num_distinct = sum(map(len, sources))
         self._prefetch = self._start_at(start_step)
 
     def __iter__(self) -> "TrainLoader":
@@ -91,13 +95,16 @@ class TrainLoader:
         """How long the last step kept its consumer waiting."""
         return self._prefetch.wait_seconds
 
-    def count_failed(self, num_failed: int) -> None:
-        """Notes samples that failed, on whatever rank of the replica; UserError where they become too many."""
-        self.num_failed += num_failed
-        allowed = self._config.data.max_failed_share
-        if self.num_failed > allowed * max(self.num_samples, MIN_SAMPLES_TO_JUDGE):
+    def count_failed(self, failed: Iterable[SampleId]) -> None:
+        """Notes samples that failed, on whatever rank of the replica; UserError where they become too many.
+
+        One that fails again in the next epoch is still one.
+        """
+        self.failed.update(failed)
+        allowed, num_seen = self._config.data.max_failed_share, min(self.num_samples, self._num_distinct)
+        if len(self.failed) > allowed * max(num_seen, MIN_SAMPLES_TO_JUDGE):
             raise UserError(
-                f"{self.num_failed} of {self.num_samples} samples failed to decode, more than "
+                f"{len(self.failed)} of {num_seen} samples failed to decode, more than "
                 f"data.max_failed_share = {allowed}; they are listed in failed_samples.jsonl in logging.directory: "
                 "mend or index the shards anew, or raise the share"
             )

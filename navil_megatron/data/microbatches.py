@@ -53,6 +53,7 @@ class MicrobatchBuilder:
         self._sources, self._tokenizer = tuple(sources), tokenizer
         self._planner = ImagePlanner.from_config(config.data, config.model.vision)
         self._model, self._place, self._pictures_of = config.model, place, pictures_of
+        self._image_text_loss = config.data.image_text_loss
         self._decoder: ImageDecoder | None = build_image_decoder(config) if place.is_first_stage else None
         self.row_format = RowFormat(
             seq_length=config.data.seq_length,
@@ -95,7 +96,8 @@ class MicrobatchBuilder:
         except DamagedSampleError:
             blank = sample, num_text_tokens, scales, self._tokenizer, self._planner.merge_size
             return blank_sample(*blank, damage="text differs from the index")
-        encoded = encode_sample(sample, content, scales, self._tokenizer, self._planner.merge_size)
+        merge_size, learned = self._planner.merge_size, self._image_text_loss
+        encoded = encode_sample(sample, content, scales, self._tokenizer, merge_size, learned)
         if len(encoded.input_ids) != planned:
             raise UserError(
                 f"{source.shard_of(sample.number)}: {source.key(sample.number)} has {len(encoded.input_ids)} tokens, "

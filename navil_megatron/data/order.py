@@ -1,12 +1,15 @@
 """Which sample comes n-th: the endless stream of one source, and the mixture of several. Pure functions, no I/O.
 
 An epoch shuffles the shards, then the samples of a group of neighbouring shards together, so that every stretch of the
-stream comes from a few shards at a time. Windows cut the streams of all sources by their shares.
+stream comes from a few shards at a time. Windows cut the streams of all sources by their shares, and say where in them
+a source begins an epoch: what lies before is used up before what lies behind, so that every sample comes once in each.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +18,8 @@ GROUP_SAMPLES = 2**17
 WINDOW_SAMPLES = 2**16  # most samples that are planned at once
 SMALLEST_WINDOW = 2**10  # fewest samples that are planned at once: a smaller set is taken several times over
 _GROUPS_KEPT = 4
+ORDER_VERSION = 2
+"""Counts up when the same settings give another order of samples: then no run may resume across it."""
 
 
 def shuffled(count: int, *seed: int) -> np.ndarray:
@@ -68,6 +73,15 @@ class SourceOrder:
         return samples[shuffled(len(samples), *self._seed, epoch, group)]
 
 
+class Window(NamedTuple):
+    """Some of the mixture's samples, [n] int64 each, source by source."""
+
+    sources: np.ndarray
+    samples: np.ndarray
+    stretches: np.ndarray
+    """Counts from 0 whenever a source begins an epoch."""
+
+
 class Mixture:
     """Sources mixed by share, in any unit. Window w holds each one's next samples; its share is exact to within one."""
 
@@ -79,11 +93,25 @@ class Mixture:
         self.window_samples = min(-(-SMALLEST_WINDOW // num_samples) * num_samples, WINDOW_SAMPLES)
         """Samples of a window, to within one for each source."""
 
-    def window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(sources, samples) of one window, [n] int64 each, source by source."""
-        taken = []
+    def window(self, number: int) -> Window:
+        """The samples of one window."""
+        begins = self._begins(number)
+        taken, stretches = [], []
         for order, share in zip(self._orders, self.shares, strict=True):
             first, end = (int(which * self.window_samples * share) for which in (number, number + 1))
             taken.append(order.take(first, end))
+            cuts = [ceil(begin * share) for begin in begins]
+            stretches.append(np.searchsorted(cuts, np.arange(first, end), side="right"))
         sources = np.repeat(np.arange(len(taken)), [len(samples) for samples in taken])
-        return sources, np.concatenate(taken)
+        return Window(sources, np.concatenate(taken), np.concatenate(stretches))
+
+    def _begins(self, number: int) -> list[Fraction]:
+        """The places of the mixture inside one window at which a source begins an epoch; one sample is in any order."""
+        start, end = number * self.window_samples, (number + 1) * self.window_samples
+        begins: set[Fraction] = set()
+        for order, share in zip(self._orders, self.shares, strict=True):
+            length = order.num_samples / share  # of an epoch
+            if order.num_samples > 1:
+                epochs = range(int(start / length) + 1, ceil(end / length))
+                begins.update(epoch * length for epoch in epochs)
+        return sorted(begins)

@@ -1,7 +1,8 @@
 """The plan of every step: which samples share a row, and which rows make the global batch. A pure function, no I/O but
 the index.
 
-The mixture is cut into windows of equally many samples; each is packed into rows, and its rows are shuffled. Step s
+The mixture is cut into windows of equally many samples; each is packed into rows, and its rows are shuffled, but where
+a source begins an epoch: the rows before come before those behind, and one row between them may hold of both. Step s
 reads its rows from s * batch on in the endless concatenation of windows, whoever asks. The data-parallel size appears
 nowhere but in dealing.
 """
@@ -17,8 +18,9 @@ import numpy as np
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.data.measure import REFUSED, Measures, Ruler
-from navil_megatron.data.order import Mixture, SourceOrder, shuffled
-from navil_megatron.data.packing import deal_rows, imbalance, pack_rows
+from navil_megatron.data.order import Mixture, SourceOrder, Window, shuffled
+from navil_megatron.data.packing import deal_rows, imbalance
+from navil_megatron.data.packing_in_order import pack_in_order
 from navil_megatron.data.shards.shard_index import SourceIndex
 from navil_megatron.data.types import SampleId
 
@@ -114,34 +116,51 @@ class DataPlan:
             )
 
     def _make_window(self, number: int) -> tuple[Row, ...]:
-        sources, samples = self.mixture.window(number)
-        rows, refused = plan_rows(self._ruler, self._indexes, sources, samples)
+        window = self.mixture.window(number)
+        groups, refused = plan_stretches(self._ruler, self._indexes, window)
         if refused:
             index = self._indexes[refused[0].source]
             logger.warning(
                 "%d of %d samples do not fit a row of %d tokens at their smallest scale and are left out; the first: "
                 "sample %d of %s",
-                *(len(refused), len(samples), self._ruler.seq_length, refused[0].number, index.path),
+                *(len(refused), len(window.samples), self._ruler.seq_length, refused[0].number, index.path),
             )
-        shuffled_rows = [rows[row] for row in shuffled(len(rows), self._seed, _ROWS, number)]
-        if shuffled_rows:
-            shuffled_rows[0] = replace(shuffled_rows[0], num_refused=len(refused))
-        return tuple(shuffled_rows)
+        rows: list[Row] = []
+        for stretch, (first, others) in enumerate(groups):
+            seed = (self._seed, _ROWS, number, stretch) if stretch else (self._seed, _ROWS, number)
+            rows += [*first, *(others[row] for row in shuffled(len(others), *seed))]
+        if rows:
+            rows[0] = replace(rows[0], num_refused=len(refused))
+        return tuple(rows)
+
+
+type Group = tuple[list[Row], list[Row]]
+"""Rows that come first, as they hold the last samples of what was before; and rows in any order."""
 
 
 def plan_rows(
     ruler: Ruler, indexes: Sequence[SourceIndex], sources: np.ndarray, samples: np.ndarray
 ) -> tuple[list[Row], list[SampleId]]:
     """Rows of [n] samples that lie source by source, in the order of packing; and the samples that fit no row."""
+    ((_, rows),), refused = plan_stretches(ruler, indexes, Window(sources, samples, np.zeros_like(samples)))
+    return rows, refused
+
+
+def plan_stretches(ruler: Ruler, indexes: Sequence[SourceIndex], window: Window) -> tuple[list[Group], list[SampleId]]:
+    """The rows of each stretch of a window, none with samples of an earlier one but the first; and what fits no row."""
+    sources, samples, stretches = window
     parts = [ruler.measure(index, samples[sources == number]) for number, index in enumerate(indexes)]
     for index in indexes:
         index.release()
     measures = Measures(*map(np.concatenate, zip(*parts, strict=True)))
     fits = np.flatnonzero(measures.dropped != REFUSED)
     num_text, num_visual, cost, dropped = (array[fits] for array in measures)
-    rows = []
-    for positions in pack_rows(num_text, num_visual, cost, ruler.seq_length, ruler.pad_segments_to):
+
+    def row_of(positions: np.ndarray) -> Row:
         row = fits[positions]
-        rows.append(Row(sources[row], samples[row], dropped[positions], int(cost[positions].sum())))
+        return Row(sources[row], samples[row], dropped[positions], int(cost[positions].sum()))
+
+    packed = pack_in_order(stretches[fits], num_text, num_visual, cost, ruler.seq_length, ruler.pad_segments_to)
+    groups = [([*map(row_of, first)], [*map(row_of, others)]) for first, others in packed]
     refused = np.flatnonzero(measures.dropped == REFUSED)
-    return rows, list(map(SampleId, sources[refused].tolist(), samples[refused].tolist()))
+    return groups, list(map(SampleId, sources[refused].tolist(), samples[refused].tolist()))

@@ -16,7 +16,7 @@ from navil_megatron.blueprint.chat_template import TURN_TOKENS, chat_template
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.chat import Span, conversation_spans, document_spans
-from navil_megatron.data.types import Content
+from navil_megatron.data.types import Content, Document
 from navil_megatron.files.hashes import fingerprint
 from navil_megatron.files.tokenizer_file import reading_tokenizer, require_tokenizer_folder
 
@@ -87,8 +87,9 @@ class SampleTokenizer:
     def pieces(self, content: Content, num_images: int) -> list[Piece]:
         """A sample as stretches of tokens, with a place for each image.
 
-        A document is its images, then the text and the end token, which carry the loss. In a conversation the loss
-        lies on what the assistant says and the token that ends it.
+        A caption is its images, then the text and the end token, which carry the loss; a document is the same with
+        its images in their places. In a conversation the loss lies on what the assistant says and the token that ends
+        it.
 
         Raises:
             UserError: a conversation, but the tokenizer has no tokens for turns.
@@ -119,7 +120,9 @@ class SampleTokenizer:
 
     def _spans(self, content: Content, num_images: int) -> Iterable[Span]:
         if isinstance(content, str):
-            return document_spans(content, num_images)
+            return document_spans([*[None] * num_images, content])
+        if isinstance(content, Document):
+            return document_spans(content.parts)
         if self._template is None:
             raise UserError(
                 f"tokenizer {self._folder} has no {' and '.join(TURN_TOKENS)}, which conversations need: "

@@ -52,8 +52,16 @@ class Turn:
     """Text, and ``None`` where the next image stands."""
 
 
-type Content = str | tuple[Turn, ...]
-"""A caption or document, which follows the images; or a conversation, which says where they stand."""
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document with images in its text."""
+
+    parts: tuple[str | None, ...]
+    """Text, and ``None`` where the next image stands."""
+
+
+type Content = str | Document | tuple[Turn, ...]
+"""A caption or text, which follows the images; or a document or conversation, which says where they stand."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,12 +67,12 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _parse(line: bytes, number: int, folder: Path) -> Sample:
-    fields = _json_object(line)
+    fields = {name: value for name, value in _json_object(line).items() if value is not None and value != ""}
     unknown = [name for name in fields if name not in _FIELDS]
     if unknown:
         raise _Problem(f"unknown field {unknown[0]!r}, expected {', '.join(_FIELDS)}")
     for one, other in (("image", "images"), ("answers", "caption")):
-        if fields.get(one) is not None and fields.get(other) is not None:
+        if one in fields and other in fields:
             raise _Problem(f"{one!r} and {other!r} say the same thing; keep one")
     images = tuple(_images(fields, folder))
     question = _text(fields, "question")
@@ -102,9 +102,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 def _images(fields: dict[str, Any], folder: Path) -> Iterator[Path]:
     """Image files, relative to the file that names them."""
-    named = fields.get("image", fields.get("images"))
-    names = [] if named is None else named if isinstance(named, list) else [named]
-    for name in names:
+    named = fields.get("image", fields.get("images", []))
+    for name in named if isinstance(named, list) else [named]:
         if not isinstance(name, str) or not name:
             raise _Problem(f"an image is {name!r}, expected the path of a file")
         if not (folder / name).is_file():
@@ -114,13 +113,23 @@ def _images(fields: dict[str, Any], folder: Path) -> Iterator[Path]:
 
 def _answers(fields: dict[str, Any]) -> tuple[str, ...]:
     caption = _text(fields, "caption")
-    answers = fields.get("answers") if caption is None else [caption]
+    answers = fields.get("answers") if caption is None else [_without_marks(caption)]
     if not isinstance(answers, list) or not answers:
         raise _Problem("'answers' is missing, expected a list of one or more texts")
     for answer in answers:
         if not isinstance(answer, str) or not answer.strip():
             raise _Problem(f"an answer is {answer!r}, expected a text")
     return tuple(answers)
+
+
+def _without_marks(caption: str) -> str:
+    """What is to be said where the images come first."""
+    said = caption.strip()
+    while said.startswith(PLACEHOLDER):
+        said = said.removeprefix(PLACEHOLDER).lstrip()
+    if PLACEHOLDER in said:
+        raise _Problem(f"'caption' holds {PLACEHOLDER} behind text; ask a 'question' about interleaved documents")
+    return said
 
 
 def _task(fields: dict[str, Any], question: str | None) -> Literal["caption", "qa"]:

@@ -10,12 +10,12 @@ from dataclasses import replace
 import numpy as np
 
 from navil_megatron.data.assemble import drop_loss
-from navil_megatron.data.types import Microbatch
+from navil_megatron.data.types import Microbatch, SampleId
 from navil_megatron.runtime.session import Session
 
 
-def settle_failures(session: Session, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], int]:
-    """The microbatches without loss on what failed on any rank of the replica, and how many samples that are.
+def settle_failures(session: Session, microbatches: Sequence[Microbatch]) -> tuple[list[Microbatch], list[SampleId]]:
+    """The microbatches without loss on what failed on any rank of the replica, and which samples that are.
 
     Every rank of a replica calls it with the same microbatches; the first that saw a failure keeps it on its list.
     """
@@ -28,4 +28,5 @@ def settle_failures(session: Session, microbatches: Sequence[Microbatch]) -> tup
     for microbatch, ranks in zip(microbatches, parts, strict=True):
         mine = tuple(failure for failure in microbatch.failures if ranks[failure.position] == session.rank)
         settled.append(replace(drop_loss(microbatch, np.flatnonzero(ranks >= 0).tolist()), failures=mine))
-    return settled, int((first >= 0).sum())
+    samples = [sample for microbatch in microbatches for sample in microbatch.samples]
+    return settled, [samples[position] for position in np.flatnonzero(first >= 0).tolist()]

@@ -50,13 +50,13 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     with TrainingProgress(config, session, state.step) as progress:
         while state.step < total:
             data = next(steps)
-            microbatches, num_failed = settle_failures(session, data.microbatches)
+            microbatches, failed = settle_failures(session, data.microbatches)
             log.write_failures(state.step + 1, microbatches)
-            loader.count_failed(num_failed)
+            loader.count_failed(failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
             result = train_step(config, session, chunks, optimizer, microbatches, lr, numbers.judge)
             state.step += 1
-            meter.add(result, microbatches, data, num_failed, loader.wait_seconds)
+            meter.add(result, microbatches, data, len(failed), loader.wait_seconds)
             stopping, saving = False, is_due(state.step, config.checkpoint.save_every_steps, total)
             copying = not saving and copies.is_due(state.step)
             # A checkpoint counts what all its steps consumed, so a save makes a record too.
@@ -99,11 +99,10 @@ def _open_data(config: NaViLConfig, session: Session) -> tuple[TrainLoader, dict
     """The training rows, and held-out rows by the name of the loss on them."""
     place = place_of(session)
     held_out = {}
-    if config.evaluation.every_steps is not None:
-        swaps = (False, True) if config.evaluation.swapped_images else (False,)
-        indexes = config.evaluation.sources
-        for (index, source), swap in product(zip(indexes, source_names(indexes), strict=True), swaps):
-            name = "loss_swapped_images" if swap else "loss"
-            name += f"/{source}" if len(indexes) > 1 else ""
-            held_out[name] = ValidationLoader(config, index, place, swap_images=swap)
+    swaps = (False, True) if config.evaluation.swapped_images else (False,)
+    indexes = config.evaluation.sources
+    for (index, source), swap in product(zip(indexes, source_names(indexes), strict=True), swaps):
+        name = "loss_swapped_images" if swap else "loss"
+        name += f"/{source}" if len(indexes) > 1 else ""
+        held_out[name] = ValidationLoader(config, index, place, swap_images=swap)
     return TrainLoader(config, place), held_out

@@ -16,14 +16,20 @@ _TOKENIZER = value("--tokenizer", "FOLDER", "the run's tokenizer; its tokens are
     value(
         "manifest",
         "MANIFEST",
-        'JSON lines of {"image": path or list, "caption": text}, or with "conversations", "messages" or "text"; '
-        "or parquet",
+        'JSON lines of {"image": path or list, "caption": text}, or with "text", "texts", "conversations" or '
+        '"messages"; the same as a JSON array; either as .gz; parquet, or a folder that datasets saved',
     ),
     value("output", "FOLDER", "where the shards and PREFIX.index go"),
     value("--prefix", "PREFIX", "start of the shards' names (shard)", str, default="shard"),
     value("--samples-per-shard", "N", "lines a shard (10000)", count, default=10_000),
-    value("--text-column", "NAME", "of parquet (text)", str, default="text"),
+    value(
+        "--map", "OURS=YOURS", "your names of keys, as image=img_path,caption=text", str, action="append", default=[]
+    ),
+    value("--ignore", "KEYS", "keys that are no part of a sample, as url,score", str, action="append", default=[]),
+    value("--text-column", "NAME", "the rows of a table are pure text, in this column", str),
     flag("--allow-outside", "also take images from outside the manifest's folder; only if you trust the manifest"),
+    flag("--fetch", "ask the network for images that are named by URL; never addresses of private networks"),
+    flag("--overwrite", "remove what was built under this prefix, and begin anew"),
     _TOKENIZER,
     JOBS,
     counts="shards",
@@ -32,13 +38,17 @@ def build(options: Namespace) -> Outcome:
     """Writes shards and says what was left out."""
     from navil_megatron.data.shards.build_shards import build_shards
     from navil_megatron.data.shards.index_report import describe_index_report
+    from navil_megatron.data.shards.manifest_line import Keys
     from navil_megatron.data.tokenizer import load_tokenizer
 
+    keys = Keys.parse(options.map, options.ignore)
     report = build_shards(
         options.manifest,
         options.output,
         load_tokenizer(options.tokenizer),
-        **chosen(options, "prefix", "samples_per_shard", "text_column", "allow_outside", "jobs", "on_progress"),
+        keys=keys,
+        **chosen(options, "prefix", "samples_per_shard", "text_column", "allow_outside", "fetch", "overwrite"),
+        **chosen(options, "jobs", "on_progress"),
     )
     return Outcome(report, describe_index_report(report))
 

@@ -47,7 +47,7 @@ def learn(
         loader = TrainLoader(config, place_of(session))
         step = next(loader)
         loader.close()
-        microbatches, num_failed = settle_failures(session, step.microbatches)
+        microbatches, failed = settle_failures(session, step.microbatches)
         if alone:
             microbatches = [sample_alone(loader, row, n) for row in _rows(loader) for n in range(len(row.samples))]
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
@@ -57,7 +57,7 @@ def learn(
         if session.groups.dp.size() * session.groups.cp.size() == 1:
             outcome.gradients = _gradients(chunks)
         outcome.parameters = slices_of([chunk.module for chunk in chunks])
-        return outcome, num_failed, [failed.key for batch in microbatches for failed in batch.failures]
+        return outcome, len(failed), [one.key for batch in microbatches for one in batch.failures]
 
 
 def _rows(loader: TrainLoader) -> list[Row]:

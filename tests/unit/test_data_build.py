@@ -20,6 +20,7 @@ from navil_megatron.config.errors import UserError
 from navil_megatron.data.shards.build_shards import build_shards
 from navil_megatron.data.shards.index_shards import index_shards
 from navil_megatron.data.shards.manifest import MAX_LINE_BYTES, Manifest
+from navil_megatron.data.shards.manifest_line import Line
 from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from navil_megatron.data.types import Turn
@@ -102,7 +103,14 @@ def test_every_kind_of_line_becomes_a_sample_or_a_reason(tmp_path: Path, tokeniz
     assert source.index.samples["text_tokens"].tolist() == [
         tokenizer.count([sample.content], [len(sample.images)])[0] for sample in samples
     ]
-    with pytest.raises(UserError, match=r"already holds shard shards: remove .*out/shard\*"):
+    before = files_of(tmp_path / "out")
+    with pytest.raises(UserError, match=r"out/shard.index is finished: give --overwrite to make it anew"):
+        build_shards(manifest, tmp_path / "out", tokenizer)
+    (tmp_path / "out" / "shard-other.tar").touch()
+    build_shards(manifest, tmp_path / "out", tokenizer, samples_per_shard=4, overwrite=True)
+    assert files_of(tmp_path / "out") == before | {"shard-other.tar": b""}
+    (tmp_path / "out" / "shard.index").unlink()
+    with pytest.raises(UserError, match=r"out already holds shard shards: give --overwrite to make it anew"):
         build_shards(manifest, tmp_path / "out", tokenizer)
 
 
@@ -182,7 +190,7 @@ def test_another_manifest_does_not_go_on_with_an_old_build(tmp_path: Path, token
     with pytest.raises(UserError, match="unfinished build of another manifest, tokenizer or shard size"):
         build_shards(manifest, tmp_path / "out", tokenizer, samples_per_shard=5)
     manifest.write_bytes(manifest.read_bytes() + b"\n")
-    with pytest.raises(UserError, match=r"unfinished build .* or remove .*out/shard\* to start anew"):
+    with pytest.raises(UserError, match=r"unfinished build .*: give the same to go on, or --overwrite to start anew"):
         build_shards(manifest, tmp_path / "out", tokenizer, samples_per_shard=4)
 
 
@@ -191,8 +199,10 @@ def test_parquet_is_read_across_row_groups(
 ) -> None:
     texts = [f"red {number}" if number % 5 else None for number in range(23)]
     pyarrow.parquet.write_table(pa.table({"body": texts, "id": range(23)}), tmp_path / "t.parquet", row_group_size=4)
-    with pytest.raises(UserError, match=r"has no text column 'text' \(found body\): choose one with --text-column"):
+    with pytest.raises(UserError, match=r"column 'body' is not a key .*, or --text-column NAME if all is pure text"):
         build_shards(tmp_path / "t.parquet", tmp_path / "out", tokenizer)
+    with pytest.raises(UserError, match=r"has no text column 'text' \(found body, id\): choose one with --text-column"):
+        build_shards(tmp_path / "t.parquet", tmp_path / "out", tokenizer, text_column="text")
     report = build_shards(tmp_path / "t.parquet", tmp_path / "out", tokenizer, samples_per_shard=7, text_column="body")
     assert report["rejected_reasons"] == {"line without a caption": 5} and report["num_shards"] == 4
     source = Source(tmp_path / "out" / "shard.index")
@@ -212,11 +222,11 @@ def test_chunks_hold_every_line_once(tmp_path: Path, rows_per_chunk: int) -> Non
     path = tmp_path / "m.jsonl"
     for ending in (b"", b"\n", b"\r\n"):
         path.write_bytes(b"\n".join(lines) + ending)
-        manifest = Manifest(path, "text")
+        manifest = Manifest(path)
         rows = [row for chunk in manifest.chunks(rows_per_chunk) for row in manifest.read(chunk)]
         assert [number for number, _ in rows] == [number for number in range(20) if number != 4]
         assert str(rows[8][1]) == f"line of more than {MAX_LINE_BYTES} bytes"
-        assert all(row == {"text": str(number)} for number, row in rows if number != 9)
+        assert all(row == Line([], "txt", str(number).encode()) for number, row in rows if number != 9)
 
 
 def test_nothing_to_train_on_is_an_error_that_can_be_mended(tmp_path: Path, tokenizer: SampleTokenizer) -> None:

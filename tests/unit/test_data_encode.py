@@ -6,7 +6,7 @@ import pytest
 from navil_megatron.blueprint.image_plan import ScalePlan, image_token_ids
 from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.tokenizer import SampleTokenizer, build_tokenizer
-from navil_megatron.data.types import EncodedSample, SampleId, Turn
+from navil_megatron.data.types import Content, Document, EncodedSample, SampleId, Turn
 
 SMALL, WIDE, TALL = ((ScalePlan(h * 16, w * 16, h, w),) for h, w in ((2, 2), (2, 6), (8, 2)))
 PYRAMID = (ScalePlan(32, 32, 2, 2), ScalePlan(60, 64, 4, 4))
@@ -17,9 +17,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SampleTokenizer:
     return build_tokenizer(["a red apple", "user assistant system"] * 3, tmp_path_factory.mktemp("tokenizer"))
 
 
-def encode(
-    tokenizer: SampleTokenizer, content: str | tuple[Turn, ...], *scales: tuple[ScalePlan, ...]
-) -> EncodedSample:
+def encode(tokenizer: SampleTokenizer, content: Content, *scales: tuple[ScalePlan, ...]) -> EncodedSample:
     return encode_sample(SampleId(1, 5), content, scales, tokenizer, merge_size=2)
 
 
@@ -36,6 +34,28 @@ def test_a_document_is_its_images_then_learned_text(tokenizer: SampleTokenizer) 
     assert encoded.loss_weights.tolist() == [0.0] * len(pictures) + [1.0] * len(text)
     assert (encoded.sample, encoded.scales) == (SampleId(1, 5), (PYRAMID, SMALL))
     assert (encoded.input_ids.dtype, encoded.loss_weights.dtype) == (np.int64, np.float32)
+
+
+def test_a_document_holds_images_in_its_text(tokenizer: SampleTokenizer) -> None:
+    document = Document(("a red", None, None, "apple", None))
+    encoded = encode(tokenizer, document, SMALL, PYRAMID, WIDE)
+    first, second, third = (image(tokenizer, scales) for scales in (SMALL, PYRAMID, WIDE))
+    before, between = tokenizer.encode("a red"), tokenizer.encode("apple")
+    assert encoded.input_ids.tolist() == [*before, *first, *second, *between, *third, tokenizer.end_id]
+    weights = [0.0, *[1.0] * (len(before) - 1), *[0.0] * len(first + second), *[1.0] * len(between)]
+    assert encoded.loss_weights.tolist() == [*weights, *[0.0] * len(third), 1.0]
+    after = encode_sample(SampleId(1, 5), document, (SMALL, PYRAMID, WIDE), tokenizer, 2, "after_image")
+    assert after.input_ids.tolist() == encoded.input_ids.tolist()
+    assert after.loss_weights.tolist() == [*[0.0] * len(before), *encoded.loss_weights[len(before) :].tolist()]
+
+
+@pytest.mark.parametrize("content", ["a red apple", (Turn("user", ("a red", None)), Turn("assistant", ("apple",)))])
+def test_what_holds_no_text_before_an_image_is_learned_either_way(
+    tokenizer: SampleTokenizer, content: str | tuple[Turn, ...]
+) -> None:
+    for scales in ((), (SMALL,)) if isinstance(content, str) else ((SMALL,),):
+        ways = [encode_sample(SampleId(1, 5), content, scales, tokenizer, 2, way) for way in ("all", "after_image")]
+        assert ways[0].loss_weights.tolist() == ways[1].loss_weights.tolist()
 
 
 def test_nothing_predicts_the_first_token_of_pure_text(tokenizer: SampleTokenizer) -> None:

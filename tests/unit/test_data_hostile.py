@@ -1,12 +1,17 @@
 """Hostile tars and texts: each is left out and counted by its reason, none crashes, leaks or spoils its neighbours."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
+import os
 import random
 import struct
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from navil_megatron.cli import main
+from navil_megatron.config.errors import UserError
 from navil_megatron.data.content import RejectedSample, parse_content
 from navil_megatron.data.shards.index_build import index_shard
+from navil_megatron.data.shards.source import Source
 from navil_megatron.data.tokenizer import SampleTokenizer
 from tests.unit.shard_examples import files_of, index_tar, picture, small_tokenizer, write_tar
 
@@ -80,7 +88,7 @@ BAD: dict[str, tuple[str, list[tuple[str, bytes]]]] = {
     "utf16": ("text is not UTF-8", [("utf16.json", '{"caption": "x"}'.encode("utf-16"))]),
     "surrogate": ("text is not Unicode", [("surrogate.json", b'{"caption": "\\ud800"}')]),
     "list": ("JSON without a caption", [("list.json", b"[]")]),
-    "number": ("JSON without a caption", [("number.json", b'{"caption": 3}')]),
+    "number": ("caption is a number, expected a text", [("number.json", b'{"caption": 3}')]),
     "no_list": ("conversation is not a list of turns", [("no_list.json", b'{"messages": {"role": "user"}}')]),
     "no_turns": ("no assistant turn", [("no_turns.json", b'{"messages": []}')]),
     "asks": ("no assistant turn", [("asks.json", chat(("human", "hi")))]),
@@ -209,6 +217,108 @@ def test_a_damaged_tar_counts_up_to_the_damage(tmp_path: Path, tokenizer: Sample
     _, reasons, samples = index_tar(tar, tokenizer)
     assert reasons == {"shard is damaged or no uncompressed tar from here on": 1}
     assert [sample.key for sample in samples] == ["0", "1", "2"]
+
+
+APART = "its files lie apart: make the tar anew with tar --sort=name"
+BESIDE = "a file beside the pictures, which KEY.0.png, KEY.1.png are"
+DOTTED = "two files of one kind: names are cut at their first dot"
+
+
+def test_no_caption_loses_a_picture_that_lies_elsewhere(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
+    """As ``tar cf x.tar .`` leaves them; whole samples and those that come twice stay what they were."""
+    texts = [(f"{key}.txt", b"one") for key in "abc"]
+    pictures = [(f"{key}.png", GOOD) for key in "abc"]
+    talk = ("d.json", chat(("human", "hi"), ("gpt", "ho")))
+    members = [*texts, *pair("w", GOOD), talk, *pictures, ("d.png", GOOD), *pair("w", GOOD), ("t.txt", b"two")]
+    _, reasons, samples = index_tar(write_tar(tmp_path / "x.tar", members), tokenizer)
+    assert reasons == {APART: 4, "key occurs again": 1}
+    assert [(sample.key, sample.content, sample.images) for sample in samples] == [
+        ("w", "one", (GOOD,)),
+        ("t", "two", ()),
+    ]
+    alone = index_tar(write_tar(tmp_path / "y.tar", [*pair("w", GOOD), ("t.txt", b"two")]), tokenizer)[0]
+    assert alone.index.shards[0].content == index_shard(str(tmp_path / "x.tar"), tokenizer).shard.content
+    alone.check_shard(0)
+    Source(tmp_path / "x.index").check_shard(0)
+
+
+def test_joined_tars_are_read_to_their_end(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
+    one, two, three = (
+        write_tar(tmp_path / f"{name}.tar", [*pair(name, GOOD), *pair(f"{name}2", GOOD)]).read_bytes() for name in "abc"
+    )
+    (tmp_path / "x.tar").write_bytes(one + two + bytes(3 * 2**20) + three)
+    source, reasons, samples = index_tar(tmp_path / "x.tar", tokenizer)
+    assert reasons == {}
+    assert [sample.key for sample in samples] == ["a", "a2", "b", "b2", "c", "c2"]
+    assert {sample.images for sample in samples} == {(GOOD,)}
+    source.check_shard(0)
+    (tmp_path / "y.tar").write_bytes(one + two[:700])
+    assert index_tar(tmp_path / "y.tar", tokenizer)[1] == {"shard is damaged or no uncompressed tar from here on": 1}
+    for number, rest in enumerate((b"more bytes" * 100, b"x", bytes(3000) + b"x")):
+        (tmp_path / f"{number}.tar").write_bytes(one + rest)
+        _, reasons, samples = index_tar(tmp_path / f"{number}.tar", tokenizer)
+        assert reasons == {"what lies behind the end of the tar is no tar": 1} and len(samples) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "pictures", "beside"),
+    [
+        (("k.png", "k.seg.png"), 1, ("k.seg.png",)),
+        (("k.png", "k.mask2.png", "k.depth.tiff"), 1, ("k.mask2.png", "k.depth.tiff")),
+        (("k.0.png", "k.1.png", "k.0.seg.png", "k.seg0.png"), 2, ("k.0.seg.png", "k.seg0.png")),
+        (("k.png", "k.1.png"), 2, ()),
+        (("k.img0.png", "k.img1.png"), 2, ()),
+        (("k.input.png",), 1, ()),
+    ],
+)
+def test_no_mask_is_taken_for_a_picture(
+    names: tuple[str, ...], pictures: int, beside: tuple[str, ...], tmp_path: Path, tokenizer: SampleTokenizer
+) -> None:
+    members = [*[(name, GOOD) for name in names], ("k.txt", b"one")]
+    _, reasons, (sample,) = index_tar(write_tar(tmp_path / "x.tar", members), tokenizer)
+    assert len(sample.images) == pictures
+    assert reasons == ({BESIDE: len(beside)} if beside else {})
+    listed = [json.loads(line)["key"] for line in (tmp_path / "x.index.rejected.jsonl").read_text().splitlines()]
+    assert tuple(listed) == beside
+
+
+def test_names_with_dots_are_counted_one_by_one(tmp_path: Path, tokenizer: SampleTokenizer) -> None:
+    members = [*pair("good", GOOD), *[file for number in range(6) for file in pair(f"v1.5_{number:03d}", GOOD)]]
+    _, reasons, samples = index_tar(write_tar(tmp_path / "x.tar", members), tokenizer)
+    assert reasons == {DOTTED: 6} and [sample.key for sample in samples] == ["good"]
+    two = [("v1.5a.png", GOOD), ("v1.6b.png", GOOD), ("v1.5.txt", b"one"), ("z.txt", b"two")]
+    assert index_tar(write_tar(tmp_path / "y.tar", two), tokenizer)[1] == {
+        "several pictures without numbers, as KEY.0.png": 1
+    }
+
+
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_packed_tar_says_what_to_do(
+    pack: Callable[[bytes], bytes], name: str, tmp_path: Path, tokenizer: SampleTokenizer
+) -> None:
+    tar = write_tar(tmp_path / "x.tar", pair("0", GOOD))
+    tar.write_bytes(pack(tar.read_bytes()))
+    with pytest.raises(
+        UserError, match=rf"x.tar is compressed \({name}\), but samples are read at random.*: unpack it"
+    ):
+        index_tar(tar, tokenizer)
+
+
+def test_names_of_files_may_be_any_bytes(
+    tmp_path: Path, tokenizer: SampleTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = os.fsdecode(b"donn\xe9es")
+    folder = tmp_path / odd
+    folder.mkdir()
+    write_tar(folder / f"{odd}.tar", pair("0", GOOD))
+    words = ["--tokenizer", tokenizer.hugging_face.name_or_path, "--output", str(folder / f"{odd}.index")]
+    for more in ([], ["--json"]):
+        assert main(["data", "index", f"{folder}/*.tar", *words, *more]) == 0
+    (folder / f"{odd}.jsonl").write_text('{"text": "x"}\n{"text": ""}\n')
+    assert main(["data", "build", str(folder / f"{odd}.jsonl"), str(folder / "out"), "--prefix", odd, *words[:2]]) == 0
+    capsys.readouterr().out.encode()
+    assert Source(folder / f"{odd}.index").read(0).images == (GOOD,)
+    assert Source(folder / "out" / f"{odd}.index").shard_of(0) == str(folder / "out" / f"{odd}-000000.tar")
 
 
 def test_what_is_no_tar_is_counted_beside_the_others(tmp_path: Path, tokenizer: SampleTokenizer) -> None:

@@ -75,7 +75,7 @@ def test_images_come_in_natural_order_and_text_in_every_form(tmp_path: Path, tok
     tar = write_tar(
         tmp_path / "x.tar",
         [
-            ("a.10.png", c), ("a.2.jpg", b), ("a.img1.png", a),
+            ("a.10.png", c), ("a.2.jpg", b), ("a.11.png", a),
             ("a.json", json.dumps({"conversations": llava}).encode()),
             ("b.jpg", b), ("b.json", json.dumps({"messages": openai}).encode()), ("b.txt", b"not this"),
             ("c.jpg", b), ("c.json", b'{"caption": "json"}'), ("c.txt", b"  txt\n"),

@@ -54,7 +54,7 @@ def test_shares_are_exact_in_the_long_run(sources: list[tuple[int, float]], wind
     counts = np.zeros(len(sources), dtype=np.int64)
     numbers = range(windows - 1, windows)  # counts up to here follow from the boundary, so the last is enough
     for number in numbers:
-        drawn, _ = mixture.window(number)
+        drawn = mixture.window(number).sources
         counts += np.bincount(drawn, minlength=len(sources))
     for (_, weight), share, count in zip(sources, mixture.shares, counts.tolist(), strict=True):
         assert share == Fraction(weight) / sum(Fraction(other) for _, other in sources)
@@ -67,12 +67,36 @@ def test_windows_continue_one_another() -> None:
 
     joined: list[list[int]] = [[], []]
     for number in range(40):
-        drawn, samples = mixture().window(number)
+        drawn, samples, _ = mixture().window(number)
         for source in range(2):
             joined[source] += samples[drawn == source].tolist()
     for source, (size, share) in enumerate([(70, 0.75), (30, 0.25)]):
         assert joined[source] == SourceOrder(starts_of([size]), 0, source).take(0, len(joined[source])).tolist()
         assert len(joined[source]) == pytest.approx(40 * mixture().window_samples * share, abs=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 1500), st.floats(1e-3, 1e3)), min_size=1, max_size=4),
+    st.integers(0, 20),
+)
+def test_stretches_are_cut_where_a_source_begins_an_epoch(sources: list[tuple[int, float]], number: int) -> None:
+    orders = [SourceOrder(starts_of([size]), 0, place) for place, (size, _) in enumerate(sources)]
+    mixture = Mixture(orders, [weight for _, weight in sources])
+    drawn, _, stretches = mixture.window(number)
+    for source, (size, _) in enumerate(sources):
+        mine = drawn == source
+        first = int(number * mixture.window_samples * mixture.shares[source])
+        epochs = np.arange(first, first + mine.sum()) // size
+        assert (np.diff(stretches[mine]) >= 0).all()
+        if size > 1:
+            of_epoch = {int(epoch): {*stretches[mine][epochs == epoch].tolist()} for epoch in np.unique(epochs)}
+            assert sum(map(len, of_epoch.values())) == len(set().union(*of_epoch.values())), "two epochs in one stretch"
+
+
+def test_a_window_within_an_epoch_is_one_stretch() -> None:
+    mixture = Mixture([SourceOrder(starts_of([10**6]), 0), SourceOrder(starts_of([1]), 1)], [1, 1])
+    assert not mixture.window(1).stretches.any()
 
 
 def test_a_small_source_is_taken_in_whole_epochs() -> None:

@@ -101,6 +101,44 @@ def test_every_sample_comes_equally_often(indexes: list[SourceIndex]) -> None:
         assert np.bincount(seen, minlength=743).tolist() == (usable * per_window).tolist()
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=3),
+    weights=st.lists(st.floats(0.05, 20), min_size=3, max_size=3),
+    batch_rows=st.sampled_from([1, 3, 16]),
+    seed=st.integers(0, 3),
+)
+def test_in_an_epoch_every_sample_comes_once(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], weights: list[float], batch_rows: int, seed: int
+) -> None:
+    """At any size and weight, row by row and step by step; what fits no row is left out of every epoch."""
+    folder, ruler = tmp_path_factory.mktemp("indexes"), Ruler(make_config(seq_length=384))
+    sources = [random_index(folder / f"{number}.index", [size], number) for number, size in enumerate(sizes)]
+    usable = [ruler.measure(index, np.arange(len(index))).dropped != REFUSED for index in sources]
+    if not any(map(np.any, usable)):
+        return
+    plan = DataPlan(sources, weights[: len(sources)], ruler, seed, batch_rows)
+    seen = [np.zeros(size, dtype=np.int64) for size in sizes]
+    for step in range(-(-200 // batch_rows)):
+        for row in plan.step_rows(step):
+            for source, sample in row.samples:
+                assert seen[source][sample] == seen[source][usable[source]].min(), "not before the others came"
+                seen[source][sample] += 1
+
+
+def test_small_sets_fill_their_rows(tmp_path: Path) -> None:
+    """Not by an epoch in rows of its own, of which the last would be part empty."""
+    ruler = Ruler(make_config(seq_length=2048))
+    for size in (5, 40, 300):
+        index = random_index(tmp_path / f"{size}.index", [size])
+        rows = DataPlan([index], [1.0], ruler, 0, 1).window(0)
+        tokens = 0
+        for row in rows:
+            measures = ruler.measure(index, row.indices)
+            tokens += int(measures.num_text.sum() + measures.num_visual.sum())
+        assert tokens > 0.93 * 2048 * len(rows), (size, tokens / 2048 / len(rows))
+
+
 def test_rows_fit_and_are_measured_rightly(indexes: list[SourceIndex]) -> None:
     config = make_config()
     ruler, plan = Ruler(config), make_plan(indexes)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,6 +171,30 @@ def test_a_caption_and_a_document(model: Model, num_images: int, is_json: bool) 
         prompt = model.processor(images=pictures, text=marks)["input_ids"][0].tolist()
         assert row.input_ids[: len(prompt)].tolist() == prompt
         assert not row.loss_weights[: len(prompt)].any() and row.loss_weights[len(prompt) :].all()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "Intro. <image> A paragraph. <image> The end.",
+        "<image>\na red square\n\nأحمر 红 🦊 left of it",
+        "<image><image>\n which\n<image>",
+        "two:\n<image>\n<image> a",
+    ],
+)
+def test_a_document_with_images_in_it(model: Model, document: str) -> None:
+    pictures = [PICTURES[number % 3] for number in range(document.count(PLACEHOLDER))]
+    row = model.row(document.encode(), False, pictures)
+    whole = model.processor(images=pictures, text=f"{document}{TURN_TOKENS[1]}")
+    assert row.input_ids.tolist() == whole["input_ids"][0].tolist()
+    assert whole["image_grid_thw"].tolist() == image_grid_thw(row.scales).tolist()
+    texts = [part for part in document.split(PLACEHOLDER) if part]
+    learned = sum(len(model.tokenizer.encode(part)) for part in texts) + 1
+    starts_with_text = not document.startswith(PLACEHOLDER) and row.input_ids[0] == model.tokenizer.encode(texts[0])[0]
+    assert np.count_nonzero(row.loss_weights) == learned - starts_with_text  # nothing predicts the first token
+    lists = [None if part == PLACEHOLDER else part for part in re.split(f"({PLACEHOLDER})", document) if part]
+    listed = model.row(json.dumps({"texts": lists}).encode(), True, pictures)
+    assert listed.input_ids.tolist() == row.input_ids.tolist()
 
 
 def test_scales_are_those_of_the_run(model: Model) -> None:

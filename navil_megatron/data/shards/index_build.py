@@ -1,14 +1,12 @@
 """What one WebDataset tar adds to an index: ``key.jpg`` or ``key.0.jpg key.1.png ...``, and its text.
 
-Every sample that cannot be trained on is left out here, once, with a reason that is counted. Members are read in place
-and never extracted, and a header's claims are checked before memory is spent on them.
+Every sample that cannot be trained on is left out here, once, with a reason that is counted.
 """
 
 import hashlib
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from itertools import batched, groupby
+from itertools import batched
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple, Protocol
 
@@ -18,20 +16,23 @@ from navil_megatron.blueprint.image_plan import MAX_ASPECT_RATIO
 from navil_megatron.data.content import NoCaptionError, RejectedSample, parse_content
 from navil_megatron.data.image_decode import ImageDecodeError, decode_image, read_image_size
 from navil_megatron.data.shards.shard_files import open_file
-from navil_megatron.data.shards.shard_index import BLOCK, IMAGE, KIND_CONVERSATION, SAMPLE, Shard, ShardEntries
+from navil_megatron.data.shards.shard_index import (
+    BLOCK,
+    IMAGE,
+    KIND_CONVERSATION,
+    KIND_INTERLEAVED_JSON,
+    SAMPLE,
+    Shard,
+    ShardEntries,
+)
+from navil_megatron.data.shards.tar_members import kind_of, members_by_key, pictures_of, refuse_compressed, stems_of
 from navil_megatron.data.types import Content
 from navil_megatron.files.hashes import short_check
 
-IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"),
-    *("heic", "heif", "jp2", "jxl", "svg"),  # not readable, but without its image a caption is no sample
-)
-"""Members that are meant to be images; their content decides whether they can be read."""
 MAX_TEXT_BYTES = 2**20  # largest text member that is read; nothing longer fits a row
 MAX_IMAGE_BYTES = 2**30
 MAX_PIXELS = 2**26  # largest picture, as ``data.max_source_pixels`` has it by default
 MAX_IMAGES_OF_A_SAMPLE = 2**16 - 1  # what an index can count
-_MAX_HEADER_BYTES = 2**20
 _SAMPLES_AT_ONCE = 1024  # texts that wait for their tokens to be counted together
 
 
@@ -47,15 +48,34 @@ class TokenCounter(Protocol):
 class _Sample(NamedTuple):
     """One good sample, its tokens not yet counted."""
 
+    key: str
     text: tarfile.TarInfo
     text_check: int
     kind: int
     images: list[tuple[int, ...]]  # entries of ``IMAGE``
     content: Content
+    digest: "hashlib._Hash"  # of its key and bytes
 
     @property
     def name_blocks(self) -> int:
         return (self.text.offset_data - self.text.offset) // BLOCK
+
+
+class _Entry(NamedTuple):
+    """What an index holds of a sample, but for where its images begin in the table of them."""
+
+    key: str
+    place: tuple[int, int]
+    tokens: int
+    about: tuple[int, int, int]
+    images: list[tuple[int, ...]]
+    digest: bytes
+
+    @classmethod
+    def of(cls, found: _Sample, tokens: int) -> "_Entry":
+        place = found.text.offset_data // BLOCK, found.text.size
+        about = found.name_blocks, found.kind, found.text_check
+        return cls(found.key, place, tokens, about, found.images, found.digest.digest())
 
 
 def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name: str | None = None) -> ShardEntries:
@@ -66,36 +86,67 @@ def index_shard(shard: str, counter: TokenCounter, *, decode: bool = True, name:
     Raises:
         UserError: the tar cannot be read.
     """
-    samples: list[tuple[int, ...]] = []
-    images: list[tuple[int, ...]] = []
     rejected: list[tuple[str, str]] = []
-    digest = hashlib.sha256()
+    entries: list[_Entry] = []
     with open_file(shard) as file:
         num_bytes = file.seek(0, 2)
         file.seek(0)
-        for batch in batched(_good_samples(file, decode, digest, rejected), _SAMPLES_AT_ONCE):
+        refuse_compressed(shard, file)
+        groups = _Groups(rejected)
+        for batch in batched(_good_samples(file, decode, groups), _SAMPLES_AT_ONCE):
             counts = counter.count([found.content for found in batch], [len(found.images) for found in batch])
-            for found, tokens in zip(batch, counts.tolist(), strict=True):
-                place = found.text.offset_data // BLOCK, found.text.size
-                about = tokens, len(images), len(found.images), found.name_blocks, found.kind, found.text_check
-                samples.append((*place, *about))
-                images += found.images
-    entry = Shard(name or shard, len(samples), num_bytes, digest.hexdigest()[:32])
-    return ShardEntries(np.array(samples, dtype=SAMPLE), np.array(images, dtype=IMAGE), entry, rejected)
+            entries += map(_Entry.of, batch, counts.tolist())
+    entries = groups.without_torn(entries)
+    digest = hashlib.sha256(b"".join(entry.digest for entry in entries))
+    first_image = np.cumsum([0, *(len(entry.images) for entry in entries)]).tolist()
+    samples = [
+        (*entry.place, entry.tokens, first, len(entry.images), *entry.about)
+        for entry, first in zip(entries, first_image[:-1], strict=True)
+    ]
+    images = [image for entry in entries for image in entry.images]
+    about = Shard(name or shard, len(samples), num_bytes, digest.hexdigest()[:32])
+    return ShardEntries(np.array(samples, dtype=SAMPLE), np.array(images, dtype=IMAGE), about, rejected)
 
 
-def _good_samples(
-    file: IO[bytes], decode: bool, digest: "hashlib._Hash", rejected: list[tuple[str, str]]
-) -> Iterator[_Sample]:
-    seen: set[str] = set()
-    for key, members in _members(file, rejected):
+class _Groups:
+    """The samples of a tar by their keys: what comes twice, and whose files lie apart."""
+
+    def __init__(self, rejected: list[tuple[str, str]]) -> None:
+        self.rejected = rejected
+        self._kinds: dict[str, frozenset[str]] = {}
+        self._torn: dict[str, None] = {}
+
+    def add(self, key: str, members: Sequence[tarfile.TarInfo]) -> None:
+        """Notes what a sample consists of; RejectedSample: it was there before."""
+        kinds, known = frozenset(map(kind_of, members)), self._kinds.get(key)
+        self._kinds[key] = kinds | (known or frozenset())
+        if known is None:
+            return
+        if not kinds & known:
+            self._torn[key] = None
+        raise RejectedSample("key occurs again")
+
+    def without_torn(self, entries: "list[_Entry]") -> "list[_Entry]":
+        """The entries but those whose other files came later: half of a sample could pass for a whole one."""
+        if not self._torn:
+            return entries
+        self.rejected[:] = [rejection for rejection in self.rejected if rejection[0] not in self._torn]
+        self.rejected += [(key, "its files lie apart: make the tar anew with tar --sort=name") for key in self._torn]
+        return [entry for entry in entries if entry.key not in self._torn]
+
+
+def _good_samples(file: IO[bytes], decode: bool, groups: _Groups) -> Iterator[_Sample]:
+    for key, members in members_by_key(file, groups.rejected):
         try:
-            if key in seen:
-                raise RejectedSample("key occurs again")
-            seen.add(key)
-            yield _read_sample(file, key, members, decode, digest)
+            groups.add(key, members)
+            yield _read_sample(file, key, members, decode, groups.rejected)
         except RejectedSample as rejection:
-            rejected.append((key, str(rejection)))
+            names = stems_of(members) if isinstance(rejection, _DottedNames) else [key]
+            groups.rejected += [(name, str(rejection)) for name in names]
+
+
+class _DottedNames(RejectedSample):
+    """Several samples, as it seems, under one key."""
 
 
 def check_image(file: bytes, decode: bool) -> tuple[int, int]:
@@ -113,55 +164,8 @@ def check_image(file: bytes, decode: bool) -> tuple[int, int]:
     return height, width
 
 
-def sample_key(name: str) -> str:
-    """A member's name, folder included, up to the first dot of the file name."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.split(".", 1)[0])) if path.name else name
-
-
-class _HeaderReader:
-    """A file as ``tarfile`` may read it: headers alone, so that a forged size costs no memory."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.tell = file.tell
-        self.seek = file.seek
-
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= _MAX_HEADER_BYTES:
-            raise tarfile.ReadError("forged header")
-        return self._file.read(count)
-
-
-def _members(file: IO[bytes], rejected: list[tuple[str, str]]) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """(key, members) of each sample: neighbours whose names agree up to the first dot.
-
-    A sample that the damage of a tar cuts is lost with it: half of it could pass for a whole one.
-    """
-    key = ""
-    try:
-        with tarfile.open(fileobj=_HeaderReader(file), mode="r:") as tar:  # type: ignore[call-overload]
-            for key, members in groupby(_visible(tar, file), lambda member: sample_key(member.name)):
-                yield key, list(members)
-    except (tarfile.TarError, EOFError, ArithmeticError, ValueError, LookupError, RecursionError):
-        rejected.append((key, f"shard is damaged or no uncompressed tar{' from here on' if key else ''}"))
-
-
-def _visible(tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar but for folders and hidden files (macOS adds them)."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
-        if member.size < 0:  # tarfile would go back and for ever in circles
-            raise tarfile.ReadError("forged header")
-        if not member.isdir() and not PurePosixPath(member.name).name.startswith("."):
-            yield member
-    file.seek(tar.offset)
-    if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a damaged header for the end
-        raise tarfile.ReadError("no end mark")
-
-
 def _read_sample(
-    file: IO[bytes], key: str, members: list[tarfile.TarInfo], decode: bool, digest: "hashlib._Hash"
+    file: IO[bytes], key: str, members: list[tarfile.TarInfo], decode: bool, rejected: list[tuple[str, str]]
 ) -> _Sample:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts:
@@ -170,22 +174,24 @@ def _read_sample(
         raise RejectedSample("not a regular file")
     files: dict[str, tarfile.TarInfo] = {}
     for member in members:
-        if files.setdefault(_kind(member), member) is not member:
+        if (other := files.setdefault(kind_of(member), member)) is not member:
+            if len(stems_of([member, other])) > 1:
+                raise _DottedNames("two files of one kind: names are cut at their first dot")
             raise RejectedSample("two files of one kind")
-    images = [files[name] for name in sorted(files, key=_natural) if name.startswith("image")]
+    images, others = pictures_of(files)
     if len(images) > MAX_IMAGES_OF_A_SAMPLE:
         raise RejectedSample(f"more than {MAX_IMAGES_OF_A_SAMPLE} images")
     text, kind, content, text_bytes = _read_text(file, files, len(images))
-    found = _Sample(text, short_check(text_bytes), kind, [], content)
+    digest = hashlib.sha256(framed(key.encode("utf-8", "surrogateescape")) + framed(text_bytes))
+    found = _Sample(key, text, short_check(text_bytes), kind, [], content, digest)
     if found.name_blocks > np.iinfo(np.uint8).max:
         raise RejectedSample("name too long")
-    own_digest = hashlib.sha256(framed(key.encode("utf-8", "surrogateescape")) + framed(text_bytes))
     for image in images:
         image_file = _read_member(file, image, MAX_IMAGE_BYTES, "image")
         place = image.offset_data // BLOCK, image.size
         found.images.append((*place, *check_image(image_file, decode), short_check(image_file)))
-        own_digest.update(framed(image_file))
-    digest.update(own_digest.digest())
+        digest.update(framed(image_file))
+    rejected += [(other.name, "a file beside the pictures, which KEY.0.png, KEY.1.png are") for other in others]
     return found
 
 
@@ -194,22 +200,10 @@ def framed(content: bytes) -> bytes:
     return len(content).to_bytes(8, "little") + content
 
 
-def _kind(member: tarfile.TarInfo) -> str:
-    """``txt``, ``json``, ``image`` and what names it among others, or another ending."""
-    name, _, ending = PurePosixPath(member.name).name.rpartition(".")
-    return f"image.{name.partition('.')[2]}" if ending.lower() in IMAGE_EXTENSIONS else ending.lower()
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts img2 before img10; text and numbers take turns, and a number is compared by its length first."""
-    pieces = re.split(r"0*([0-9]+)", name)
-    return [(len(piece) if place % 2 else 0, piece) for place, piece in enumerate(pieces)]
-
-
 def _read_text(
     file: IO[bytes], files: dict[str, tarfile.TarInfo], num_images: int
 ) -> tuple[tarfile.TarInfo, int, Content, bytes]:
-    """The text member, its kind, content and bytes: a conversation, else the ``.txt``, else a caption in ``.json``."""
+    """The text member, its kind, content, bytes: JSON that says where images stand, else ``.txt``, else other JSON."""
     found = None
     for ending in ("json", "txt"):
         if (member := files.get(ending)) is None:
@@ -221,7 +215,7 @@ def _read_text(
             if ending == "txt" or "txt" not in files:
                 raise
             continue
-        if found[1] == KIND_CONVERSATION:
+        if found[1] in (KIND_CONVERSATION, KIND_INTERLEAVED_JSON):
             break
     if found is None:
         raise RejectedSample("no text file")

@@ -65,12 +65,15 @@ def owned_index(index: Path) -> AbstractContextManager[None]:
 def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: str) -> dict[str, Any]:
     """Writes the index and the list of rejected samples, removes the pieces, and reports; UserError: none is good."""
     reasons: Counter[str] = Counter()
+    firsts: dict[str, str] = {}
     listed = Path(f"{index}.rejected.jsonl")
     with new_file(listed) as file:
         for piece in pieces:
             for line in piece.rejected.read_bytes().splitlines(keepends=True):
                 file.write(line)
-                reasons[json.loads(line)["reason"]] += 1
+                left_out = json.loads(line)
+                reasons[left_out["reason"]] += 1
+                firsts.setdefault(left_out["reason"], left_out["key"])
     filled = {piece: shard for piece in pieces for shard in SourceIndex(piece.index).shards if shard.num_samples}
     if not filled:
         shutil.rmtree(pieces_folder(index))
@@ -78,7 +81,7 @@ def merge_pieces(index: Path, pieces: Sequence[PieceFiles], tokenizer: str) -> d
         raise UserError(f"no sample is any good ({told}): check paths and format, see {listed}")
     save_index(index, lambda: (SourceIndex(piece.index) for piece in filled), list(filled.values()), tokenizer)
     shutil.rmtree(pieces_folder(index))
-    return report_index(index, reasons, listed)
+    return report_index(index, reasons, listed, firsts)
 
 
 def run_tasks[T](

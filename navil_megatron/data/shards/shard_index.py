@@ -56,8 +56,9 @@ IMAGE = np.dtype(
         ("check", "<u4"),  # hash of the file's bytes
     ]
 )
-KIND_TEXT, KIND_JSON, KIND_CONVERSATION = range(3)
-"""A text member is the caption itself, JSON with a ``caption``, or JSON with ``conversations`` or ``messages``."""
+KIND_TEXT, KIND_JSON, KIND_CONVERSATION, KIND_INTERLEAVED_TEXT, KIND_INTERLEAVED_JSON = range(5)
+"""A text member is the caption itself, JSON with a caption, or JSON with ``conversations`` or ``messages``. The last
+two are the first two where images stand in the text; older indexes lack them: there a mark in a caption is text."""
 MAGIC = b"NAVILIDX"
 VERSION = 3
 RECORDS_OF_A_CHECK = 1024
@@ -143,7 +144,7 @@ def digest_shards(shards: Sequence[Shard]) -> bytes:
     digest = hashlib.sha256()
     for shard in shards:
         name = os.path.basename(shard.path.partition("::")[0])  # of zip://a.tar::file://b.zip the first
-        digest.update(f"{name}\0{shard.num_samples}\0{shard.content}\0".encode())
+        digest.update(f"{name}\0{shard.num_samples}\0{shard.content}\0".encode("utf-8", "surrogateescape"))
     return digest.digest()[:16]
 
 

@@ -16,10 +16,11 @@ from typing import NoReturn
 from navil_megatron.config.data import RemoteConfig
 from navil_megatron.config.errors import DamagedError, UserError
 from navil_megatron.data.content import RejectedSample, parse_content
-from navil_megatron.data.shards.index_build import framed, sample_key
+from navil_megatron.data.shards.index_build import framed
 from navil_megatron.data.shards.remote_file import USUAL, RemoteFile
 from navil_megatron.data.shards.shard_files import is_url, reaching, resolve_path
-from navil_megatron.data.shards.shard_index import BLOCK, KIND_TEXT, SourceIndex
+from navil_megatron.data.shards.shard_index import BLOCK, KIND_INTERLEAVED_TEXT, KIND_JSON, KIND_TEXT, SourceIndex
+from navil_megatron.data.shards.tar_members import sample_key
 from navil_megatron.data.types import Content, RawSample
 from navil_megatron.files.hashes import short_check
 
@@ -127,7 +128,9 @@ class Source:
         record = self.index.samples[index]
         self._require_same(index, member)
         try:
-            return parse_content(member, record["kind"] != KIND_TEXT, int(record["num_images"]))[1]
+            is_json = record["kind"] not in (KIND_TEXT, KIND_INTERLEAVED_TEXT)
+            has_marks = record["kind"] not in (KIND_TEXT, KIND_JSON)
+            return parse_content(member, is_json, int(record["num_images"]), has_marks=has_marks)[1]
         except RejectedSample:
             self._refuse(self.index.shard_number(index), f"the text of sample {index}")
 
