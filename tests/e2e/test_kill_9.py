@@ -53,25 +53,26 @@ def _goes_on_from_a_copy(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "copy_every"),
     [
-        pytest.param({"tp": 2, "sequence_parallel": True}, id="tensor"),
-        pytest.param({}, id="data", marks=pytest.mark.slow),
+        pytest.param({"tp": 2, "sequence_parallel": True}, 1, id="tensor"),
+        pytest.param({}, 3, id="data", marks=pytest.mark.slow),  # more starts from checkpoints
     ],
 )
 def test_a_run_that_is_killed_again_and_again(
     world: World,
     tmp_path: Path,
     layout: dict[str, int],
+    copy_every: int,
     pytestconfig: pytest.Config,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Saved after every step, as a checkpoint or a copy in turns; bit for bit the undisturbed run."""
+    """Saved after nearly every step, as a checkpoint or a copy; bit for bit the undisturbed run."""
     kills, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("seed")
     record_property("faults", kills)
     training = {"train_steps": STEPS_OF_A_LIFE * (kills + 1), "log_every_steps": 1}
     checkpoint = {"directory": str(tmp_path / "killed" / "checkpoints"), "save_every_steps": 2, "async_save": True}
-    checkpoint |= {"local_directory": str(tmp_path / "local"), "local_every_steps": 1}
+    checkpoint |= {"local_directory": str(tmp_path / "local"), "local_every_steps": copy_every}
     sections = {"parallel": layout, "training": training, "precision": {"type": "bf16"}}
     killed = make_run(world, tmp_path / "killed", checkpoint=checkpoint, **sections)
     moments, under_way, starts = random.Random(seed), 0, list[bool]()
@@ -86,7 +87,7 @@ def test_a_run_that_is_killed_again_and_again(
     found = f"of {kills} kills {under_way} came within a write; {sum(starts)} starts from a copy"
     print(found)
     assert under_way >= kills // 4, found
-    assert kills < 10 or 0 < sum(starts) < kills, found
+    assert kills < 10 or 0 < sum(starts), found
     run_ranks(2, train_in_rank, killed)
 
     straight = make_run(world, tmp_path / "straight", **sections)
