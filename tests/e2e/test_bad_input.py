@@ -177,7 +177,7 @@ def _other_phase(config: NaViLConfig) -> NaViLConfig:
 
 
 def _other_data(config: NaViLConfig) -> NaViLConfig:
-    data = replace(config.data, train_sources=(SourceConfig(index=config.evaluation.sources[0]),))
+    data = replace(config.data, train_sources=config.data.train_sources * 2)
     return replace(config, data=data)
 
 

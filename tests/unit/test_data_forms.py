@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from navil_megatron.data.content import dump_content, parse_content
 from navil_megatron.data.shards import json_array
 from navil_megatron.data.shards.build_shards import build_shards
 from navil_megatron.data.shards.index_report import describe_index_report
+from navil_megatron.data.shards.manifest import Manifest
 from navil_megatron.data.shards.manifest_line import Keys
 from navil_megatron.data.shards.shard_index import (
     KIND_INTERLEAVED_JSON,
@@ -289,7 +291,9 @@ def test_tables_hold_pictures(folder: Path, tokenizer: SampleTokenizer) -> None:
         with pa.ipc.new_stream(str(saved / f"data-{number:05d}-of-00002.arrow"), part.schema) as stream:
             stream.write_table(part)
     (saved / "dataset_info.json").write_text("{}")
-    assert built(folder, saved, tokenizer, samples_per_shard=2, jobs=2) == FOUND
+    assert built(folder, saved, tokenizer, samples_per_shard=2) == FOUND
+    manifest = pickle.loads(pickle.dumps(Manifest(saved)))  # as it goes to other processes
+    assert [number for chunk in manifest.chunks(2) for number, _ in manifest.read(chunk)] == [0, 1, 2]
     named = pa.table({"jpg": pa.array([A, B], pa.binary()), "caption": ["one", "two"], "similarity": [0.1, 0.2]})
     pyarrow.parquet.write_table(named, folder / "named.parquet")
     with pytest.raises(UserError, match=r"named.parquet: column 'jpg' is not a key of a sample"):

@@ -96,7 +96,7 @@ def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, to
         if known.get("chunks") != [[*astuple(chunk)] for chunk in chunks]:
             raise UserError(f"{record} is damaged (its chunks are not the manifest's): remove {named} to start anew")
         return chunks
-    if index.exists() or any(index.parent.glob(f"{index.stem}-*.tar")):
+    if index.exists() or _shards_of(index):
         what = f"{index} is finished" if index.exists() else f"{index.parent} already holds {index.stem} shards"
         raise UserError(f"{what}: give --overwrite to make it anew, or choose another --prefix")
     shutil.rmtree(record.parent, ignore_errors=True)  # a finished build may have been killed as it tidied up
@@ -110,9 +110,14 @@ def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, to
 
 def _remove(index: Path) -> None:
     """Takes away an index, finished or not, and its shards."""
-    for path in (index, Path(f"{index}.rejected.jsonl"), *index.parent.glob(f"{escape(index.stem)}-??????.tar")):
+    for path in (index, Path(f"{index}.rejected.jsonl"), *_shards_of(index)):
         path.unlink(missing_ok=True)
     shutil.rmtree(pieces_folder(index), ignore_errors=True)
+
+
+def _shards_of(index: Path) -> list[Path]:
+    """Those that lie there; ``web-val-000000.tar`` is none of ``web``."""
+    return [*index.parent.glob(f"{escape(index.stem)}-{'[0-9]' * 6}.tar")]
 
 
 def _is_done(task: Task) -> bool:
