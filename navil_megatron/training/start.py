@@ -8,7 +8,6 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.loader import TrainLoader
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
@@ -26,10 +25,11 @@ class Run:
     state: TrainingState
 
 
-def start_run(
-    config: NaViLConfig, session: Session, manager: CheckpointManager, loader: TrainLoader, before: int | None = None
-) -> Run:
+def start_run(config: NaViLConfig, session: Session, manager: CheckpointManager, before: int | None = None) -> Run:
     """The run as its newest checkpoint left it, or its newest of a step before this one; without one, as it starts.
+
+    Where its data goes on is for the caller, who has the loader (``state.loader``). Under ``checkpoint.fall_back`` a
+    damaged checkpoint is passed by, but not where a step is given: a replay leaves checkpoints as they are.
 
     Raises:
         UserError: A checkpoint does not fit the config or is damaged.
@@ -44,8 +44,10 @@ def start_run(
     optimizer = build_optimizer(config, chunks, session)
     if start is not None and config.checkpoint.initial_optimizer == "kept":
         session.together(lambda: manager.load_optimizer(start, model, optimizer))
-    state = TrainingState()
-    if folder is not None:
-        state = TrainingState.from_dict(session.together(lambda: manager.restore(folder, model, optimizer)))
-        session.together(lambda: loader.restore(state.loader))
+    stored = None
+    if before is None:
+        stored = session.together(lambda: manager.restore_latest(model, optimizer))
+    elif folder is not None:
+        stored = session.together(lambda: manager.restore(folder, model, optimizer))
+    state = TrainingState() if stored is None else TrainingState.from_dict(stored)
     return Run(model, chunks, optimizer, state)
