@@ -136,7 +136,7 @@ class Session:
             world_size=launch.world_size,
             local_world_size=launch.local_world_size,
             timeout=timeout,
-            replica=_replica_group(groups, platform),
+            replica=_replica_group(groups, platform, timeout),
             watchdog=watchdog,
         )
         for number in _STOP_SIGNALS:
@@ -265,7 +265,7 @@ def build_process_groups(parallel: ParallelConfig, timeout_minutes: float = 30) 
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def _replica_group(groups: ProcessGroupCollection, platform: Platform) -> ProcessGroup:
+def _replica_group(groups: ProcessGroupCollection, platform: Platform, timeout: timedelta) -> ProcessGroup:
     """The ranks that hold one replica and share its rows; a group that moves host memory, for a step must not wait for
     the GPU to learn a few bits. Megatron-core has such a group only without context parallelism.
     """
@@ -274,7 +274,7 @@ def _replica_group(groups: ProcessGroupCollection, platform: Platform) -> Proces
     replicas: list[int] = [0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(replicas, groups.dp.rank())
     members = [[rank for rank, found in enumerate(replicas) if found == replica] for replica in sorted(set(replicas))]
-    mine, _ = torch.distributed.new_subgroups_by_enumeration(members, backend="gloo")
+    mine, _ = torch.distributed.new_subgroups_by_enumeration(members, timeout, backend="gloo")
     assert isinstance(mine, ProcessGroup)
     return mine
 

@@ -39,8 +39,10 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     loader, held_out = session.together(lambda: _open_data(config, session))
     manager, copies = CheckpointManager(config, session), LocalCopies(config, session)
     session.together(manager.require_space)
-    run = start_run(config, session, manager, loader, copies)
+    run = start_run(config, session, manager, copies)
     model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
+    if state.step:
+        session.together(lambda: loader.restore(state.loader))
     log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
     log.start(state.step)
     numbers = NumberWatch(config, session, chunks, state, partial(manager.settle, wait=True))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -45,7 +45,7 @@ class NumberWatch:
     ):
         """Watches a run. ``before_end`` is called on every rank before one that cannot go on ends."""
         self._config, self._session, self._chunks, self._state = config, session, chunks, state
-        self._replicas, self._before_end = ReplicaCheck(session, chunks), before_end
+        self._replicas, self._before_end = ReplicaCheck(session.groups, chunks), before_end
 
     def judge(self, loss: float, grad_norm: float) -> str:
         """Why the update is refused, or nothing; before the update, with the numbers of all ranks."""
@@ -67,13 +67,27 @@ class NumberWatch:
             too_many = self._too_many()
             self._write(result, microbatches, "stopped" if too_many else "skipped")
             if too_many:
-                if self._before_end is not None:
-                    self._before_end()
-                self._session.together(lambda: self._stop(f"step {self._state.step}: {result.refused}; {too_many}"))
+                file = Path(self._config.logging.directory) / FILE
+                self._end(
+                    f"step {self._state.step}: {result.refused}; {too_many}. Nothing of it reached weights or "
+                    f"checkpoints; its samples are in {file}"
+                )
 
         every = self._config.runtime.check_replicas_every_steps
         if every is not None and is_due(self._state.step, every, self._config.training.train_steps):
-            self._replicas.check(self._state.step)
+            self.compare_replicas()
+
+    def compare_replicas(self) -> None:
+        """Compares the bits of all weights. A collective.
+
+        Raises:
+            BadNumbers: Some differ; the message names the first of them and the ranks.
+        """
+        difference = self._replicas.difference()
+        if self._session.on_any_rank(bool(difference)):
+            what = f"step {self._state.step}: replicas of a weight have not the same bits, a machine computes wrongly"
+            advice = "Replace it and start again from a checkpoint of before"
+            self._end(f"{what}: {difference}. {advice}" if difference else "")
 
     def remember(self, result: StepResult) -> None:
         """What later steps are judged by, after ``state.step`` counts this one."""
@@ -86,9 +100,11 @@ class NumberWatch:
         for chunk in self._chunks:
             forget_bad_amax(chunk)
 
-    def _stop(self, why: str) -> NoReturn:
-        file = Path(self._config.logging.directory) / FILE
-        raise BadNumbers(f"{why}. Nothing of it reached weights or checkpoints; its samples are in {file}")
+    def _end(self, why: str) -> None:
+        """Ends the run; every rank calls it, and the first that knows why says so."""
+        if self._before_end is not None:
+            self._before_end()
+        self._session.together(lambda: _stop(why))
 
     def _too_many(self) -> str:
         training, refused = self._config.training, self._state.refused_steps
@@ -139,6 +155,11 @@ class NumberWatch:
         sources = self._config.data.train_sources
         parts = groupby(sorted(samples), lambda sample: sample.source)
         return {sources[source].index: [sample.number for sample in part] for source, part in parts}
+
+
+def _stop(why: str) -> None:
+    if why:
+        raise BadNumbers(why)
 
 
 def finite_or_none(number: float) -> float | None:

@@ -60,7 +60,9 @@ def replay(config: NaViLConfig, session: Session, step: int) -> list[str]:
     if not 1 <= step <= config.training.train_steps:
         raise UserError(f"found step {step}, expected one of 1 to training.train_steps = {config.training.train_steps}")
     loader = session.together(lambda: TrainLoader(config, place_of(session)))
-    run = start_run(config, session, CheckpointManager(config, session), loader, before=step)
+    run = start_run(config, session, CheckpointManager(config, session), before=step)
+    if run.state.step:
+        session.together(lambda: loader.restore(run.state.loader))
     replayed = Replay(config, session, loader, run, step)
     replayed.advance()
     session.together(lambda: require_finite(run.chunks, run.optimizer, session.rank))

@@ -7,15 +7,15 @@ them is not seen.
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from navil_megatron.config.errors import BadNumbers
-from navil_megatron.runtime.session import Session
+from navil_megatron.blueprint.parameters import parameter_of
+from navil_megatron.models.sharded_weights import layer_number
 from navil_megatron.training.overlap import gather_parameters
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -24,29 +24,26 @@ _BITS = {2: torch.int16, 4: torch.int32}
 class ReplicaCheck:
     """The weights of this rank, and who else holds them."""
 
-    def __init__(self, session: Session, chunks: Sequence[DistributedDataParallel]):
-        self._session, self._chunks = session, chunks
+    def __init__(self, groups: ProcessGroupCollection, chunks: Sequence[DistributedDataParallel]):
+        self._chunks = chunks
         self._held: list[tuple[ProcessGroup, dict[str, Tensor]]] = []
-        named = {
-            f"{name.removeprefix('module.')} of pipeline stage {session.groups.pp.rank()}": parameter
-            for name, parameter in chain.from_iterable(chunk.named_parameters() for chunk in chunks)
-        }
+        named = {}
+        for model in (chunk.module for chunk in chunks):
+            for name, parameter in model.named_parameters():
+                row = parameter_of(model.model, name)
+                # By its layer in the whole model: chunks of a stage number their own alike.
+                named[row.name(layer_number(row, name, model.first_layer))] = parameter
         # Core's mark of a parameter that has fewer replicas than the dense ones.
         own = {name: parameter for name, parameter in named.items() if not getattr(parameter, "allreduce", True)}
         dense = {name: parameter for name, parameter in named.items() if name not in own}
-        for group, held in ((session.groups.dp_cp, dense), (session.groups.expt_dp, own)):
+        for group, held in ((groups.dp_cp, dense), (groups.expt_dp, own)):
             if held and group.size() > 1:
                 self._held.append((group, held))
 
-    def check(self, step: int) -> None:
-        """Compares all weights. A collective.
-
-        Raises:
-            BadNumbers: Some differ; the message names the first of them and the ranks.
-        """
+    def difference(self) -> str:
+        """The first weights of this rank that differ, and the ranks; empty: none does. A collective."""
         gather_parameters(self._chunks)
-        problems = [problem for group, held in self._held if (problem := _difference(group, held))]
-        self._session.together(lambda: _stop(step, problems))
+        return "; ".join(found for group, held in self._held if (found := _difference(group, held)))
 
 
 def odd_ranks(sums: Sequence[int], ranks: Sequence[int]) -> list[int]:
@@ -68,11 +65,3 @@ def _difference(group: ProcessGroup, held: dict[str, Tensor]) -> str:
             which = f"rank {names} differs from the others" if len(odd) < len(ranks) else f"ranks {names} differ"
             return f"{name}: {which} of ranks {', '.join(map(str, ranks))}"
     return ""
-
-
-def _stop(step: int, problems: Sequence[str]) -> None:
-    if problems:
-        raise BadNumbers(
-            f"step {step}: replicas of a weight have not the same bits, a machine computes wrongly: "
-            f"{'; '.join(problems)}. Replace it and start again from a checkpoint of before"
-        )

@@ -12,7 +12,6 @@ from navil_megatron.checkpoint.local_copies import LocalCopies
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.checkpoint.rank_state import restore_rank_state
 from navil_megatron.config.run import NaViLConfig
-from navil_megatron.data.loader import TrainLoader
 from navil_megatron.models.build import build_model
 from navil_megatron.models.navil_model import NaViLModel
 from navil_megatron.runtime.session import Session
@@ -36,12 +35,14 @@ def start_run(
     config: NaViLConfig,
     session: Session,
     manager: CheckpointManager,
-    loader: TrainLoader,
     copies: LocalCopies | None = None,
     before: int | None = None,
 ) -> Run:
     """The run as its newest copy or checkpoint left it, or its newest checkpoint of a step before this one; without
     one, as it starts.
+
+    Where its data goes on is for the caller, who has the loader (``state.loader``). Under ``checkpoint.fall_back`` a
+    damaged checkpoint is passed by, but not where a step is given: a replay leaves checkpoints as they are.
 
     Raises:
         UserError: A checkpoint does not fit the config or is damaged.
@@ -58,16 +59,14 @@ def start_run(
     optimizer = build_optimizer(config, chunks, session)
     if start is not None and config.checkpoint.initial_optimizer == "kept":
         session.together(lambda: manager.load_optimizer(start, model, optimizer))
-    state = TrainingState()
+    stored = None
     if copy is not None:
         session.together(lambda: restore_rank_state(copy, model, optimizer))
-        state = TrainingState.from_dict(copy["training"])
+        stored = copy["training"]
         logger.info("restored %s, a copy on the nodes", copy["name"])
+    elif before is None:
+        stored = session.together(lambda: manager.restore_latest(model, optimizer))
     elif folder is not None:
-        restore = manager.restore_latest if before is None else partial(manager.restore, folder)
-        stored = session.together(partial(restore, model, optimizer))
-        assert stored is not None  # there is a checkpoint
-        state = TrainingState.from_dict(stored)
-    if not is_new:
-        session.together(lambda: loader.restore(state.loader))
+        stored = session.together(lambda: manager.restore(folder, model, optimizer))
+    state = TrainingState() if stored is None else TrainingState.from_dict(stored)
     return Run(model, chunks, optimizer, state)

@@ -15,9 +15,10 @@ from navil_megatron.config.errors import BadNumbers
 from navil_megatron.data.types import Microbatch
 from navil_megatron.models.build import build_model
 from navil_megatron.training.expert_load import ExpertLoad
+from navil_megatron.training.number_watch import NumberWatch
 from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.overlap import gather_parameters
-from navil_megatron.training.replica_check import ReplicaCheck
+from navil_megatron.training.state import TrainingState
 from navil_megatron.training.step import train_step
 from tests.oracle import IMAGE_ONLY, MIXED, TEXT_ONLY, global_batch, merge_sections, oracle_config
 from tests.ranks import run_ranks, start_session
@@ -148,8 +149,10 @@ def flipped(rank: int, world_size: int, sections: dict, guilty: int, part: str) 
     config = oracle_config(**sections)
     with start_session(rank, world_size, config) as session:
         chunks = wrap_ddp(config, session, build_model(config, session.groups, session.device))
-        replicas = ReplicaCheck(session, chunks)
-        replicas.check(1)
+        settled: list[str] = []
+        watch = NumberWatch(config, session, chunks, TrainingState(step=2), lambda: settled.append("saves"))
+        watch.compare_replicas()
+        assert not settled
         held = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if part in name]
         weights = [p for _, p in held if getattr(p, "allreduce", True) == (session.groups.ep.size() == 1)]
         bits = weights[0].detach().view(torch.int16).view(-1)
@@ -159,11 +162,11 @@ def flipped(rank: int, world_size: int, sections: dict, guilty: int, part: str) 
             if rank == guilty:
                 bits[-1] ^= 1 << 3
             try:
-                replicas.check(2)
+                watch.compare_replicas()
             except (BadNumbers, SystemExit) as error:
                 said = str(error)
             first = said if is_first else first
-        assert said == ""
+        assert said == "" and settled == ["saves"]
         return first
 
 
@@ -171,10 +174,11 @@ def flipped(rank: int, world_size: int, sections: dict, guilty: int, part: str) 
     ("sections", "part", "told"),
     [
         ({}, "vision_encoder", "rank 2 differs from the others of ranks 0, 1, 2, 3"),
-        ({"parallel": {"pp": 2}}, "decoder", "of pipeline stage 1: ranks 2, 3 differ of ranks 2, 3"),
+        ({"parallel": {"pp": 2}}, "decoder", "ranks 2, 3 differ of ranks 2, 3"),
+        ({"parallel": {"pp": 2, "vpp": 2}}, "decoder.layers.", "decoder.layers.1."),
         (merge_sections(EXPERTS, {"parallel": {"ep": 2}}), "decoder", "ranks 0, 2 differ of ranks 0, 2"),
     ],
-    ids=["data", "pipeline", "experts"],
+    ids=["data", "pipeline", "interleaved", "experts"],
 )
 def test_a_flipped_bit_names_tensor_and_rank(sections: dict, part: str, told: str) -> None:
     first, *others = run_ranks(4, flipped, merge_sections(BF16, sections), 2, part)

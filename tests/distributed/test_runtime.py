@@ -238,16 +238,17 @@ def test_stop_signal_of_one_rank_reaches_all() -> None:
     assert run_ranks(2, _stop_on_one_rank) == [[False, True, False], [False, True, True]]
 
 
-def _start_and_close_twice(rank: int, world_size: int) -> list[int]:
-    sizes = []
-    for tp in (1, 2):
-        with start_session(rank, world_size, parallel={"tp": tp}) as session:
-            sizes.append(session.groups.dp.size())
-    return sizes
+def _start_and_close_twice(rank: int, world_size: int) -> list[list[float]]:
+    found = []
+    for axis in ("tp", "cp"):
+        with start_session(rank, world_size, parallel={axis: 2}) as session:
+            backend = session.replica._get_backend(session.device)
+            found.append([session.replica.size(), backend.options._timeout.total_seconds()])
+    return found
 
 
-def test_a_session_can_follow_another() -> None:
-    assert run_ranks(2, _start_and_close_twice) == [[2, 1], [2, 1]]
+def test_a_session_can_follow_another_and_a_replica_waits_as_long_as_all_ranks() -> None:
+    assert run_ranks(2, _start_and_close_twice) == [[[2, 210.0], [2, 210.0]]] * 2
 
 
 @pytest.mark.parametrize(
