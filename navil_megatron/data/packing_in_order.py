@@ -35,7 +35,7 @@ def pack_in_order(
 
     def pack(positions: np.ndarray) -> list[np.ndarray]:
         positions = np.sort(positions)
-        loads = [array[positions] for array in (num_text, num_visual, cost)]
+        loads = num_text[positions], num_visual[positions], cost[positions]
         return [positions[row] for row in pack_rows(*loads, seq_length, pad_segments_to)]
 
     def fill(row: list[int], positions: np.ndarray) -> np.ndarray:
