@@ -24,7 +24,8 @@ from navil_megatron.data.types import DataPlace, Microbatch, SampleId
 from navil_megatron.files.hashes import fingerprint
 
 MIN_SAMPLES_TO_JUDGE = 200
-"""The failed share is taken of at least this many samples, so that one bad file early on does not stop a run."""
+"""The failed share is taken of at least this many samples, or of all there are once they came, so that one bad file
+early on does not stop a run."""
 
 _DECISIVE = {
     "sources": "the training sources (data.train_sources: indexes, their order, weights)",
@@ -102,7 +103,8 @@ class TrainLoader:
         """
         self.failed.update(failed)
         allowed, num_seen = self._config.data.max_failed_share, min(self.num_samples, self._num_distinct)
-        if len(self.failed) > allowed * max(num_seen, MIN_SAMPLES_TO_JUDGE):
+        judged = num_seen if num_seen == self._num_distinct else max(num_seen, MIN_SAMPLES_TO_JUDGE)
+        if len(self.failed) > allowed * judged:
             raise UserError(
                 f"{len(self.failed)} of {num_seen} samples failed to decode, more than "
                 f"data.max_failed_share = {allowed}; they are listed in failed_samples.jsonl in logging.directory: "

@@ -35,8 +35,8 @@ def pack_in_order(
 
     def pack(positions: np.ndarray) -> list[np.ndarray]:
         positions = np.sort(positions)
-        text, visual, costs = num_text[positions], num_visual[positions], cost[positions]
-        return [positions[row] for row in pack_rows(text, visual, costs, seq_length, pad_segments_to)]
+        loads = num_text[positions], num_visual[positions], cost[positions]
+        return [positions[row] for row in pack_rows(*loads, seq_length, pad_segments_to)]
 
     def fill(row: list[int], positions: np.ndarray) -> np.ndarray:
         """Lays samples into a row as long as some fit, in their order; gives the others."""

@@ -17,7 +17,7 @@ from navil_megatron.data.loader import MIN_SAMPLES_TO_JUDGE, StepData, TrainLoad
 from navil_megatron.data.shards.shard_index import BLOCK, ShardEntries, save_index
 from navil_megatron.data.shards.shard_writer import ShardWriter
 from navil_megatron.data.shards.source import Source
-from navil_megatron.data.types import ALONE, DataPlace, Microbatch, SampleId
+from navil_megatron.data.types import ALONE, DataPlace, Document, Microbatch, SampleId
 from navil_megatron.data.validation import ValidationLoader, swapped_pictures
 from tests.unit.data_examples import (
     damage_image,
@@ -179,6 +179,31 @@ def test_ranks_that_split_the_images_decode_each_scale_once(config: NaViLConfig)
                 )
 
 
+def test_interleaved_documents_are_rows_like_any_others(tmp_path: Path) -> None:
+    """Packed, at several scales, counted in their loss group, with loss on the text that is wanted."""
+    tokenizer = example_tokenizer(tmp_path / "tokenizer")
+    document = Document(("red ", None, " apple two", None, " star"))
+    with ShardWriter(tmp_path, "train", tokenizer) as writer:
+        for number in range(6):
+            writer.write(f"k{number}", document, [picture(64, 64, seed=number), picture(90, 40, seed=number)])
+        writer.write("text", "red apple")
+    config = make_config(tmp_path, writer.index, seq_length=256)
+    before, *behind = (len(tokenizer.encode(text)) for text in document.parts if text)
+    for way, learned in (("all", before - 1 + sum(behind) + 1), ("after_image", sum(behind) + 1)):
+        loader = TrainLoader(replace(config, data=replace(config.data, image_text_loss=way)), ALONE)
+        (first, *_), found = take(loader, 1)[0].microbatches, Counter()
+        assert len(first.samples) > 1 and max(map(len, first.image_grid_thw)) == 3 < len(first.image_grid_thw)
+        for sample, start, length in zip(first.samples, first.sample_starts, first.sample_lengths, strict=True):
+            part = slice(start, start + length)
+            if sample.number < 6:
+                assert first.loss_weights[part].sum() == learned
+                assert first.visual_token_mask[part].sum() > 2
+                assert not first.visual_token_mask[start] and not first.visual_token_mask[start + length - 1]
+            assert {*first.loss_groups[part].tolist()} == {int(sample.number < 6)}
+            found[sample.number < 6] += 1
+        assert found[True]
+
+
 def test_sources_are_mixed_by_their_weights(tmp_path: Path) -> None:
     web, talk = (write_samples(tmp_path, name, size, seed=size) for name, size in (("web", 60), ("talk", 30)))
     config = make_config(tmp_path, web, talk)
@@ -278,8 +303,15 @@ def test_too_many_failed_samples_stop_the_run(config: NaViLConfig) -> None:
     tolerated = [SampleId(0, number) for number in range(int(0.05 * MIN_SAMPLES_TO_JUDGE))]
     for _ in range(3):  # the same ones again in every epoch
         loader.count_failed(tolerated)
+    assert loader.num_samples < NUM_SAMPLES
     with pytest.raises(UserError, match=r"11 of \d+ samples failed to decode, more than data.max_failed_share = 0.05"):
         loader.count_failed([SampleId(0, len(tolerated))])
+    while loader.num_samples < NUM_SAMPLES:
+        next(loader)
+    loader.failed.clear()
+    loader.count_failed(tolerated[:3])
+    with pytest.raises(UserError, match="4 of 60 samples failed to decode"):  # all that there are
+        loader.count_failed(tolerated[:4])
     loader.close()
 
 
