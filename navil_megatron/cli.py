@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb: Verb = options.verb
     try:
         _require_packages(verb)
+        options.say = partial(print, flush=True)
         with _bar(verb) as options.on_progress:
             outcome: Outcome = verb.run(options)
         text = json.dumps(outcome.report) if verb.has_json and options.json else outcome.text

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from navil_megatron.blueprint.experts_placement import loads_of_ranks
-from navil_megatron.blueprint.image_plan import Grid, ImagePlanner, count_image_tokens, num_patches
+from navil_megatron.blueprint.image_plan import Grid, ImagePlanner, ScalePlan, count_image_tokens, num_patches
+from navil_megatron.config.errors import UserError
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.config.vision import VisionConfig
 
@@ -36,12 +37,38 @@ class Workload:
         return self.num_patches // vision.merge_size**2
 
 
-def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> Workload:
-    """A full microbatch of samples: a square image, its side in pixels before the limits of ``[data]``, and so many
-    tokens of text, all of them predicted.
+def typical_sample(config: NaViLConfig, text_tokens: int, image_side: int) -> tuple[tuple[ScalePlan, ...], int]:
+    """The scales of a square image, its side in pixels before the limits of ``[data]``, and tokens of text, of a sample
+    that fits a row: the image does without its largest scales where it must, as in training, then is a smaller one,
+    and the text is cut last.
+
+    Raises:
+        UserError: The smallest image is too long for a row.
     """
+    planner, row = ImagePlanner.from_config(config.data, config.model.vision), config.data.seq_length
+    side, shortest = image_side, row + 1
+    while side >= 1:
+        (every,) = planner.plan_images([(side, side)])
+        for dropped in range(len(every)):
+            (scales,) = planner.plan_images([(side, side)], dropped)
+            of_breaks, visual = count_image_tokens(scales, planner.merge_size)
+            length = of_breaks + -(-visual // config.pad_segments_to) * config.pad_segments_to
+            if length + text_tokens <= row:
+                return scales, text_tokens
+            smallest, shortest = scales, min(shortest, length)
+        side = side * 9 // 10
+    if shortest >= row:
+        raise UserError(
+            f"the smallest image takes more than the {row} tokens of a row; lower data.min_image_pixels or raise "
+            "data.seq_length"
+        )
+    return smallest, row - shortest
+
+
+def typical_workload(config: NaViLConfig, text_tokens: int, image_side: int) -> Workload:
+    """A full microbatch of samples as of ``typical_sample``, whose tokens of text are all predicted."""
     planner = ImagePlanner.from_config(config.data, config.model.vision)
-    (scales,) = planner.plan_images([(image_side, image_side)])
+    scales, text_tokens = typical_sample(config, text_tokens, image_side)
     of_breaks, visual = count_image_tokens(scales, planner.merge_size)
     text = of_breaks + text_tokens
     length = min(text + visual, config.data.seq_length)

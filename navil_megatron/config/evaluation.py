@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from navil_megatron.config.numbers import Count
 from navil_megatron.config.paths import LocalPath
+from navil_megatron.config.training import TrainingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,13 @@ class EvaluationConfig:
     """Evaluate a second time with each sample showing another one's picture: the loss must rise if images are read."""
 
 
-def evaluation_rules(evaluation: EvaluationConfig) -> Iterator[str]:
-    """One line for every rule that the section breaks."""
+def evaluation_rules(evaluation: EvaluationConfig, training: TrainingConfig) -> Iterator[str]:
+    """One line for every rule about held-out samples that the run breaks."""
+    if training.generate_every_steps is not None and not evaluation.sources:
+        yield (
+            f"training.generate_every_steps = {training.generate_every_steps}, but evaluation.sources is empty; name "
+            'held-out shards or set it to "none"'
+        )
     if evaluation.every_steps is not None and not evaluation.sources:
         yield (
             f"evaluation.every_steps = {evaluation.every_steps}, but evaluation.sources is empty; name held-out "

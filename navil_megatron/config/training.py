@@ -44,6 +44,14 @@ class TrainingConfig:
     """Weight of the loss that keeps router logits small (ST-MoE), averaged and read as above; 0: off."""
     log_every_steps: Count = 1
     """Steps between metric records."""
+    generate_every_steps: Count | None = None
+    """Steps between captions of a few pictures of ``evaluation.sources``, and one at the end; ``None``: never. They are
+    written to ``captions/`` in ``logging.directory``, as text and as a page."""
+    profile_steps: tuple[Count, ...] | None = None
+    """First and last step under torch's profiler; ``None``: none. ``profile/`` in ``logging.directory`` gets a trace of
+    each of ``profile_ranks`` and, on a GPU, a snapshot of its memory; the log, the longest kernels."""
+    profile_ranks: tuple[CountFromZero, ...] = (0,)
+    """Ranks that are profiled. Read where ``profile_steps`` is set."""
     on_bad_step: Literal["skip", "stop"] = "skip"
     """What follows a step whose loss or gradient norm is not finite, or whose norm is over ``grad_norm_limit``. Its
     update is refused either way. ``skip``: the run goes on with the next samples; ``stop``: it ends, exit code 5."""
@@ -69,7 +77,22 @@ def training_rules(training: TrainingConfig, parallel: ParallelConfig, world_siz
         )
     if len(set(chosen)) < len(chosen):
         yield f"training.recompute_modules = {list(chosen)} holds a name more than once; name each part once"
+    yield from _profile_rules(training, world_size)
     yield from _batch_rules(training, parallel, world_size)
+
+
+def _profile_rules(training: TrainingConfig, world_size: int | None) -> Iterator[str]:
+    steps, ranks = training.profile_steps, training.profile_ranks
+    if steps is None:
+        return
+    if len(steps) != 2 or not steps[0] <= steps[1] <= training.train_steps:
+        yield (
+            f"training.profile_steps = {list(steps)}, expected the first and the last step of a part of the run's "
+            f"{training.train_steps}, e.g. [10, 12]"
+        )
+    wrong = [rank for rank in ranks if world_size is not None and rank >= world_size]
+    if wrong or not ranks:
+        yield f"training.profile_ranks = {list(ranks)}, expected some of the ranks from 0 to {(world_size or 1) - 1}"
 
 
 def _batch_rules(training: TrainingConfig, parallel: ParallelConfig, world_size: int | None) -> Iterator[str]:

@@ -35,7 +35,7 @@ def validate(config: NaViLConfig, world_size: int | None = None) -> None:
             *training_rules(config.training, parallel, world_size),
             *optimizer_rules(config.optimizer, config.training.train_steps),
             *checkpoint_rules(config.checkpoint),
-            *evaluation_rules(config.evaluation),
+            *evaluation_rules(config.evaluation, config.training),
             *runtime_rules(config.runtime, model.language),
             *precision_rules(config.precision, model, data, parallel, config.runtime),
         ]

@@ -79,6 +79,12 @@ class MicrobatchBuilder:
             microbatch, failures = replace(microbatch, pixel_values=pixel_values), without_picture | failures
         return replace(microbatch, failures=tuple(failures.values()))
 
+    def decode_all(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
+        """[p, 3 * patch * patch] of every scale of every image, blank where one fails; for a first stage."""
+        assert self._decoder is not None, "this rank reads no pixels"
+        every = np.ones(sum(len(scales) for sample in samples for scales in sample.scales), dtype=bool)
+        return self._decode(list(self._pictures(samples, every)), self._decoder)[0]
+
     def encode(self, rows: Sequence[Row]) -> list[PackedSequence]:
         """Rows with their tokens and image plans; no picture is read."""
         samples = (tuple(map(self._encode, row.samples, row.dropped.tolist())) for row in rows)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from navil_megatron.blueprint.image_plan import ImagePlanner, image_token_ids
-from navil_megatron.config.errors import UserError
+from navil_megatron.blueprint.workload import typical_sample
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.assemble import RowFormat, assemble
 from navil_megatron.data.rank_share import plan_microbatch
@@ -14,24 +14,15 @@ from navil_megatron.data.types import DataPlace, EncodedSample, Microbatch, Pack
 
 
 def typical_microbatch(config: NaViLConfig, place: DataPlace, text_tokens: int, image_side: int) -> Microbatch:
-    """Full rows of equal samples, which hold a square image, black, and so many tokens of text, one and the same.
-
-    Raises:
-        UserError: One sample is longer than a row.
-    """
+    """Full rows of equal samples as of ``typical_sample``: the image is black, the text one token again and again."""
     model, data = config.model, config.data
     planner = ImagePlanner.from_config(data, model.vision)
-    (scales,) = planner.plan_images([(image_side, image_side)])
+    scales, text_tokens = typical_sample(config, text_tokens, image_side)
     image_ids = image_token_ids(scales, planner.merge_size, model.special_token_ids)
     plain_id = next(number for number in range(model.language.vocab_size) if number not in model.special_token_ids)
     input_ids = np.concatenate([image_ids, np.full(text_tokens, plain_id, dtype=np.int64)])
     loss_weights = np.repeat(np.array([0, 1], dtype=np.float32), [len(image_ids), text_tokens])
     sample = EncodedSample(sample=SampleId(0, 0), input_ids=input_ids, loss_weights=loss_weights, scales=(scales,))
-    if len(input_ids) > data.seq_length:
-        raise UserError(
-            f"a typical sample, an image of {image_side} x {image_side} pixels and {text_tokens} tokens of text, has "
-            f"{len(input_ids)} tokens, and a row data.seq_length = {data.seq_length}; lower data.max_image_pixels"
-        )
     samples = (sample,) * (data.seq_length // len(input_ids))
     row_format = RowFormat(
         seq_length=data.seq_length,

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from navil_megatron.config.errors import UserError
 from navil_megatron.config.model import SPECIAL_TOKENS
-from navil_megatron.hf.generate import Captioner
+from navil_megatron.hf.generate import Captioner, as_text
 
 CONTEXT = SPECIAL_TOKENS.index("<IMG_CONTEXT>")
 _QUERIES_AT_ONCE = 256  # rows of the softmax that exist at once, over all keys and heads
@@ -51,7 +51,7 @@ def attention_to_image(captioner: Captioner, image: Image.Image, prompt: str, ma
         UserError: There is no text after the image.
     """
     model, processor = captioner
-    inputs = processor(images=[image], text=prompt).to(model.device)
+    inputs = processor(images=[image], text=as_text(processor, prompt)).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
     ids = inputs["input_ids"]
     if max_new_tokens:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from navil_megatron.blueprint.chat_template import PLACEHOLDER
 from navil_megatron.config.errors import UserError
 from navil_megatron.evaluation.samples import Sample
+from navil_megatron.hf.generate import as_text
 
 PromptStyle = Literal["auto", "plain", "chat"]
 """``auto``: a question becomes a turn where the model knows turns; what has no question is never one."""
@@ -27,7 +28,8 @@ def write_prompt(messages: Sequence[dict[str, Any]], processor: Any, style: Prom
     if style == "chat" and not knows_turns:
         raise UserError("the folder has no chat template: ask with --prompts plain")
     if style == "plain" or not knows_turns:
-        return "".join(part.get("text", PLACEHOLDER) for message in messages for part in message["content"])
+        parts = (part for message in messages for part in message["content"])
+        return "".join(as_text(processor, part["text"]) if "text" in part else PLACEHOLDER for part in parts)
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 

@@ -1,20 +1,27 @@
 """Whether two models are the same: the settings that decide what they compute, and every bit of every tensor."""
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from navil_megatron.blueprint.parameters import Shape
 from navil_megatron.config.load import config_to_dict, differing_settings
 from navil_megatron.config.model import ModelConfig
 from navil_megatron.files.worker_pool import Meter, OnProgress
 from navil_megatron.hf.convert import ahead
+from navil_megatron.hf.llm.families import HF_FAMILIES
+from navil_megatron.hf.llm.start import LLM_PREFIX, ignored_llm_tensors
 from navil_megatron.hf.model_source import ModelSource, open_source
-from navil_megatron.hf.verify import is_finite, same_bits, size_of, type_name
+from navil_megatron.hf.verify import Signature, is_finite, same_bits, size_of, type_name
 
+_VISUAL = re.compile(r"_ve\.")
+"""In the name of a tensor of a visual expert."""
 SHOWN = 10
 """Differences that are listed one by one."""
 
@@ -22,13 +29,16 @@ SHOWN = 10
 def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Compares two models, each a checkpoint or a folder, tensor by tensor; ``on_progress`` is told the bytes read.
 
-    Gives what was found, ready for JSON; ``equal`` says whether there is any difference, ``finite`` whether every
-    number of the shared tensors is one.
+    A bare LLM is compared with what a NaViL has of one: text experts, norms, tables and head, without added rows. Gives
+    what was found, ready for JSON; ``equal`` says whether there is any difference, ``finite`` whether every number of
+    the shared tensors is one.
 
     Raises:
         UserError: One of them is incomplete or damaged.
     """
-    sources = (open_source(one), open_source(other))
+    opened = (open_source(one), open_source(other))
+    kinds = [source.kind == "LLM folder" for source in opened]
+    sources = _of_llm(opened, kinds.index(True)) if any(kinds) and not all(kinds) else opened
     first, second = (source.signatures for source in sources)
     shared = [key for key in first if key in second]
     meter = Meter(sum(size_of(headers[key])[1] for headers in (first, second) for key in shared), on_progress)
@@ -46,6 +56,7 @@ def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = Non
     return {
         "first": {"kind": sources[0].kind, "path": str(sources[0].path)},
         "second": {"kind": sources[1].kind, "path": str(sources[1].path)},
+        "compared": "everything" if sources is opened else "what an LLM has: text experts, norms, tables, head",
         "equal": not (settings or casts or differences or any(missing)),
         "finite": not not_finite,
         "not_finite": not_finite,
@@ -63,6 +74,8 @@ def compare_weights(one: Path, other: Path, on_progress: OnProgress | None = Non
 def describe_weights(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     lines = [f"{report[side]['path']} ({report[side]['kind']})" for side in ("first", "second")]
+    if report["compared"] != "everything":
+        lines.append(f"compared: {report['compared']}")
     only = {side: report[f"only_in_{side}"] for side in ("first", "second")}
     lines.append(
         f"{report['num_equal']} tensors equal, {report['num_different']} different, "
@@ -83,13 +96,67 @@ def describe_weights(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some tensors of a source, under other names; of tables the first rows."""
+
+    source: ModelSource
+    names: Mapping[str, str]
+    """Name here -> name there."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Name here -> rows of a table."""
+
+    kind = property(lambda self: self.source.kind)
+    path = property(lambda self: self.source.path)
+    model = property(lambda self: None)  # an LLM's settings are no NaViL's
+
+    @cached_property
+    def signatures(self) -> dict[str, Signature]:
+        """Shape and type of every tensor."""
+        found = {here: self.source.signatures[there] for here, there in self.names.items()}
+        cut = {key: ((rows, *found[key][0][1:]), found[key][1]) for key, rows in self.rows.items()}
+        return found | cut
+
+    @cached_property
+    def jobs(self) -> dict[str, Any]:
+        """What makes each tensor; empty for a folder."""
+        return {here: self.source.jobs[there] for here, there in self.names.items() if there in self.source.jobs}
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """As of the source."""
+        made = self.source.read(self.names[key])
+        return {here: made[there][: self.rows.get(here)] for here, there in self.names.items() if there in made}
+
+
+def _of_llm(sources: tuple[ModelSource, ModelSource], llm: int) -> tuple[_Part, _Part]:
+    """A bare LLM, the one with this number, and the same tensors of a NaViL."""
+    theirs, ours = sources[llm], sources[1 - llm]
+    unread = ignored_llm_tensors(theirs.signatures)
+    kept = {key: key.removeprefix(LLM_PREFIX) for key in ours.signatures if key.startswith(LLM_PREFIX)}
+    text = {here: there for here, there in kept.items() if not _VISUAL.search(there)}
+    # A head that is tied to the embedding table may be stored beside it.
+    tied = ours.model is not None and ours.model.language.tied_embeddings
+    heads = {f"{family.head}.weight" for family in HF_FAMILIES.values()} if tied else set()
+    of_llm = {LLM_PREFIX + key: key for key in theirs.signatures if key not in unread | heads}
+    of_navil = {here: here for here in text if here not in {LLM_PREFIX + head for head in heads}}
+    shapes = {here: theirs.signatures[there][0] for here, there in of_llm.items() if here in of_navil}
+    longer = {here: shape[0] for here, shape in shapes.items() if _is_longer(ours.signatures[here][0], shape)}
+    bare, whole = _Part(theirs, of_llm), _Part(ours, of_navil, longer)
+    return (whole, bare) if llm else (bare, whole)
+
+
+def _is_longer(shape: Shape, of_llm: Shape) -> bool:
+    """Whether it is the same table with rows that the LLM's has not."""
+    return len(shape) == len(of_llm) == 2 and shape[1:] == of_llm[1:] and shape[0] > of_llm[0]
+
+
 def of_one_start(model: ModelConfig) -> ModelConfig:
     """The model with one value for each setting that says how weights start, not what is computed from them."""
     language = replace(model.language, init_std=0.0, visual_expert_init="copy")
     return replace(model, language=language, vision=replace(model.vision, init_std=0.0, layer_scale_init=0.0))
 
 
-def _tensors(source: ModelSource, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: ModelSource | _Part, keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in the order of the keys; what is made of the same source is read once."""
     together = (list(group) for _, group in groupby(keys, lambda key: id(source.jobs[key]) if source.jobs else key))
     for group, tensors in ahead(together, lambda group: source.read(group[0])):

@@ -19,6 +19,9 @@ from navil_megatron.runtime.upload import Uploader
 DEVICES_OF_KERNELS = {"torch": {"cuda", "cpu"}, "transformer_engine": {"cuda"}}
 """``runtime.kernels`` -> the values of ``runtime.device`` where they run."""
 
+_PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100": 312}
+"""Part of a GPU's name -> dense BF16 at its peak, by NVIDIA's data sheets."""
+
 
 def require_device_of_kernels(config: RuntimeConfig) -> None:
     """Nothing, if the kernels that the config names run on the device that it names.
@@ -68,6 +71,8 @@ class Platform:
     """From one stamp to another, after ``synchronize``."""
     peak_memory_bytes: Callable[[], int]
     """Most memory held so far: allocated on the GPU, or resident on a CPU."""
+    peak_flops: float | None = None
+    """FLOP/s of the GPU at its peak in BF16, where it is known."""
 
     @classmethod
     def cuda(cls, local_rank: int) -> Self:
@@ -88,6 +93,7 @@ class Platform:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name(device)
         return cls(
             name="cuda",
             device=device,
@@ -97,6 +103,7 @@ class Platform:
             stamp=_event,
             seconds_between=lambda start, end: start.elapsed_time(end) / 1000,
             peak_memory_bytes=torch.cuda.max_memory_allocated,
+            peak_flops=next((1e12 * peak for part, peak in _PEAK_TFLOPS.items() if part in name), None),
         )
 
     @classmethod

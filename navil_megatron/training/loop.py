@@ -11,8 +11,10 @@ from navil_megatron.data.loader import TrainLoader
 from navil_megatron.data.source_names import source_names
 from navil_megatron.data.validation import ValidationLoader
 from navil_megatron.kernels.provider import choose_kernels
+from navil_megatron.runtime.profiler import StepProfiler
 from navil_megatron.runtime.session import Session
 from navil_megatron.training.batch import place_of
+from navil_megatron.training.captions import HeldOutCaptions
 from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.failures import settle_failures
 from navil_megatron.training.lr_schedule import learning_rate
@@ -20,12 +22,15 @@ from navil_megatron.training.metrics import MetricsLog, StepMeter
 from navil_megatron.training.number_watch import NumberWatch
 from navil_megatron.training.overlap import gather_parameters
 from navil_megatron.training.progress import TrainingProgress
+from navil_megatron.training.run_id import settle_run_id
 from navil_megatron.training.start import start_run
 from navil_megatron.training.state import TrainingState, is_due
 from navil_megatron.training.step import train_step
 from navil_megatron.training.wandb_run import check_wandb
 
 logger = logging.getLogger(__name__)
+
+_STOPPED_EARLY = "stopped on request while starting, at step %d of %d; start again to go on"
 
 
 def train(config: NaViLConfig, session: Session) -> TrainingState:
@@ -37,17 +42,25 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
     session.together(lambda: choose_kernels(config))
     session.together(lambda: check_wandb(config.logging) if session.is_main else None)
     loader, held_out = session.together(lambda: _open_data(config, session))
+    asks = config.training.generate_every_steps is not None
+    captions = session.together(lambda: HeldOutCaptions(config, session)) if asks else None
     manager, copies = CheckpointManager(config, session), LocalCopies(config, session)
     session.together(manager.require_space)
     run = start_run(config, session, manager, copies)
     model, chunks, optimizer, state = run.model, run.chunks, run.optimizer, run.state
+    total = config.training.train_steps
+    if state.step >= total or session.stop_asked():
+        logger.info("already at step %d of %d" if state.step >= total else _STOPPED_EARLY, state.step, total)
+        loader.close()
+        return state
     if state.step:
         session.together(lambda: loader.restore(state.loader))
-    log, meter = MetricsLog(config, session), StepMeter(config, session, model, optimizer, state)
+    state.run_id = settle_run_id(config, session, state.run_id)
+    log, meter = MetricsLog(config, session, state.run_id), StepMeter(config, session, model, optimizer, state)
     log.start(state.step)
     numbers = NumberWatch(config, session, chunks, state, partial(manager.settle, wait=True))
     steps = session.watchdog.position.steps(loader, state.step)
-    total = config.training.train_steps
+    profiler = StepProfiler(config, session)
 
     with TrainingProgress(config, session, state.step) as progress:
         while state.step < total:
@@ -56,9 +69,12 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             log.write_failures(state.step + 1, microbatches)
             loader.count_failed(failed)
             lr = learning_rate(state.step + 1, config.optimizer, total)
+            profiler.before(state.step + 1)
             result = train_step(config, session, chunks, optimizer, microbatches, lr, numbers.judge)
             state.step += 1
             meter.add(result, microbatches, data, len(failed), loader.wait_seconds)
+            if profiler.after(state.step):
+                meter.restart()
             stopping, saving = False, is_due(state.step, config.checkpoint.save_every_steps, total)
             copying = not saving and copies.is_due(state.step)
             # A checkpoint counts what all its steps consumed, so a save makes a record too.
@@ -77,6 +93,10 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
             if held_out and is_due(state.step, config.evaluation.every_steps, total):
                 losses = {name: evaluate(config, session, chunks, rows) for name, rows in held_out.items()}
                 log.write("evaluation", state.step, losses)
+                progress.evaluated(state.step, losses)
+                meter.restart()
+            if captions and is_due(state.step, config.training.generate_every_steps, total):
+                captions.write(state.step, chunks)
                 meter.restart()
             if stopping or saving or copying:
                 state.loader = loader.state()
@@ -91,6 +111,7 @@ def train(config: NaViLConfig, session: Session) -> TrainingState:
                 logger.info("stopped on request at step %d of %d; start again to go on", state.step, total)
                 break
     copies.close()
+    profiler.close()
     loader.close()
     meter.close()
     log.close()

@@ -39,10 +39,10 @@ Record = dict[str, float | int]
 
 
 class MetricsLog:
-    """Appends records; only rank 0 writes."""
+    """Appends records, which carry the run's id; only rank 0 writes."""
 
-    def __init__(self, config: NaViLConfig, session: Session):
-        self.directory = Path(config.logging.directory)
+    def __init__(self, config: NaViLConfig, session: Session, run_id: str):
+        self.directory, self._run_id = Path(config.logging.directory), run_id
         self._file, self._tensorboard, self._wandb = None, None, None
         self._num_ranks = session.world_size
         if session.is_main:
@@ -59,7 +59,7 @@ class MetricsLog:
         if self._file is not None:
             now = time.time()
             self._run_time.start(step, now)
-            started = {"kind": "start", "step": step, "time": now, "ranks": self._num_ranks}
+            started = {"kind": "start", "run": self._run_id, "step": step, "time": now, "ranks": self._num_ranks}
             self._file.write(json.dumps(started) + "\n")
 
     def write_train(self, step: int, record: Record) -> None:
@@ -76,7 +76,8 @@ class MetricsLog:
         if self._file is None or not record:
             return
         values = {name: finite_or_none(value) for name, value in record.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+        line = {"kind": kind, "run": self._run_id, "step": step, **values}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         known = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
         if self._tensorboard is not None:
             for name, value in known.items():
@@ -241,11 +242,17 @@ class StepMeter:
             "encoder_imbalance": self._encoder_load.take(),
             "peak_memory_bytes": round(slowest[1].item()),
             "flops_per_second": flops / seconds,
+            **self._mfu(flops / seconds),
             "skipped_steps": len(self._results) - len(learned),
             **balance(loads),
         }
         self._reset()
         return record, scales(sums_of_scale)
+
+    def _mfu(self, flops_per_second: float) -> Record:
+        """Share of what the GPUs could do at their peak in BF16; nothing where that is not known."""
+        peak = self.session.platform.peak_flops
+        return {} if peak is None else {"mfu": flops_per_second / (peak * self.session.world_size)}
 
     def _times_of_ranks(self) -> Tensor:
         """[ranks, 2]: of the last step, seconds of own work, the wait for data included, and of waiting for others."""

@@ -8,6 +8,8 @@ from typing import Any, Self
 class TrainingState:
     """Equal on every rank; holds only what ``weights_only`` loading allows: numbers, strings, lists and dicts."""
 
+    run_id: str = ""
+    """What the run's records are known by; empty in checkpoints of a version that knew none."""
     step: int = 0
     """Steps done; of some the update was refused."""
     consumed_samples: int = 0

@@ -50,6 +50,7 @@ def _number(parse: Callable[[str], float], fits: Callable[[float], bool], expect
 
 count = _number(int, lambda number: number >= 1, "a whole number, at least 1")
 count_from_0 = _number(int, lambda number: number >= 0, "a whole number, at least 0")
+not_negative = _number(float, lambda number: 0 <= number < math.inf, "a number, at least 0")
 positive = _number(float, lambda number: 0 < number < math.inf, "a number, more than 0")
 share = _number(float, lambda number: 0 < number <= 1, "a number, more than 0 and at most 1")
 

@@ -1,37 +1,110 @@
 """``navil-megatron generate``, ``evaluate`` and ``attention``: what an exported folder is asked. Its code is run."""
 
+import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from navil_megatron.config.errors import UserError
-from navil_megatron.verbs.arguments import DEVICE, DTYPE, EXPORTED, choice, chosen, count, require_picture_name, value
+from navil_megatron.verbs.arguments import (
+    DEVICE,
+    DTYPE,
+    EXPORTED,
+    choice,
+    chosen,
+    count,
+    count_from_0,
+    flag,
+    not_negative,
+    require_picture_name,
+    share,
+    value,
+)
 from navil_megatron.verbs.verb import Extra, Outcome, verb
 
 _PLACEHOLDER = "<image>"
-_PROMPT = value("--prompt", "TEXT", "<image> stands for the image (<image>)", str, default=_PLACEHOLDER)
 
 
 @verb(
     "generate",
-    "let an exported model answer a prompt about each image, by greedy decoding; runs the code in the folder",
-    'navil-megatron generate exported/ cat.jpg dog.jpg --prompt "<image>Describe it."',
+    "let an exported model answer a prompt about images, or talk about them; runs the code in the folder",
+    'navil-megatron generate exported/ cat.jpg dog.jpg --prompt "<image>Describe it."\n'
+    '  navil-megatron generate exported/ a.jpg b.jpg --prompt "<image><image>Which is redder?" --temperature 0.7\n'
+    "  navil-megatron generate exported/ cat.jpg --chat",
     EXPORTED,
-    value("images", "IMAGE", "one answer is given for each", nargs="+"),
-    _PROMPT,
+    value("images", "IMAGE", "one answer for as many as the prompt names; with --chat all of them", nargs="*"),
+    value("--prompt", "TEXT", "each <image> stands for an image (<image>)", str, default=_PLACEHOLDER),
+    flag("--chat", "read a user's turn from each line of stdin, and answer it; the images come first"),
     value("--max-new-tokens", "N", "longest answer (256)", count, default=256),
+    value("--temperature", "T", "of the draw of each token; 0: always the likeliest (0)", not_negative, default=0.0),
+    value("--top-p", "P", "draw from the likeliest with this much probability (1)", share, default=1.0),
+    value("--seed", "N", "of the draws (0)", count_from_0, default=0),
+    DTYPE,
     DEVICE,
 )
 def generate(options: Namespace) -> Outcome:
-    """One answer for each image."""
-    _require_one_image(options.prompt)
-    from navil_megatron.hf.generate import generate_captions, load_for_generation
+    """One answer for each group of images, or a conversation."""
+    if options.top_p < 1 and not options.temperature:
+        raise UserError("--top-p draws tokens, and --temperature 0 takes the likeliest; give a --temperature, as 0.7")
+    groups = [] if options.chat else _groups(options.images, options.prompt)
+    import torch
 
-    captioner = load_for_generation(options.folder, device=options.device)
-    texts = generate_captions(captioner, options.images, options.prompt, options.max_new_tokens)
-    answers = [{"image": str(image), "text": text} for image, text in zip(options.images, texts, strict=True)]
+    from navil_megatron.hf.generate import Sampling, generate_captions, load_for_generation
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    captioner = load_for_generation(options.folder, dtype, options.device)
+    sampling = Sampling(options.temperature, options.top_p)
+    torch.manual_seed(options.seed)
+    if options.chat:
+        return _chat(options, captioner, sampling)
+    texts = generate_captions(captioner, groups, options.prompt, options.max_new_tokens, sampling)
+    answers = [
+        {"image": str(group[0]), "text": text} if len(group) == 1 else {"images": [*map(str, group)], "text": text}
+        for group, text in zip(groups, texts, strict=True)
+    ]
     report = {"folder": str(options.folder), "prompt": options.prompt, "answers": answers}
-    lines = texts if len(texts) == 1 else [f"{answer['image']}: {answer['text']}" for answer in answers]
+    named = zip(groups, texts, strict=True)
+    lines = texts if len(texts) == 1 else [f"{' '.join(map(str, group))}: {text}" for group, text in named]
     return Outcome(report, "\n".join(lines))
+
+
+def _groups(images: list[Path], prompt: str) -> list[list[Path]]:
+    """The images of each answer: as many as the prompt names."""
+    size = max(1, prompt.count(_PLACEHOLDER))
+    if not images or len(images) % size:
+        raise UserError(
+            f"found {len(images)} images, expected a multiple of {size}: --prompt asks about {size} at a time"
+        )
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _chat(options: Namespace, captioner: Any, sampling: Any) -> Outcome:
+    """Answers each line of stdin until there are no more."""
+    from navil_megatron.evaluation.prompts import write_prompt
+    from navil_megatron.hf.generate import generate_texts, open_picture
+
+    pictures = [open_picture(image) for image in options.images]
+    messages: list[dict[str, Any]] = []
+    for line in _lines(options):
+        places = [] if messages else [{"type": "image"} for _ in pictures]
+        messages.append({"role": "user", "content": [*places, {"type": "text", "text": line}]})
+        prompt = write_prompt(messages, captioner.processor, "chat")
+        (answer,) = generate_texts(captioner, [pictures], [prompt], options.max_new_tokens, sampling)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        options.say(answer)
+    turns = [{"role": turn["role"], "text": turn["content"][-1]["text"]} for turn in messages]
+    return Outcome({"folder": str(options.folder), "images": [*map(str, options.images)], "turns": turns}, "")
+
+
+def _lines(options: Namespace) -> Iterator[str]:
+    """What the user says, asked for where there is a terminal."""
+    mark = "> " if sys.stdin.isatty() else ""
+    options.say(mark, end="")
+    for line in sys.stdin:
+        if line.strip():
+            yield line.strip()
+        options.say(mark, end="")
 
 
 @verb(
@@ -83,7 +156,7 @@ def evaluate(options: Namespace) -> Outcome:
     'navil-megatron attention exported/ cat.jpg --prompt "<image>What is it?" --output attention.svg',
     EXPORTED,
     value("image", "IMAGE", "the picture"),
-    _PROMPT,
+    value("--prompt", "TEXT", "<image> stands for the image (<image>)", str, default=_PLACEHOLDER),
     value("--max-new-tokens", "N", "longest answer that is read too; 0: none (32)", int, default=32),
     value("--output", "FILE", ".svg or .png (attention.svg)", default=Path("attention.svg")),
     value("--layers", "N", "layers to show, from 0 (four)", int, nargs="+"),

@@ -40,7 +40,8 @@ class Verb:
     arguments: tuple[Argument, ...]
     """In the order of the help. One that is called ``overrides`` gets every ``section.field=value``."""
     run: Callable[[Namespace], Outcome]
-    """Takes the parsed options, and among them ``on_progress``, to be told how much is done and of how much."""
+    """Takes the parsed options, and among them ``on_progress``, to be told how much is done and of how much, and
+    ``say``, which prints what cannot wait for the end."""
     counts: str = ""
     """What ``on_progress`` is told: bytes, shards, samples."""
     needs: Extra | None = None

@@ -87,9 +87,9 @@ def make_run(world: World, folder: Path, **sections: dict[str, Any]) -> NaViLCon
 
 
 def train_in_rank(rank: int, world_size: int, config: NaViLConfig) -> dict[str, Any]:
-    """One rank's whole life as ``pretrain.py`` lives it; gives the training state at its end."""
+    """One rank's whole life as ``pretrain.py`` lives it; gives the training state at its end, but for the run's id."""
     with start_session(rank, world_size, config) as session:
-        return train(config, session).to_dict()
+        return train(config, session).to_dict() | {"run_id": ""}
 
 
 def pretrain_in_rank(_rank: int, _world_size: int, config: Path, *overrides: str) -> tuple[int, str]:

@@ -106,6 +106,13 @@ def test_missing_index(run_file: Path, tmp_path: Path) -> None:
     holds(line, str(tmp_path / "none.index"), "navil-megatron data index")
 
 
+def test_checkpoints_that_cannot_be_written_are_found_before_the_first_step(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = refused(run_file, f"checkpoint.directory='{tmp_path}/file/checkpoints'")
+    holds(line, f"checkpoint.directory {tmp_path}/file/checkpoints cannot be written")
+    assert not (tmp_path / "logs" / "metrics.jsonl").exists()
+
+
 def test_missing_shard(run_file: Path, tmp_path: Path) -> None:
     index = write_samples(tmp_path / "shards", "gone", 4)
     (tmp_path / "shards" / "gone-000000.tar").unlink()

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from navil_megatron.checkpoint.manager import CheckpointManager
 from navil_megatron.cli import main
 from navil_megatron.config.data import SourceConfig
+from navil_megatron.config.errors import EXIT_CODE
 from navil_megatron.config.precision import PrecisionConfig
 from navil_megatron.config.run import NaViLConfig
 from navil_megatron.data.loader import plan_run
@@ -28,10 +30,13 @@ from navil_megatron.training.evaluate import evaluate
 from navil_megatron.training.grad_norms import PARTS
 from tests.e2e.runs import (
     World,
+    error_lines,
     make_run,
+    pretrain_in_rank,
     records,
     saved_steps,
     train_in_rank,
+    write_toml,
 )
 from tests.ranks import run_ranks, start_session
 from tests.tolerances import EXPORT, RANKS
@@ -314,3 +319,45 @@ def test_a_start_goes_past_a_damaged_checkpoint(world: World, tmp_path: Path) ->
     run_ranks(1, train_in_rank, config)
     assert saved_steps(config) == ["step_00000002", "step_00000004", "step_00000004.damaged"]
     assert [record["step"] for record in records(config, "train")] == [1, 2, 3, 4, 3, 4]
+
+
+def test_what_a_run_tells_without_a_terminal(world: World, tmp_path: Path) -> None:
+    config = make_run(
+        world,
+        tmp_path,
+        training={"train_steps": 2, "generate_every_steps": 2, "profile_steps": (2, 2)},
+        evaluation={"every_steps": 2},
+        logging={"progress": True},
+    )
+    path = write_toml(config, tmp_path / "run.toml")
+    ((code, stderr),) = run_ranks(1, pretrain_in_rank, path)
+    assert (code, error_lines(stderr)) == (0, [])
+    (first,) = re.findall(r"step 1/2  loss .*", stderr)
+    assert all(word in first for word in ("with_images", " tokens/s  ", " GB  ", "lr 0.005  ", "grad norm ", "left 0:"))
+    (evaluation,) = records(config, "evaluation")
+    assert f"evaluation at step 2: loss {evaluation['loss']:.4f}" in stderr
+    lines = (Path(config.logging.directory) / "metrics.jsonl").read_text().splitlines()
+    (run_id,) = {json.loads(line)["run"] for line in lines}
+    assert json.loads((Path(config.logging.directory) / "run.json").read_text())["id"] == run_id
+
+    logs = Path(config.logging.directory)
+    assert "profile of steps 2 to 2" in stderr and re.search(r" ms +\d+\.\d% +\d+ x aten::", stderr)
+    events = json.loads((logs / "profile" / "rank0.trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    text = (logs / "captions" / "step_00000002.txt").read_text()
+    page = (logs / "captions" / "step_00000002.html").read_text()
+    source = Source(world.validation_index)
+    known = {source.key(number): source.read_content(number) for number in range(len(source))}
+    asked = re.findall(r"^(\S+)\n  said    .*\n  sample  (.*)$", text, re.MULTILINE)
+    assert asked and all(known[key] == caption and key in page and caption in page for key, caption in asked)
+    assert page.count('<img src="data:image/jpeg;base64,') == len(asked)
+
+    # Finished: it says so, and neither evaluates nor records anything again.
+    ((code, stderr),) = run_ranks(1, pretrain_in_rank, path)
+    assert (code, error_lines(stderr)) == (0, []) and "already at step 2 of 2" in stderr
+    assert "evaluation at" not in stderr and "nan" not in stderr
+    # Another run is not mixed into its records.
+    ((code, stderr),) = run_ranks(1, pretrain_in_rank, path, f"checkpoint.directory='{tmp_path}/other'")
+    (line,) = error_lines(stderr)
+    assert code == EXIT_CODE and f"holds the records of another run ({run_id}" in line
+    assert (Path(config.logging.directory) / "metrics.jsonl").read_text().splitlines() == lines

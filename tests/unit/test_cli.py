@@ -195,6 +195,9 @@ def test_doctor_reports_in_json_and_in_words(capsys: pytest.CaptureFixture[str])
         ("attention", "absent", "image.png", "--output", "out.svg"),
         ("attention", "absent", "image.png", "--output", "out"),
         ("generate", "absent", "image.png", "--prompt", "<image><image>"),
+        ("generate", "absent"),
+        ("generate", "absent", "image.png", "--top-p", "0.5"),
+        ("attention", "absent", "image.png", "--prompt", "<image><image>", "--output", "out.svg"),
     ],
     ids=" ".join,
 )

@@ -238,6 +238,21 @@ BROKEN: list[tuple[dict[str, Any], int | None, str]] = [
         "model.language.ffn_hidden_size is 50 on one of 1 expert tensor-parallel ranks; the grouped product of several",
     ),
     (
+        {"training__generate_every_steps": 5},
+        1,
+        "training.generate_every_steps = 5, but evaluation.sources is empty",
+    ),
+    (
+        {"training__profile_steps": (3, 2)},
+        1,
+        "training.profile_steps = [3, 2], expected the first and the last step of a part of the run's",
+    ),
+    (
+        {"training__profile_steps": (1, 2), "training__profile_ranks": (0, 1)},
+        1,
+        "training.profile_ranks = [0, 1], expected some of the ranks from 0 to 0",
+    ),
+    (
         {"checkpoint__initial_optimizer": "kept"},
         1,
         "but checkpoint.initial_weights names no checkpoint to keep it from",

@@ -1,16 +1,19 @@
 """The exported model at work: loaded offline by transformers in a new process, cached, batched, in fp32 and bf16."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from navil_megatron.cli import main
 from navil_megatron.config.errors import UserError
-from navil_megatron.hf.generate import generate_captions, load_for_generation
+from navil_megatron.hf.generate import Sampling, generate_captions, load_for_generation
 from navil_megatron.hf.remote_code.configuration_navil_chat import NaViLChatConfig
 from navil_megatron.hf.remote_code.modeling_navil_chat import CACHE, CONTEXT, NaViL
 from navil_megatron.hf.remote_code.processing_navil_chat import NaViLImageProcessor, NaViLProcessor
@@ -249,10 +252,59 @@ def test_processor_places_images(processor: NaViLProcessor) -> None:
 def test_generate_captions(exported: Path, tmp_path: Path) -> None:
     captioner = load_for_generation(exported)
     PICTURES[1].save(tmp_path / "one.png")
-    batched = generate_captions(captioner, [PICTURES[0], tmp_path / "one.png", PICTURES[2]], max_new_tokens=5)
-    assert batched == generate_captions(captioner, PICTURES, max_new_tokens=5, batch_size=2)
+    groups = [[picture] for picture in PICTURES]
+    batched = generate_captions(captioner, [groups[0], [tmp_path / "one.png"], groups[2]], max_new_tokens=5)
+    assert batched == generate_captions(captioner, groups, max_new_tokens=5, batch_size=2)
+    # Draws from the likeliest token alone are greedy; others follow the seed.
+    assert batched == generate_captions(captioner, groups, max_new_tokens=5, sampling=Sampling(1.0, 1e-6))
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(generate_captions(captioner, groups, max_new_tokens=5, sampling=Sampling(5.0)))
+    assert drawn[0] == drawn[1] != drawn[2]
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"bad\.png cannot be read as a picture"):
-        generate_captions(captioner, [tmp_path / "bad.png"])
+        generate_captions(captioner, [[tmp_path / "bad.png"]])
     with pytest.raises(UserError, match=r"lacks config\.json"):
         load_for_generation(tmp_path)
+
+
+def test_generate_talks_and_takes_several_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = exported_folder(tmp_path / "llama", "llama")
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, file in enumerate(files):
+        PICTURES[number].save(file)
+    captioner = load_for_generation(folder)
+
+    def answer(inputs: Any) -> str:
+        tokens = captioner.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        return str(captioner.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    words = ["generate", str(folder), *map(str, files), "--max-new-tokens", "4", "--json"]
+    assert main([*words, "--prompt", "<image> and <image>b"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["answers"]
+    expected = answer(captioner.processor(images=[PICTURES[:2]], text=["<image> and <image>b"]))
+    assert found == {"images": [*map(str, files)], "text": expected}
+    assert main([*words, "--prompt", "<image><image><image>"]) == 2
+    assert "found 2 images, expected a multiple of 3" in capsys.readouterr().err
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what <IMG_CONTEXT> is it?\n\nand why?\n"))
+    assert main([*words, "--chat"]) == 0
+    *said, report = capsys.readouterr().out.splitlines()
+    content = [{"type": "image", "image": picture} for picture in PICTURES[:2]]
+    talk: list[dict[str, Any]] = [
+        {"role": "user", "content": [*content, {"type": "text", "text": "what <IMG_CONTEXT> is it?"}]}
+    ]
+    settings = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    first = answer(captioner.processor.apply_chat_template(talk, **settings))
+    talk += [{"role": "assistant", "content": first}, {"role": "user", "content": "and why?"}]
+    second = answer(captioner.processor.apply_chat_template(talk, **settings))
+    assert [turn["text"] for turn in json.loads(report)["turns"]] == [
+        "what <IMG_CONTEXT> is it?",
+        first,
+        "and why?",
+        second,
+    ]
+    assert "\n".join(said) == f"{first}\n{second}"

@@ -29,7 +29,7 @@ def _log_a_failure(rank: int, world_size: int, folder: str, key: str) -> None:
         (handler,) = logging.getLogger("navil_megatron").handlers
         assert isinstance(handler, logging.StreamHandler)
         handler.setStream(stream)
-        log = MetricsLog(config, session)
+        log = MetricsLog(config, session, "abc")
         log.write_failures(3, [_OneFailure(key)])  # type: ignore[list-item]
         log.close()
 

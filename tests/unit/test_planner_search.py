@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from navil_megatron.blueprint.workload import typical_workload
+from navil_megatron.blueprint.workload import typical_sample, typical_workload
 from navil_megatron.cli import main
+from navil_megatron.config.errors import UserError
 from navil_megatron.config.load import load_config
 from navil_megatron.config.validate import validate
+from navil_megatron.data.types import ALONE
+from navil_megatron.data.typical import typical_microbatch
 from navil_megatron.planner.hardware import Hardware, ring_share
 from navil_megatron.planner.search import Candidate, search_layouts
 from tests.ranks import tiny_config
@@ -137,6 +140,26 @@ def test_typical_rows_are_full() -> None:
     work = typical_workload(config, 256, 1024)
     assert work.num_tokens == sum(work.segment_lengths) == 16_384
     assert work.visual_tokens == work.num_patches // 4 + work.num_predictions // 256
+
+
+@pytest.mark.parametrize("seq_length", [384, 512, 1024, 2048, 8192])
+def test_a_typical_sample_fits_a_short_row(seq_length: int) -> None:
+    config = replace(tiny_config(data={"seq_length": seq_length}), model=NAVIL_9B)
+    work = typical_workload(config, 256, 1024)
+    assert work.num_tokens == sum(work.segment_lengths) == seq_length
+    assert 0 < work.visual_tokens < seq_length and work.text_tokens > 0 and work.num_predictions > 0
+    scales, text = typical_sample(config, 256, 1024)
+    # The loader gives a rank the same.
+    microbatch = typical_microbatch(config, ALONE, 256, 1024)
+    assert microbatch.num_visual_tokens == work.visual_tokens
+    assert (microbatch.loss_weights > 0).sum() == work.num_predictions
+    assert text == 256 or len(scales) == 1
+
+
+def test_rows_without_room_for_any_image_are_refused() -> None:
+    config = replace(tiny_config(data={"seq_length": 32}), model=NAVIL_9B)
+    with pytest.raises(UserError, match="the smallest image takes more than the 32 tokens of a row"):
+        typical_workload(config, 256, 1024)
 
 
 @pytest.fixture

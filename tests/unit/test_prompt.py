@@ -24,6 +24,7 @@ from navil_megatron.blueprint.chat_template import (
 )
 from navil_megatron.blueprint.image_plan import ImagePlanner, image_grid_thw
 from navil_megatron.config.data import DataConfig
+from navil_megatron.config.model import SPECIAL_TOKENS
 from navil_megatron.data.content import dump_content, parse_content
 from navil_megatron.data.encode import encode_sample
 from navil_megatron.data.tokenizer import SampleTokenizer, load_tokenizer
@@ -197,13 +198,32 @@ def test_a_document_with_images_in_it(model: Model, document: str) -> None:
     assert listed.input_ids.tolist() == row.input_ids.tolist()
 
 
+@pytest.mark.parametrize("words", ["what does <IMG_CONTEXT> stand for?", "<|im_end|><img>", "a</img> <s>b", "<box>x"])
+def test_control_words_of_a_user_are_text(model: Model, words: str) -> None:
+    row = model.row(json.dumps({"caption": words}).encode(), True, PICTURES[:1])
+    prompt = PLACEHOLDER + model.processor.plain(words)
+    found = model.processor(images=[PICTURES[:1]] * 2, text=[prompt, PLACEHOLDER], padding=True)
+    ids, mask = found["input_ids"][0].tolist(), found["attention_mask"]
+    assert ids == row.input_ids[:-1].tolist() and mask[0].all()
+    # The shorter one of the batch is padded on its left.
+    rest = found["input_ids"][1][mask[1].bool()].tolist()
+    assert rest == model.processor(images=PICTURES[:1], text=PLACEHOLDER)["input_ids"][0].tolist()
+    # What no picture brought is never the picture's, be it marked or not.
+    raw = model.processor(images=PICTURES[:1], text=PLACEHOLDER + "<IMG_CONTEXT> <img>")["input_ids"][0].tolist()
+    wanted = model.row(b"<IMG_CONTEXT> <img>", False, PICTURES[:1]).input_ids[:-1].tolist()
+    assert raw == wanted
+
+
 def test_scales_are_those_of_the_run(model: Model) -> None:
     row = model.row(b"a", False, PICTURES[:1])
     assert len(row.scales[0]) == (2 if model.planner.multi_scale else 1)
 
 
-# Control tokens in a text are text in training alone: a prompt is a string, where nothing tells them apart.
-WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=6)
+# Control tokens that somebody wrote are text in both. Not so <image>, which a prompt holds for a picture.
+CONTROL = (*SPECIAL_TOKENS, *TURN_TOKENS, "<pad>", "<s>", "<think>")
+PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1"), min_size=1, max_size=6)
+WORDS = st.lists(st.one_of(PLAIN, st.sampled_from(CONTROL)), min_size=1, max_size=3).map("".join)
+WORDS = WORDS.filter(lambda words: PLACEHOLDER not in words)
 TURNS = st.one_of(
     st.builds(Turn, st.sampled_from(["system", "assistant"]), st.tuples(WORDS.filter(str.strip))),
     st.builds(Turn, st.just("user"), st.lists(st.one_of(st.none(), WORDS), max_size=4).map(tuple)),

@@ -37,7 +37,7 @@ def config_in(folder: Path, **logging: Any):
 
 
 def write(config, step: int) -> None:
-    log = MetricsLog(config, SimpleNamespace(is_main=True, world_size=1))  # type: ignore[arg-type]
+    log = MetricsLog(config, SimpleNamespace(is_main=True, world_size=1), "abc")  # type: ignore[arg-type]
     log.write("train", step, {"loss": 0.0625 * step, "text_tokens_per_second": 7.5})
     log.write("feature_scale", step, {})
     log.close()

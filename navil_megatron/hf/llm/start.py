@@ -27,7 +27,8 @@ from navil_megatron.hf.llm.language_config import language_from_hf, language_pro
 from navil_megatron.hf.llm.start_values import draw, identity, take, take_table
 from navil_megatron.hf.verify import require_valid_model
 
-_PREFIX = "language_model."  # stands before the LLM's own names in a NaViL's files
+LLM_PREFIX = "language_model."
+"""Stands before the LLM's own names in a NaViL's files."""
 _ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.(self_attn|attention)\.)?rotary_emb\.(original_)?inv_freq")
 _FREE = ("visual_expert_init", "modality_experts", "init_std", "composed_visual_output_projection")
 """Settings of the language section that an LLM does not decide."""
@@ -94,7 +95,7 @@ def llm_start_jobs(
     def jobs_of(found: HFParameter, target: Slot, theirs: tuple[Slot, ...]) -> Iterator[Job]:
         """What fills one layer of one parameter; nothing for a visual expert that its text expert fills."""
         parameter = found.parameter
-        sources = tuple(replace(slot, key=slot.key.removeprefix(_PREFIX)) for slot in theirs)
+        sources = tuple(replace(slot, key=slot.key.removeprefix(LLM_PREFIX)) for slot in theirs)
         composed = language.composed_visual_output_projection and ".linear_proj." in parameter.key
         if sources == theirs or (parameter.modality == "visual" and not copies):
             yield Job((), (target,), partial(draw, parameter=parameter, layer=target.layer, seed=seed), dtype)

@@ -5,6 +5,7 @@ areas with the aspect ratio kept, zero padding on the right and bottom *before* 
 """
 
 import math
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,12 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
 PLACEHOLDER = "<image>"
+IMAGE_WORDS = ("<img>", "</img>", "<IMG_CONTEXT>", "<IMG_LINE_BREAK>", "<IMG_FRAME_BREAK>", "<img_uncond>")
+"""Control tokens that only pictures may bring into a prompt."""
+_IMAGE_WORDS = re.compile("|".join(IMAGE_WORDS))
 MAX_ASPECT_RATIO = 200
+_AS_TEXT = "\ufdd0"
+"""Stands inside a control word that somebody wrote, until the text is encoded: so it reads as text, as in training."""
 _IMAGE_SOURCES = ("image", "url", "path", "base64", "image_url")
 """Keys under which a content part of a chat may name its picture."""
 _TOKENIZER_SETTINGS = ("padding", "padding_side", "truncation", "max_length", "add_special_tokens", "return_tensors")
@@ -228,18 +234,54 @@ class NaViLProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(f"the processor takes images and text, it cannot use {', '.join(unknown)}")
         settings = {name: kwargs[name] for name in _TOKENIZER_SETTINGS if name in kwargs}
-        encoded = self.tokenizer(
-            expanded,
-            padding=padding,
-            padding_side=padding_side,
-            return_tensors="pt",
-            return_token_type_ids=False,
-            **settings,
-        )
+        if any(_AS_TEXT in prompt for prompt in expanded):
+            ids = [self._encode_marked(prompt, settings.get("add_special_tokens", True)) for prompt in expanded]
+            if settings.get("truncation"):
+                ids = [prompt[: settings.get("max_length")] for prompt in ids]
+            encoded = self.tokenizer.pad(
+                {"input_ids": ids, "attention_mask": [[1] * len(prompt) for prompt in ids]},
+                padding=padding,
+                padding_side=padding_side,
+                max_length=settings.get("max_length"),
+                return_tensors="pt",
+            )
+        else:
+            encoded = self.tokenizer(
+                expanded,
+                padding=padding,
+                padding_side=padding_side,
+                return_tensors="pt",
+                return_token_type_ids=False,
+                **settings,
+            )
         data = dict(encoded)
         if grids:
             data |= {"pixel_values": torch.cat(pixel_values), "image_grid_thw": torch.cat(grids)}
         return BatchFeature(data)
+
+    def plain(self, text: str) -> str:
+        """Somebody's text as a part of a prompt: control words in it are read as text, ``<image>`` excepted."""
+        return _marked(self._control_words, text)
+
+    @property  # not kept: whatever a processor keeps is saved with it
+    def _control_words(self) -> "re.Pattern[str]":
+        words = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(re.escape(word) for word in sorted({*words, *IMAGE_WORDS}, key=len, reverse=True)))
+
+    def _encode_marked(self, prompt: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt with marked words: between control tokens, each stretch as training encodes it."""
+        around = self.tokenizer("x", add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+        mask = around["special_tokens_mask"]
+        first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+        ids, end = list(around["input_ids"][:first]), 0
+        for found in [*self._control_words.finditer(prompt), None]:
+            stretch = prompt[end : found.start() if found else None].replace(_AS_TEXT, "")
+            if stretch:
+                ids += self.tokenizer(stretch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if found:
+                ids.append(self.tokenizer.convert_tokens_to_ids(found[0]))
+                end = found.end()
+        return ids + list(around["input_ids"][last:])
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """The tokenizer's; transformers 4 leaves it to each processor."""
@@ -275,7 +317,7 @@ class NaViLProcessor(ProcessorMixin):
             raise ValueError("return_assistant_tokens_mask is not supported: the template marks no answers")
         settings = {name: kwargs.pop(name) for name in _TOKENIZER_SETTINGS if name in kwargs} | (processor_kwargs or {})
         is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        chats, images = zip(*map(_split_chat, conversation if is_batch else [conversation]), strict=True)
+        chats, images = zip(*map(self._split_chat, conversation if is_batch else [conversation]), strict=True)
         prompts = super().apply_chat_template(list(chats), chat_template=chat_template, tokenize=False, **kwargs)
         if not tokenize:
             return prompts if is_batch else prompts[0]
@@ -286,6 +328,7 @@ class NaViLProcessor(ProcessorMixin):
 
     def expand(self, text: str, grids_of_images: list[list[list[int]]]) -> str:
         """The text with the tokens of each image, given by the grids of its scales, in place of its placeholder."""
+        text = _marked(_IMAGE_WORDS, text)
         num_placeholders = text.count(PLACEHOLDER)
         if num_placeholders == 0:
             num_placeholders = len(grids_of_images)
@@ -300,25 +343,29 @@ class NaViLProcessor(ProcessorMixin):
             image_tokens(grids, merge_size) + piece for grids, piece in zip(grids_of_images, pieces[1:], strict=True)
         )
 
+    def _split_chat(self, messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Messages whose content is a list of parts without pictures, and their pictures in order."""
+        chat, pictures = [], []
+        for message in messages:
+            content = message.get("content") or ""
+            parts = []
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "text":  # an empty text before an image would cost it its line
+                    parts += [{"type": "text", "text": self.plain(part["text"])}] if part["text"] else []
+                elif part["type"] in ("image", "image_url"):
+                    parts.append({"type": "image"})
+                    source = next((part[name] for name in _IMAGE_SOURCES if part.get(name) is not None), None)
+                    source = source.get("url") if isinstance(source, dict) else source
+                    pictures += [] if source is None else [source]
+                else:
+                    raise ValueError(f"content of type {part['type']!r} is not supported, expected 'text' or 'image'")
+            chat.append({**message, "content": parts})
+        return chat, pictures
 
-def _split_chat(messages: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages whose content is a list of parts without pictures, and their pictures in order."""
-    chat, pictures = [], []
-    for message in messages:
-        content = message.get("content") or ""
-        parts = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "text":  # an empty text before an image would cost it its line
-                parts += [{"type": "text", "text": part["text"]}] if part["text"] else []
-            elif part["type"] in ("image", "image_url"):
-                parts.append({"type": "image"})
-                source = next((part[name] for name in _IMAGE_SOURCES if part.get(name) is not None), None)
-                source = source.get("url") if isinstance(source, dict) else source
-                pictures += [] if source is None else [source]
-            else:
-                raise ValueError(f"content of type {part['type']!r} is not supported, expected 'text' or 'image'")
-        chat.append({**message, "content": parts})
-    return chat, pictures
+
+def _marked(words: "re.Pattern[str]", text: str) -> str:
+    """The text with a mark in each of the words."""
+    return words.sub(lambda found: found[0][0] + _AS_TEXT + found[0][1:], text)
 
 
 def _pictures_of_texts(images: Any, texts: list[str]) -> list[list[Any]]:
