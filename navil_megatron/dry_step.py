@@ -6,7 +6,7 @@ the device, or a tensor is on the wrong one; what it held and multiplied stands 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from navil_megatron.blueprint.experts_placement import local_experts
-from navil_megatron.blueprint.flops import Term, backward_flops, encoding_cost
+from navil_megatron.blueprint.flops import backward_flops, encoding_cost, forward_flops
 from navil_megatron.blueprint.held_parameters import layers_of_chunks
 from navil_megatron.blueprint.image_plan import num_patches
 from navil_megatron.blueprint.modality_order import ModalityOrder
@@ -222,10 +222,10 @@ def _expected_flops(estimator: Estimator, stage: int, num_microbatches: int) -> 
     products = attention = 0.0
     for part, times, pairs in parts:
         weighted = [term for term in part.terms if term[0] is not None]
-        of_weights = _forward(weighted) + backward_flops(weighted, phase)
-        of_weights += _forward(term for term in part.again if term[0] is not None)
-        softmax = _forward(term for term in part.terms if term[0] is None) * (1 + _SOFTMAX_BACKWARD)
-        softmax += _forward(term for term in part.again if term[0] is None)
+        of_weights = forward_flops(weighted) + backward_flops(weighted, phase)
+        of_weights += forward_flops(term for term in part.again if term[0] is not None)
+        softmax = forward_flops(term for term in part.terms if term[0] is None) * (1 + _SOFTMAX_BACKWARD)
+        softmax += forward_flops(term for term in part.again if term[0] is None)
         products += times * num_microbatches * of_weights / part.ranks
         attention += times * num_microbatches * softmax * pairs / part.ranks
     if stage == 0:  # pixels want no gradient, and their embedding is not computed again
@@ -233,10 +233,6 @@ def _expected_flops(estimator: Estimator, stage: int, num_microbatches: int) -> 
         patches = num_patches(fullest_share(estimator.work.grids, vision, parallel.row_ranks))
         products -= (1 + again) * num_microbatches * patches * 2 * vision.patch_dim * vision.hidden_size
     return Flops(products, attention)
-
-
-def _forward(terms: Iterable[Term]) -> int:
-    return sum(flops for _, flops in terms)
 
 
 def _off(expected: float, found: float) -> str:

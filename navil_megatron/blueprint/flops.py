@@ -30,8 +30,13 @@ def forward_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:
     yield from head_terms(model, work)
 
 
+def forward_flops(terms: Iterable[Term]) -> int:
+    """FLOPs of these products."""
+    return sum(flops for _, flops in terms)
+
+
 def backward_flops(terms: Iterable[Term], phase: str) -> int:
-    """FLOPs of the backward pass of these products."""
+    """FLOPs of their backward pass."""
     # A softmax's products have two operands and no weight: their backward pass costs twice the forward pass.
     return sum(flops * (2 if part is None or is_trainable(part, phase) else 1) for part, flops in terms)
 
@@ -39,7 +44,7 @@ def backward_flops(terms: Iterable[Term], phase: str) -> int:
 def training_flops(model: ModelConfig, work: Workload, phase: str) -> float:
     """FLOPs of forward and backward of one microbatch."""
     terms = list(forward_terms(model, work))
-    return sum(flops for _, flops in terms) + backward_flops(terms, phase)
+    return forward_flops(terms) + backward_flops(terms, phase)
 
 
 def encoder_terms(model: ModelConfig, work: Workload) -> Iterator[Term]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from navil_megatron.config.errors import UserError
@@ -41,9 +40,8 @@ def segment_attention(
     # anew for every number of segments and every longest one, and so for nearly every microbatch.
     window = (-1, 0) if causal else (max_seqlen, max_seqlen)
     grouped = GROUPED if query.shape[1] != key.shape[1] else {}
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        context = varlen_attn(
-            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window, **grouped
-        )
+    context = varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window, **grouped
+    )
     assert isinstance(context, Tensor)  # nothing else is asked for
     return context.flatten(1)

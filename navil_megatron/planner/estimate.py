@@ -4,7 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from navil_megatron.blueprint.flops import Term, backward_flops, encoder_terms, head_terms, layer_terms, training_flops
+from navil_megatron.blueprint.flops import (
+    Term,
+    backward_flops,
+    encoder_terms,
+    forward_flops,
+    head_terms,
+    layer_terms,
+    training_flops,
+)
 from navil_megatron.blueprint.held_parameters import HeldParameter, chunk_parameters, layers_of_chunks
 from navil_megatron.blueprint.parameters import Part, is_trainable
 from navil_megatron.blueprint.vision_plan import fullest_share
@@ -182,7 +190,7 @@ class Estimator:
         layer = list(layer_terms(model, self.work))
         if max(self._loads) > 1:
             # A rank holds one modality's experts: the fullest computes its tokens of all ranks, the others wait for it.
-            of_experts = round(max(self._loads) * _forward(term for term in layer if _is_feed_forward(term[0])))
+            of_experts = round(max(self._loads) * forward_flops(term for term in layer if _is_feed_forward(term[0])))
             layer = [term for term in layer if not _is_feed_forward(term[0])] + [("visual feed-forward", of_experts)]
         encoder, head = list(encoder_terms(model, self._fullest_images)), list(head_terms(model, self.work))
         of_layers = [term for term in encoder if term[0] != "connector"] if training.recomputes("encoder") else []
@@ -213,10 +221,12 @@ class Estimator:
         return training.recomputes("mlp") if _is_feed_forward(part) else is_softmax
 
     def _compute(self, products: Products, traffic_seconds: float) -> ChunkTime:
-        backward = backward_flops(products.terms, self.config.training.phase) + _forward(products.again)
+        backward = backward_flops(products.terms, self.config.training.phase) + forward_flops(products.again)
         scale = 1 / (products.ranks * self.hardware.rate * 1e12)
         # Collectives of the two passes are nearly the same.
-        return ChunkTime(_forward(products.terms) * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2)
+        return ChunkTime(
+            forward_flops(products.terms) * scale + traffic_seconds / 2, backward * scale + traffic_seconds / 2
+        )
 
     @cached_property
     def _layer_traffic(self) -> float:
@@ -279,7 +289,3 @@ class Estimator:
 
 def _is_feed_forward(part: Part | None) -> bool:
     return part in ("text feed-forward", "visual feed-forward")
-
-
-def _forward(terms: Iterable[Term]) -> int:
-    return sum(flops for _, flops in terms)

@@ -38,12 +38,10 @@ class Position:
         for number, chunk in enumerate(chunks):
             chunk.register_forward_pre_hook(partial(self._begin_pass, number))
             chunk.register_forward_hook(partial(self._expect_backward, ""))
-            for name, layer in chunk.named_modules():
-                found = re.fullmatch(r"(?:module\.)*(.*layers)\.(\d+)", name)
-                if found:
-                    whole = f"{found[1]}.{getattr(layer, 'layer_number', int(found[2]) + 1) - 1}"
-                    layer.register_forward_pre_hook(partial(self._enter, whole))
-                    layer.register_forward_hook(partial(self._expect_backward, whole))
+            for name, module in named_in_whole_model(chunk):
+                if re.search(r"layers\.\d+$", name):
+                    module.register_forward_pre_hook(partial(self._enter, name))
+                    module.register_forward_hook(partial(self._expect_backward, name))
 
     def _begin_pass(self, number: int, chunk: nn.Module, _arguments: Any) -> None:
         direction = "forward" if chunk.training else "evaluation"
@@ -62,3 +60,16 @@ class Position:
         # A stage may give what its last layer gave: one tensor, whose hooks run in the order of the forward pass.
         if last[2] or last[:2] != self.last[:2]:
             self.last = last
+
+
+def named_in_whole_model(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, with layers by their number in the whole model; wrappers' ``module.`` is left out."""
+    numbers: dict[str, int] = {}
+    for name, module in chunk.named_modules():
+        name = re.sub(r"^(?:module\.)+", "", "" if name == "module" else name)
+        if (number := getattr(module, "layer_number", None)) and re.search(r"layers\.\d+$", name):
+            numbers[name] = number - 1
+        layer = re.match(r"(.*?layers)\.\d+", name)
+        if layer and layer[0] in numbers:
+            name = f"{layer[1]}.{numbers[layer[0]]}{name[layer.end() :]}"
+        yield name, module

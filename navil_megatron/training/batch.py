@@ -35,11 +35,11 @@ def upload_ahead(
     with_images: bool,
     router_loss_scale: Tensor | None = None,
 ) -> Iterator[ModelInputs]:
-    """Each microbatch on the device; while one is used the next is on its way, and no more.
+    """Each microbatch on the device; while one is used the next is on its way, and no more: two are held, as the
+    planner counts.
 
     ``with_images``: the model chunk that asks embeds tokens and encodes images.
     """
-    # Nothing here may keep hold of a microbatch that was handed out: its pixels would stay on the device.
     coming = None
     for microbatch in microbatches:
         following = platform.upload(build_model_inputs(microbatch, with_images, router_loss_scale))

@@ -1,6 +1,5 @@
 """Where in a step the first number appears that is none: hooks on every module, which read, so for a replay alone."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+
+from navil_megatron.runtime.position import named_in_whole_model
 
 
 @dataclass(order=True, frozen=True, slots=True)
@@ -50,7 +51,7 @@ def first_bad(chunks: Sequence[nn.Module], rank: int, stage: int, num_stages: in
     handles = [
         module.register_forward_hook(partial(done, name))
         for chunk in chunks
-        for name, module in _named_in_whole_model(chunk)
+        for name, module in named_in_whole_model(chunk)
         if name
     ]
     try:
@@ -58,15 +59,3 @@ def first_bad(chunks: Sequence[nn.Module], rank: int, stage: int, num_stages: in
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _named_in_whole_model(chunk: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    numbers: dict[str, int] = {}
-    for name, module in chunk.named_modules():
-        name = re.sub(r"^(?:module\.)+", "", "" if name == "module" else name)
-        if (number := getattr(module, "layer_number", None)) and re.search(r"layers\.\d+$", name):
-            numbers[name] = number - 1
-        layer = re.match(r"(.*?layers)\.\d+", name)
-        if layer and layer[0] in numbers:
-            name = f"{layer[1]}.{numbers[layer[0]]}{name[layer.end() :]}"
-        yield name, module

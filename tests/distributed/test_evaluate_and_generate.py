@@ -40,7 +40,8 @@ def prompt_of(config, number: int) -> tuple[EncodedSample, torch.Tensor]:
     return prompt, microbatch.pixel_values
 
 
-def outcome(rank: int, world_size: int, sections: dict) -> tuple[float, list[list[int]], list]:
+def outcome(rank: int, world_size: int, sections: dict) -> tuple[list[float], list[list[int]], list]:
+    """Losses of the batch and of a number of rows that no pipeline divides, texts, and the weights of one rank."""
     config = oracle_config(**merge_sections({"data": {"seq_length": SEQ_LENGTH}}, sections))
     with start_session(rank, world_size, config) as session:
         model = build_model(config, session.groups, session.device)
@@ -48,7 +49,7 @@ def outcome(rank: int, world_size: int, sections: dict) -> tuple[float, list[lis
         batch = global_batch(config, BATCH, session)
         share = len(batch) // session.groups.dp.size()
         mine = batch[session.groups.dp.rank() * share : (session.groups.dp.rank() + 1) * share]
-        loss = evaluate(config, session, chunks, mine)
+        losses = [evaluate(config, session, chunks, rows) for rows in (mine, batch[:3])]
         prompts, pixels = zip(*(prompt_of(config, number) for number in range(len(GRIDS))), strict=True)
         row_format = RowFormat(
             seq_length=SEQ_LENGTH, pad_segments_to=4, pad_id=0, special_token_ids=config.model.special_token_ids
@@ -63,20 +64,20 @@ def outcome(rank: int, world_size: int, sections: dict) -> tuple[float, list[lis
             end_id=-1,
             max_new_tokens=NEW_TOKENS,
         )
-        return loss, texts, slices_of(model) if world_size == 1 else []
+        return losses, texts, slices_of(model) if world_size == 1 else []
 
 
 @functools.cache
-def one_rank() -> tuple[float, list[list[int]], list]:
+def one_rank() -> tuple[list[float], list[list[int]], list]:
     return run_ranks(1, outcome, {})[0]
 
 
 @pytest.mark.parametrize("layout", PLACES)
 def test_every_layout_evaluates_and_generates_as_one_rank(layout: str) -> None:
     world_size, sections = LAYOUTS[layout]
-    loss, texts, _ = one_rank()
-    for found_loss, found_texts, _ in run_ranks(world_size, outcome, sections):
-        torch.testing.assert_close(found_loss, loss, **RANKS)
+    losses, texts, _ = one_rank()
+    for found_losses, found_texts, _ in run_ranks(world_size, outcome, sections):
+        torch.testing.assert_close(found_losses, losses, **RANKS)
         assert found_texts == texts
 
 
