@@ -1,7 +1,7 @@
 """Share of time that a save every so many steps costs: waited for, beside the training (``checkpoint.async_save``), and
 as a copy on this node (``checkpoint.local_directory``).
 
-    python tools/bench/async_save.py [--every 50] [--rounds 3] [--json]
+    python tools/bench/async_save.py [--every 50] [--rounds 2] [--json]
 
 A round trains ``--every`` steps without a save and with one of each kind in their middle, in turns. ``lost`` is the
 share of a round's wall time that is gone beside the round without a save; ``blocked`` is the share that the training
@@ -31,6 +31,7 @@ from navil_megatron.training.optimizer import build_optimizer, wrap_ddp
 from navil_megatron.training.step import train_step
 
 WAYS = ("none", "waited", "beside", "copy")
+_WARM_STEPS = 4
 
 
 class Trainee:
@@ -44,23 +45,23 @@ class Trainee:
         self.row = mixed_row(config, grid=(16, 16))
         self.manager, self.copies = CheckpointManager(config, session), LocalCopies(config, session)
 
-    def round(self, way: str) -> tuple[float, float]:
+    def round(self, way: str, every: int) -> tuple[float, float]:
         """Seconds of a round, and those of them that the training thread spent on its save."""
         blocked, started = 0.0, time.perf_counter()
-        for step in range(1, self.options.every + 1):
+        for step in range(1, every + 1):
             train_step(self.config, self.session, self.chunks, self.optimizer, [self.row], 1e-4)
             if way == "none":
                 continue
             begun = time.perf_counter()
-            if step == (self.options.every + 1) // 2:
+            if step == (every + 1) // 2:
                 self.saves += 1
-            if step == (self.options.every + 1) // 2 and way == "copy":
+            if step == (every + 1) // 2 and way == "copy":
                 self.copies.save(self.saves, self.model, self.optimizer, {})
-            elif step == (self.options.every + 1) // 2:
+            elif step == (every + 1) // 2:
                 self.manager.save(self.saves, self.model, self.optimizer, {}, wait=way == "waited")
             elif step % self.options.record_every == 0:
                 self.manager.settle()
-            if step == self.options.every:
+            if step == every:
                 self.manager.settle(wait=True)
                 self.copies.settle()
             blocked += time.perf_counter() - begun
@@ -68,20 +69,18 @@ class Trainee:
 
 
 def measure(trainee: Trainee, rounds: int) -> dict[str, Any]:
-    """Medians over the rounds, each share inside its round; one round before them is not counted."""
+    """Medians over the rounds, each share inside its round."""
     lost: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
     blocked: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
     steps = []
-    for number in range(rounds + 1):
-        found = {way: trainee.round(way) for way in WAYS[:: -1 if number % 2 else 1]}
-        print(
-            f"round {number} of {rounds}",
-            {way: round(seconds, 1) for way, (seconds, _) in found.items()},
-            file=sys.stderr,
-        )
-        if number == 0:
-            continue
-        steps.append(found["none"][0] / trainee.options.every)
+    every = trainee.options.every
+    for way in WAYS:
+        trainee.round(way, _WARM_STEPS)
+    for number in range(rounds):
+        found = {way: trainee.round(way, every) for way in WAYS[:: -1 if number % 2 else 1]}
+        seconds = {way: round(found[way][0], 1) for way in WAYS}
+        print(f"round {number + 1} of {rounds}, seconds: {seconds}", file=sys.stderr)
+        steps.append(found["none"][0] / every)
         for way in WAYS[1:]:
             whole, inside = found[way]
             lost[way].append(1 - found["none"][0] / whole)
@@ -100,9 +99,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=50, help="steps of a round, with one save in it")
     parser.add_argument("--record-every", type=int, default=10, help="steps between looks whether it is written")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--folder", type=Path, help="where checkpoints go, for instance on the disk in question")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="few CPUs multiply bf16 fast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
