@@ -70,7 +70,6 @@ def test_what_is_there_comes_whole() -> None:
         ("503", {}, "status 503", TRIES),
         ("a", {"max_bytes": 4}, "more than 4 bytes", 1),
         ("cut", {}, "the answer ended early", TRIES),
-        ("drip", {"seconds": 0.05}, "timed out", TRIES),
         ("to/" * 7, {}, "more than 5 redirections", 6),
         ("to/https:", {}, "not a URL of http or https", 1),
         ("to/http://[", {}, "not a URL", 1),
@@ -81,6 +80,15 @@ def test_what_is_not_there_has_its_reason(path: str, options: dict, reason: str,
         with pytest.raises(FetchError, match=f"^{reason}$"):
             fetch(f"{url}/{path}", allows=anywhere, **options)
         assert len(asked) == times
+
+
+def test_nothing_is_waited_for_for_ever() -> None:
+    """Whether the time is over before the question is asked, or before its answer."""
+    with site() as (url, asked):
+        for seconds in (0.0, 0.2):
+            with pytest.raises(FetchError, match="^timed out$"):
+                fetch(f"{url}/drip", allows=anywhere, seconds=seconds)
+        assert len(asked) <= TRIES
 
 
 def test_no_address_leads_inside() -> None:
