@@ -20,7 +20,7 @@ from navil_megatron.data.shards.index_build import (
     check_image,
     index_shard,
 )
-from navil_megatron.data.shards.manifest import Chunk, Manifest
+from navil_megatron.data.shards.manifest import LineRange, Manifest
 from navil_megatron.data.shards.manifest_line import Keys, Line
 from navil_megatron.data.shards.manifest_pictures import Images, NotAllowedError, Pictures
 from navil_megatron.data.shards.pieces import PieceFiles, merge_pieces, owned_index, pieces_folder, run_tasks
@@ -30,7 +30,7 @@ from navil_megatron.files.atomic_file import new_file
 from navil_megatron.files.json_file import read_json
 from navil_megatron.files.worker_pool import OnProgress, Tell
 
-type Task = tuple[Chunk, Path, PieceFiles]
+type Task = tuple[LineRange, Path, PieceFiles]
 """Lines, the shard that they become, and its piece of the index."""
 
 
@@ -79,7 +79,7 @@ def build_shards(
         return merge_pieces(index, [files for _, _, files in tasks], counter.fingerprint)
 
 
-def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[Chunk]:
+def _resume_or_start(index: Path, manifest: Manifest, samples_per_shard: int, tokenizer: str) -> list[LineRange]:
     """The chunks of a build that was interrupted, or of a new one, where no other build was interrupted or finished."""
     record = pieces_folder(index) / "build.json"
     made_from = [manifest.version, samples_per_shard, tokenizer]

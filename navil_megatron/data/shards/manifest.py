@@ -25,7 +25,7 @@ _LINES_LOOKED_AT = 100  # before anything is written
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class LineRange:
     """Lines that one shard is made of."""
 
     number: int
@@ -75,7 +75,7 @@ class Manifest:
         except (EOFError, zlib.error, gzip.BadGzipFile, NoArrayError) as error:
             raise self._unreadable(str(error)) from None
 
-    def chunks(self, lines_per_chunk: int) -> list[Chunk]:
+    def chunks(self, lines_per_chunk: int) -> list[LineRange]:
         """The lines in order, once what is packed was unpacked."""
         if self._table is not None:
             num_lines = self._table.num_rows
@@ -84,11 +84,11 @@ class Manifest:
             starts = [0, *self._line_starts(lines_per_chunk)]
             num_lines = len(starts) * lines_per_chunk
         return [
-            Chunk(number, first, min(lines_per_chunk, num_lines - first), offset)
+            LineRange(number, first, min(lines_per_chunk, num_lines - first), offset)
             for number, (first, offset) in enumerate(zip(range(0, num_lines, lines_per_chunk), starts, strict=True))
         ]
 
-    def read(self, chunk: Chunk) -> Iterator[tuple[int, Line | RejectedSample]]:
+    def read(self, chunk: LineRange) -> Iterator[tuple[int, Line | RejectedSample]]:
         """(line number, its sample or why it has none); blank lines are passed over.
 
         Raises:
@@ -132,7 +132,7 @@ class Manifest:
                 num_lines += len(ends)
                 offset += len(block)
 
-    def _read_lines(self, chunk: Chunk) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
+    def _read_lines(self, chunk: LineRange) -> Iterator[tuple[int, dict[str, Any] | RejectedSample]]:
         with self._lines.open("rb") as file:
             file.seek(chunk.offset)
             for number in range(chunk.first, chunk.first + chunk.num_lines):
