@@ -109,6 +109,7 @@ def _ask(url: str, deadline: float, max_bytes: int, allows: Callable[[str], bool
             if len(content) > max_bytes:
                 raise FetchError(f"more than {max_bytes} bytes")
         if answer.length:
+            _left(deadline)  # or the alarm ended it
             raise _PassingError("the answer ended early")
         return bytes(content)
     finally:
