@@ -17,6 +17,6 @@ autoapi_options = ["members", "show-inheritance", "show-module-summary"]
 autoapi_add_toctree_entry = False
 autoapi_python_class_content = "both"
 autoapi_member_order = "bysource"
-# Constants that one line names together (``EMBEDDING, HEAD = ...``) are not among the names that it finds, and attributes
-# of records may bear one name in several modules.
+# Constants that one line names together (``EMBEDDING, HEAD = ...``) are not among the names that it finds, and
+# attributes of records may bear one name in several modules.
 suppress_warnings = ["autoapi.python_import_resolution", "ref.python"]

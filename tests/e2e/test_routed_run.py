@@ -14,7 +14,7 @@ from tests.tolerances import EXPORT
 
 
 def test_records_and_export(world: World, tmp_path: Path) -> None:
-    sections = {"parallel": {"ep": 2}, "training": {"train_steps": 4}, "precision": {"type": "bf16"}}
+    sections = {"parallel": {"ep": 2}, "training": {"train_steps": 4}, "precision": {"type": "bf16"}, "evaluation": {}}
     config = make_run(world, tmp_path, **sections)
     language = replace(config.model.language, num_experts=3, experts_per_token=2)
     config = replace(config, model=replace(config.model, language=language))

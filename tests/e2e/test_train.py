@@ -130,7 +130,7 @@ def test_records_of_a_run(world: World, tmp_path: Path) -> None:
     scales = records(config, "feature_scale")
     assert [record["step"] for record in scales] == [4, 7]
     layers = config.model.language.num_layers + 1
-    assert all(len(record) == 2 + 2 * (layers + 1) and min(record["text/layer_0"], 1) > 0 for record in scales)
+    assert all(len(record) == 3 + 2 * (layers + 1) and min(record["text/layer_0"], 1) > 0 for record in scales)
     assert found[-1]["loss"] < found[0]["loss"]
     assert states[0]["consumed_samples"] == found[-1]["consumed_samples"] == sum(r["samples"] for r in found)
     assert states[0]["consumed_tokens"] == found[-1]["consumed_tokens"] == sum(r["tokens"] for r in found)

@@ -35,6 +35,9 @@ ENTRIES = {
 def at_first_import_of_torch(entry: str, folder: Path, **environment: str) -> str:
     (folder / "sitecustomize.py").write_text(STOPS_AT_TORCH)
     (folder / "run.toml").write_text(EXAMPLE_TOML)
+    for path in ("tokenizer/tokenizer.json", "shards/train.index"):  # looked for before, and opened after
+        (folder / path).parent.mkdir()
+        (folder / path).touch()
     around = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_MAX_CONNECTIONS"}
     environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}"}
     done = subprocess.run(

@@ -85,7 +85,14 @@ def test_ids_are_unique_and_files_hold_rows(tmp_path: Path) -> None:
         read_samples(written(tmp_path, ""))
 
 
-class Turns:
+class Words:
+    """A processor that has no turns."""
+
+    def plain(self, text: str) -> str:
+        return text
+
+
+class Turns(Words):
     """A processor that writes turns."""
 
     chat_template = "some"
@@ -104,10 +111,10 @@ def test_questions_become_turns_where_the_model_knows_them(tmp_path: Path) -> No
             {"image": "a.png", "question": "In <image>, what?", "answers": ["x"]},
         )
     )
-    assert prompt_of(caption, Turns(), "auto") == prompt_of(caption, object(), "plain") == "<image>"
-    assert prompt_of(question, object(), "auto") == "<image>What?"
+    assert prompt_of(caption, Turns(), "auto") == prompt_of(caption, Words(), "plain") == "<image>"
+    assert prompt_of(question, Words(), "auto") == "<image>What?"
     assert json.loads(prompt_of(question, Turns(), "auto")) == [{"role": "user", "content": content_of(question)}]
     assert content_of(question) == [{"type": "image"}, {"type": "text", "text": "What?"}]
     assert [part["type"] for part in content_of(marked)] == ["text", "image", "text"]
     with pytest.raises(UserError, match="no chat template"):
-        prompt_of(question, object(), "chat")
+        prompt_of(question, Words(), "chat")
