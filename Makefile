@@ -40,7 +40,7 @@ test-all: lint $(VENV)/.engine ## the default suite and the slow tests
 fuzz: $(VENV)/.test ## 100,000 damaged files of each kind, or NAVIL_FUZZ= so many; the default suite reads 1,000
 	NAVIL_FUZZ=$${NAVIL_FUZZ:-100000} $(BIN)/python -m pytest -q --timeout 0 tests/fuzz
 
-campaign: $(VENV)/.test ## faults on purpose, by subject: tried, survived, lost; under half an hour
+campaign: $(VENV)/.test ## faults on purpose, by subject: tried, survived, lost
 	$(BIN)/python tools/campaign.py
 
 gpu-hour: $(ON_GPU) ## all that needs a GPU, in half an hour, part by part into benchmarks/results
