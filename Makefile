@@ -40,11 +40,11 @@ test-all: lint $(VENV)/.engine ## the default suite and the slow tests
 fuzz: $(VENV)/.test ## 100,000 damaged files of each kind, or NAVIL_FUZZ= so many; the default suite reads 1,000
 	NAVIL_FUZZ=$${NAVIL_FUZZ:-100000} $(BIN)/python -m pytest -q --timeout 0 tests/fuzz
 
-campaign: $(VENV)/.test ## faults on purpose, by subject: tried, survived, lost; under half an hour
-=======
 campaign: $(VENV)/.test ## faults on purpose, by subject: tried, survived, lost
 	$(BIN)/python tools/campaign.py
->>>>>>> h-local
+
+docs: $(VENV)/.docs ## these pages and one of each module as a site, in build/docs; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 gpu-hour: $(ON_GPU) ## all that needs a GPU, in half an hour, part by part into benchmarks/results
 	$(GPU_PYTHON) tools/gpu_hour.py
